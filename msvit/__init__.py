@@ -1,0 +1,9 @@
+"""Mixed-scale tokenization for vision transformers, and the methods it is measured against, on one bench."""
+
+from . import zoo
+from .gate import Gate
+from .model import MSViT, Result
+from .tokens import Tokens
+
+__version__ = "0.1.0"
+__all__ = ["MSViT", "Gate", "Result", "Tokens", "zoo"]

@@ -1,0 +1,160 @@
+"""The timm side: what of a built VisionTransformer is used, and which ones can be used at all.
+
+The functions here read a timm model's public parts and never change it.
+"""
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention, AttentionPoolLatent, PatchEmbed, resample_abs_pos_embed
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from .layout import Layout, attend
+from .tokens import Tokens
+
+POOLS = ("token", "avg", "avgmax", "max", "map")
+
+
+def check_backbone(vit: nn.Module):
+    """Raises a TypeError or ValueError that says why a model cannot be used."""
+    kind = type(vit).__name__
+    if not isinstance(vit, VisionTransformer):
+        raise TypeError(
+            f"{kind} is no plain vision transformer; MSViT needs a timm VisionTransformer such as vit_*, deit_*, "
+            "deit3_* (not eva, swin, or a convolutional network)"
+        )
+    blocks = {type(b).__name__ for b in vit.blocks if type(b) is not Block}
+    blocks |= {
+        type(b.attn).__name__ for b in vit.blocks if type(b) is Block and type(b.attn) is not Attention
+    }
+    if blocks:
+        raise ValueError(f"{kind} has {sorted(blocks)}; supported are timm's standard Block with Attention")
+    if type(vit.patch_embed) is not PatchEmbed:
+        raise ValueError(f"patch embedding {type(vit.patch_embed).__name__}; supported is timm's PatchEmbed")
+    if len(set(vit.patch_embed.patch_size)) > 1:
+        raise ValueError(f"patches of {vit.patch_embed.patch_size} pixels; supported are square ones")
+    if vit.global_pool not in POOLS or (
+        vit.global_pool == "map" and type(vit.attn_pool) is not AttentionPoolLatent
+    ):
+        raise ValueError(f"global_pool={vit.global_pool!r}; supported are {', '.join(POOLS)}")
+    dropout = max([vit.blocks[0].attn.attn_drop.p, getattr(vit.patch_drop, "prob", 0.0)])
+    if dropout > 0:
+        raise ValueError(
+            f"attn_drop_rate or patch_drop_rate is {dropout}; build the backbone without them (drop_path_rate, "
+            "proj_drop_rate and pos_drop_rate work)"
+        )
+
+
+def patch_size(vit: VisionTransformer) -> int:
+    return vit.patch_embed.patch_size[0]
+
+
+def prefix_count(vit: VisionTransformer) -> int:
+    """Class, distillation and register tokens."""
+    return vit.num_prefix_tokens
+
+
+def bases(vit: VisionTransformer, grid: tuple[int, int], scale: int) -> Tensor:
+    """What each candidate is before its pixels are added, `[P + hw + hwk², C]`: prefix tokens and positions.
+
+    The position of a coarse token is the mean of those of its fine patches; positions are resized to other grids as
+    timm does.
+    """
+    names = ("cls_token", "dist_token", "reg_token")
+    prefix = [t[0] for n in names if (t := getattr(vit, n, None)) is not None]
+    prefix = torch.cat(prefix) if prefix else vit.patch_embed.proj.weight.new_empty(0, vit.embed_dim)
+    if vit.pos_embed is None:
+        return F.pad(prefix, (0, 0, 0, grid[0] * grid[1] * (1 + scale**2)))
+    fine = (grid[0] * scale, grid[1] * scale)
+    lead = 0 if vit.no_embed_class else len(prefix)
+    positions = resample_abs_pos_embed(
+        vit.pos_embed, fine, vit.patch_embed.grid_size, num_prefix_tokens=lead
+    )[0]
+    if lead:
+        prefix, positions = prefix + positions[:lead], positions[lead:]
+    coarse = F.avg_pool2d(positions.T.unflatten(1, fine), scale).flatten(1).T
+    return torch.cat([prefix, coarse, positions])
+
+
+def embed(vit: VisionTransformer, pixels: Tensor) -> Tensor:
+    """The backbone's patch embedding of pixels `[n, c S S]`, for both scales the same."""
+    proj = vit.patch_embed.proj
+    return vit.patch_embed.norm(F.linear(pixels, proj.weight.flatten(1), proj.bias))
+
+
+def split_heads(block: Block, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values `[T, H, D]` of rows `[T, C]` that have passed the block's first norm."""
+    attn = block.attn
+    q, k, v = attn.qkv(x).view(len(x), 3, attn.num_heads, attn.head_dim).unbind(1)
+    return attn.q_norm(q).to(v.dtype), attn.k_norm(k).to(v.dtype), v
+
+
+def merge_heads(block: Block, x: Tensor, heads: Tensor) -> Tensor:
+    """The attention branch's output from `[T, H, D]`; x is what `split_heads` was given."""
+    attn = block.attn
+    out = attn.norm(heads.flatten(1))
+    if getattr(attn, "gate", None) is not None:
+        out = out * attn.gate(x).sigmoid()
+    return block.ls1(attn.proj_drop(attn.proj(out)))
+
+
+def mlp_branch(block: Block, x: Tensor) -> Tensor:
+    return block.ls2(block.mlp(block.norm2(x)))
+
+
+def drop_path(module: nn.Module, branch: Tensor, layout: Layout) -> Tensor:
+    """Stochastic depth: one draw per picture, as in timm, not one per row."""
+    if isinstance(module, nn.Identity) or not module.training:
+        return branch
+    kept = module(branch.new_ones(len(layout.lengths), 1))
+    return branch * kept[layout.picture]
+
+
+def pooled_logits(vit: VisionTransformer, tokens: Tokens) -> Tensor:
+    """timm's own head on the tokens after the last norm, `[B, classes]`.
+
+    Average pooling weighs a token by its area, so that it is the mean over the fine grid. The head is given a sequence
+    on which its own pooling returns what was pooled here.
+    """
+    prefix = prefix_count(vit)
+    first = tokens.layout.ends[:-1, None] + torch.arange(prefix, device=tokens.x.device)
+    lead = tokens.x[first]
+    if vit.global_pool == "token":
+        return vit.forward_head(lead)
+    if vit.global_pool == "map":
+        return vit.head(vit.head_drop(vit.fc_norm(_attention_pool(vit, tokens))))
+    pooled = _pool(vit, tokens)[:, None]
+    return vit.forward_head(pooled if vit.pool_include_prefix else torch.cat([lead, pooled], 1))
+
+
+def _weights(vit: VisionTransformer, tokens: Tokens, by_area: bool) -> Tensor:
+    """How much each row counts in pooling, `[T]`; prefix rows only where timm includes them."""
+    weight = tokens.area if by_area else tokens.area.clamp(max=1)
+    if vit.pool_include_prefix:
+        weight = weight.where(tokens.area > 0, torch.ones_like(weight))
+    return weight if tokens.activity is None else weight * tokens.activity
+
+
+def _pool(vit: VisionTransformer, tokens: Tokens) -> Tensor:
+    """Average, maximum or the mean of both, `[B, C]`, in the activations' precision."""
+    results = []
+    if vit.global_pool in ("avg", "avgmax"):
+        weight = _weights(vit, tokens, by_area=True).to(tokens.x.dtype)[:, None]
+        results.append(tokens.layout.sum(tokens.x * weight) / tokens.layout.sum(weight))
+    if vit.global_pool in ("max", "avgmax"):
+        seen = _weights(vit, tokens, by_area=False) > 0.5
+        rows = tokens.x.masked_fill(~seen[:, None], -torch.inf)
+        results.append(tokens.layout.pad(rows, -torch.inf).amax(1))
+    return sum(results) / len(results)
+
+
+def _attention_pool(vit: VisionTransformer, tokens: Tokens) -> Tensor:
+    """timm's AttentionPoolLatent on rows: one query per picture, every token a key."""
+    pool, b = vit.attn_pool, len(tokens.layout.lengths)
+    q = pool.q(pool.latent[0]).view(1, pool.num_heads, pool.head_dim)
+    k, v = pool.kv(tokens.x).view(len(tokens.x), 2, pool.num_heads, pool.head_dim).unbind(1)
+    q, k = pool.q_norm(q).to(v.dtype).expand(b, -1, -1), pool.k_norm(k).to(v.dtype)
+    prefix = prefix_count(vit)
+    weight = tokens.activity if not prefix else _weights(vit, tokens, by_area=False)
+    x = pool.proj_drop(pool.proj(attend(tokens.layout, q, k, v, weight).flatten(1)))
+    return x if pool.mlp is None else x + pool.mlp(pool.norm(x))

@@ -1,0 +1,162 @@
+"""Layout: which rows belong to which picture, and attention among them.
+
+Everything in a transformer block but attention works row by row. So the rows of all pictures stand one after the
+other in one matrix `[T, C]`, and only this file knows where a picture begins and ends.
+"""
+
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Layout:
+    """B pictures of `lengths` rows each, T rows in all."""
+
+    def __init__(self, lengths: list[int], device: torch.device):
+        self.lengths = lengths
+        self.device = device
+        self.uniform = min(lengths) == max(lengths)
+
+    @cached_property
+    def ends(self) -> Tensor:
+        """`[B + 1]`: picture b has the rows ends[b] ... ends[b + 1] - 1."""
+        counts = torch.tensor([0, *self.lengths], device=self.device)
+        return counts.cumsum(0)
+
+    @cached_property
+    def picture(self) -> Tensor:
+        """`[T]`: the picture that a row belongs to."""
+        counts = torch.tensor(self.lengths, device=self.device)
+        index = torch.arange(len(self.lengths), device=self.device)
+        return index.repeat_interleave(counts, output_size=sum(self.lengths))
+
+    @cached_property
+    def slot(self) -> Tensor:
+        """`[T]`: where a row stands when every picture is padded to the longest one, counted over `[B, Nmax]`."""
+        rows = torch.arange(sum(self.lengths), device=self.device)
+        return rows - self.ends[self.picture] + self.picture * max(self.lengths)
+
+    def pad(self, rows: Tensor, fill: float = 0.0) -> Tensor:
+        """Rows `[T, ...]` as `[B, Nmax, ...]`, the room behind the shorter pictures filled."""
+        shape = (len(self.lengths), max(self.lengths), *rows.shape[1:])
+        if self.uniform:
+            return rows.view(shape)
+        padded = rows.new_full((shape[0] * shape[1], *rows.shape[1:]), fill)
+        return padded.index_copy(0, self.slot, rows).view(shape)
+
+    def unpad(self, padded: Tensor) -> Tensor:
+        """The inverse of `pad`."""
+        rows = padded.flatten(0, 1)
+        return rows if self.uniform else rows[self.slot]
+
+    def sum(self, rows: Tensor) -> Tensor:
+        """Rows `[T, ...]` summed over each picture, `[B, ...]`."""
+        if self.uniform:
+            return self.pad(rows).sum(1)
+        return rows.new_zeros(len(self.lengths), *rows.shape[1:]).index_add(0, self.picture, rows)
+
+
+def attend(layout: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Attention within each picture, every key counted `weight` times.
+
+        out_i = sum_j A_ij v_j,    A_ij = w_j exp(s_ij) / sum_k w_k exp(s_ik),    s_ij = q_i . k_j / sqrt(D)
+
+    With weight None all keys count once. Where the weight carries a gradient, keys of weight zero get theirs too.
+
+    Args:
+        layout: Of the keys. The queries are as many per picture, or one per picture.
+        q: `[T, H, D]`, or `[B, H, D]` for one query per picture.
+        k, v: `[T, H, D]`.
+        weight: `[T]`, not negative; in every picture at least one is positive.
+    """
+    if weight is None and not layout.uniform:
+        if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+            return _attend_varlen(layout, q, k, v)
+        if not q.is_cuda:
+            return _attend_each(layout, q, k, v)
+    queries = layout if len(q) == len(k) else Layout([1] * len(q), q.device)
+    padded = [part.transpose(1, 2) for part in (queries.pad(q), layout.pad(k), layout.pad(v))]
+    if weight is None and not layout.uniform:
+        weight = torch.ones(len(k), device=k.device)
+    if weight is None:
+        out = F.scaled_dot_product_attention(*padded)
+    elif weight.requires_grad:
+        out = WeightedAttention.apply(*padded, layout.pad(weight))
+    else:
+        bias = layout.pad(weight).to(q.dtype).log()[:, None, None, :]
+        out = F.scaled_dot_product_attention(*padded, attn_mask=bias)
+    return queries.unpad(out.transpose(1, 2))
+
+
+def _attend_varlen(layout: Layout, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's own packed attention: one kernel for pictures of any lengths."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    ends = layout.ends.int()
+    longest = max(layout.lengths)
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    if len(q) == len(k):
+        return varlen_attn(q, k, v, ends, ends, longest, longest)
+    each = torch.arange(len(q) + 1, device=q.device, dtype=torch.int32)
+    return varlen_attn(q, k, v, each, ends, 1, longest)
+
+
+def _attend_each(layout: Layout, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A call per picture, on views. On a CPU this beats padding, and does no more than the counted MACs."""
+    sizes = layout.lengths if len(q) == len(k) else [1] * len(q)
+    parts = zip(q.split(sizes), k.split(layout.lengths), v.split(layout.lengths), strict=True)
+    out = [
+        F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in part))[0].transpose(0, 1)
+        for part in parts
+    ]
+    return torch.cat(out)
+
+
+class WeightedAttention(torch.autograd.Function):
+    """`attend` on `[B, H, N, D]` with the true gradient by the weights `[B, M]`, those that are zero included.
+
+    With u_ij = exp(s_ij) / sum_k w_k exp(s_ik), so that A_ij = w_j u_ij, and G = dL/d out:
+
+        r_ij = u_ij (G_i . v_j - G_i . out_i),   dL/dw_j = sum_i r_ij,   dL/ds_ij = w_j r_ij,   dL/dv_j = w_j sum_i u_ij G_i
+
+    A bias log(max(w, eps)) in a plain softmax loses dL/dw_j where w_j = 0: a gate that trains through it learns from
+    active tokens only.
+    """
+
+    # An inactive key may score far above all active ones; beyond e^30 times their sum its gradient is cut off.
+    LIMIT = 30.0
+
+    @staticmethod
+    def _excess(q: Tensor, k: Tensor, weight: Tensor, total: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """u, and log sum_k w_k exp(s_ik) (computed if not given), in float32 or better."""
+        s = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+        s = s if s.dtype == torch.float64 else s.float()
+        w = weight[:, None, None, :]
+        if total is None:
+            top = s.masked_fill(w <= 0, -torch.inf).amax(-1, keepdim=True)
+            e = (s - top).clamp_(max=WeightedAttention.LIMIT).exp_()
+            total = top + (e * w).sum(-1, keepdim=True).log()
+        return s.sub_(total).clamp_(max=WeightedAttention.LIMIT).exp_(), total
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
+        u, total = WeightedAttention._excess(q, k, weight)
+        out = u.mul_(weight[:, None, None, :]).to(v.dtype) @ v
+        ctx.save_for_backward(q, k, v, weight, total, out)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        q, k, v, weight, total, out = ctx.saved_tensors
+        u, _ = WeightedAttention._excess(q, k, weight, total)
+        w = weight[:, None, None, :]
+        r = grad @ v.transpose(-2, -1) - (grad * out).sum(-1, keepdim=True)
+        r = r.to(u.dtype).mul_(u)
+        grad_v = u.mul_(w).to(grad.dtype).transpose(-2, -1) @ grad
+        grad_weight = r.sum((1, 2)).to(weight.dtype)
+        r = r.mul_(w).to(q.dtype)
+        scale = q.shape[-1] ** -0.5
+        return r @ k * scale, r.transpose(-2, -1) @ q * scale, grad_v, grad_weight

@@ -1,0 +1,25 @@
+"""Small backbones for pictures from scratch, registered with timm: `timm.create_model("vit_mini_patch8_64")`."""
+
+from timm.models import register_model
+from timm.models.vision_transformer import VisionTransformer
+
+
+def _build(name: str, size: dict, overrides: dict) -> VisionTransformer:
+    overrides = {k: v for k, v in overrides.items() if v is not None and not k.startswith("pretrained")}
+    overrides.pop("cache_dir", None)
+    vit = VisionTransformer(**size | overrides)
+    side = vit.patch_embed.img_size
+    vit.pretrained_cfg = {
+        "architecture": name,
+        "input_size": (vit.in_chans, *side),
+        "num_classes": vit.num_classes,
+    }
+    vit.default_cfg = vit.pretrained_cfg
+    return vit
+
+
+@register_model
+def vit_mini_patch8_64(pretrained: bool = False, **kwargs) -> VisionTransformer:
+    """0.2 M parameters, for the built-in pictures: trains on two CPU cores in a minute."""
+    size = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 4, "num_classes": 8}
+    return _build("vit_mini_patch8_64", size, kwargs)

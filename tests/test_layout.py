@@ -1,0 +1,65 @@
+"""Attention among rows: three ways of computing it, one function; and its gradient by the weights."""
+
+import pytest
+import torch
+
+from msvit.layout import Layout, WeightedAttention, attend
+
+
+def by_loops(layout, q, k, v, weight):
+    """The definition, one query and one key at a time."""
+    out = torch.zeros(len(q), q.shape[1], v.shape[2], dtype=q.dtype)
+    single = len(q) != len(k)
+    for b, length in enumerate(layout.lengths):
+        rows = range(layout.ends[b], layout.ends[b] + length)
+        for i in [b] if single else rows:
+            for head in range(q.shape[1]):
+                e = [weight[j] * (q[i, head] @ k[j, head] / q.shape[2] ** 0.5).exp() for j in rows]
+                out[i, head] = sum(e_j * v[j, head] for e_j, j in zip(e, rows, strict=True)) / sum(e)
+    return out
+
+
+@pytest.mark.parametrize("lengths", [[4], [5, 5, 5], [1, 7, 3], [2, 1, 1]])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("single", [False, True], ids=["self", "one query"])
+@pytest.mark.parametrize("learned", [False, True])
+def test_attention_is_its_definition(lengths, weighted, single, learned):
+    layout = Layout(lengths, torch.device("cpu"))
+    q, k, v = torch.randn(3, sum(lengths), 2, 4, dtype=torch.float64)
+    q = q[: len(lengths)] if single else q
+    weight = torch.ones(sum(lengths), dtype=torch.float64)
+    if weighted:
+        weight = torch.randint(0, 3, (sum(lengths),)).double()
+        weight[layout.ends[:-1]] = 2.0
+    expected = by_loops(layout, q, k, v, weight)
+    given = weight.requires_grad_(learned) if weighted or learned else None
+    torch.testing.assert_close(attend(layout, q, k, v, given), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_gradients_of_weighted_attention_zero_weights_included():
+    q, k, v = torch.randn(3, 2, 2, 5, 3, dtype=torch.float64).requires_grad_().unbind(0)
+    weight = torch.tensor([[1.0, 0, 1, 0, 1], [1, 1, 0, 0, 0]], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(WeightedAttention.apply, (q, k, v, weight))
+
+
+def test_a_hidden_key_that_scores_far_above_the_rest_leaves_finite_gradients():
+    q = torch.full((1, 1, 2, 4), 30.0)
+    k = torch.stack([torch.full((4,), -30.0), torch.full((4,), 30.0)])[None, None]
+    weight = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    out = WeightedAttention.apply(q, k, torch.randn(1, 1, 2, 4), weight)
+    out.sum().backward()
+    assert out.isfinite().all()
+    assert weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("lengths", [[3, 3], [2, 5, 1]])
+def test_padding_and_summing_follow_the_pictures(lengths):
+    layout = Layout(lengths, torch.device("cpu"))
+    rows = torch.randn(sum(lengths), 4)
+    padded = layout.pad(rows, fill=7.0)
+    for b, (length, part) in enumerate(zip(lengths, rows.split(lengths), strict=True)):
+        assert torch.equal(padded[b, :length], part)
+        assert (padded[b, length:] == 7).all()
+    assert torch.equal(layout.unpad(padded), rows)
+    torch.testing.assert_close(layout.sum(rows), torch.stack([part.sum(0) for part in rows.split(lengths)]))
+    assert layout.picture.tolist() == [b for b, n in enumerate(lengths) for _ in range(n)]
