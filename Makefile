@@ -1,0 +1,83 @@
+# All that is needed is python3 (3.11 or later), git and make. `make` alone lists the commands.
+# ARGS reach the command that is run:  make ablation ARGS='-p gbas false'   make test ARGS='-k gate -x'
+PYTHON ?=
+CANDIDATES := $(or $(PYTHON),python3 python3.12 python3.11)
+RUN := .venv/bin/python -m
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+NBVAL := $(if $(NOTEBOOKS),tests notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=600)
+INSTALL := pip install --disable-pip-version-check --no-input -c constraints.txt -e '.[all]'
+
+.DEFAULT_GOAL := help
+.PHONY: help ablation test test-slow lab explorer report bench lint clean
+
+help: ## list these commands
+	@echo "usage: make COMMAND [ARGS='…'] [PYTHON=python3.12]"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+
+# The stamp is written last, so an installation that was interrupted is taken up again by the next command.
+# A package that pip was interrupted in has a dist-info without INSTALLER and would pass for complete.
+.venv/.installed: pyproject.toml constraints.txt
+	@if ! .venv/bin/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+	    found=; \
+	    for python in $(CANDIDATES); do \
+	        if $$python -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
+	        then found=$$python; break; fi; \
+	    done; \
+	    if [ -z "$$found" ]; then \
+	        echo "Found no Python 3.11 or later with its venv module among: $(CANDIDATES)." >&2; \
+	        echo "Install one (Debian, Ubuntu: apt install python3-venv), or name one: make PYTHON=python3.12" >&2; \
+	        exit 1; \
+	    fi; \
+	    echo "Making .venv with $$($$found --version)"; \
+	    $$found -m venv --clear .venv || exit 1; \
+	fi
+	@find .venv -name '*.dist-info' ! -exec test -e '{}/INSTALLER' ';' -prune -exec rm -rf '{}' +
+	@echo "Installing msvit and all it uses into .venv: about two minutes and 6 GB the first time, seconds later."
+	@echo "Nothing more is printed until it is done; it can be interrupted and started again."
+	@$(RUN) $(INSTALL) -qq || { echo "That failed. The same with all messages: $(RUN) $(INSTALL)" >&2; exit 1; }
+	@touch $@
+
+# Executes notebooks/$(1).ipynb. The copy gets its name when it is whole; a failed one is kept for reading.
+define execute
+	@mkdir -p reports/$(1)
+	$(RUN) papermill notebooks/$(1).ipynb reports/$(1)/unfinished.ipynb $(ARGS) || \
+	    { echo "It failed; reports/$(1)/unfinished.ipynb shows where." >&2; exit 1; }
+	@mv reports/$(1)/unfinished.ipynb reports/$(1)/$(1).ipynb
+	@echo "Wrote reports/$(1)/$(1).ipynb"
+endef
+
+ablation: .venv/.installed ## train the method with and without its parts, and compare (minutes)
+	@echo "Running the ablation: a few minutes on two cores"
+ifneq ($(filter notebooks/ablation.ipynb,$(NOTEBOOKS)),)
+	$(call execute,ablation)
+else
+	$(RUN) msvit.demo $(ARGS)
+endif
+
+test: .venv/.installed ## run the tests (minutes)
+	@echo "Running the tests: a few minutes on two cores"
+	$(RUN) pytest $(NBVAL) $(ARGS)
+
+test-slow: .venv/.installed ## run the tests that take longer than the suite can afford
+	$(RUN) pytest -m slow $(ARGS)
+
+lab: .venv/.installed ## open JupyterLab on the notebooks, for this machine only and with a token
+	$(RUN) jupyterlab --ServerApp.ip=127.0.0.1 --LabApp.default_url=/lab/tree/notebooks $(ARGS)
+
+explorer: .venv/.installed ## open the gate explorer as a page, for this machine only and with a token
+	$(RUN) voila notebooks/gate_explorer.ipynb --Voila.ip=127.0.0.1 --Voila.auto_token=True $(ARGS)
+
+report: .venv/.installed ## make reports/ anew from the runs
+	$(call execute,report)
+
+bench: .venv/.installed ## measure speed against dense timm and the other methods
+	$(RUN) msvit.cli bench $(ARGS)
+
+lint: .venv/.installed ## check style, format, and that notebooks are stored without outputs
+	$(RUN) ruff check
+	$(RUN) ruff format --check
+	$(if $(NOTEBOOKS),$(RUN) nbstripout --verify --keep-id $(NOTEBOOKS))
+
+clean: ## remove .venv and the tools' caches; runs and reports stay
+	rm -rf .venv .pytest_cache .ruff_cache build dist msvit.egg-info
+	find . -name __pycache__ -prune -exec rm -rf '{}' +

@@ -1,0 +1,47 @@
+"""What every test may rely on: no network, no more threads than cores, one seed, one tiny backbone."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # huggingface_hub reads it once, when it is imported
+os.environ.setdefault("OMP_NUM_THREADS", "2")  # for the subprocesses of tests too
+
+import pytest
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+if not torch.cuda.is_available():  # several CUDA kernels, attention's among them, have no deterministic form
+    torch.use_deterministic_algorithms(True)  # also fills torch.empty with NaN, which shows what is read unset
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """The same random numbers in every test, whichever ran before."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def make_vit():
+    """A function that builds a ViT of three narrow blocks for 64 px pictures, in evaluation mode.
+
+    Its keyword arguments go to timm's `VisionTransformer`, over the defaults below.
+    """
+
+    def make(**settings):
+        tiny = {
+            "img_size": 64,
+            "patch_size": 8,
+            "embed_dim": 64,
+            "depth": 3,
+            "num_heads": 4,
+            "num_classes": 8,
+        }
+        return VisionTransformer(**tiny | settings).eval()
+
+    return make
+
+
+@pytest.fixture
+def tiny_vit(make_vit):
+    """The default of `make_vit`: 64 fine tokens of width 64 and a class token."""
+    return make_vit()
