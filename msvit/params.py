@@ -1,0 +1,122 @@
+"""The guard of every notebook: parameters mean what was typed, or the notebook stops before it trains anything.
+
+papermill passes `-p gbas false` as the string 'false', which is truthy, and lets `-p gbass 1` go by with a log line.
+So the cell after the one tagged `parameters` calls `guard(globals())`: the annotations of that cell say which
+parameters there are and of what type, the cell that papermill injects says what was asked for.
+"""
+
+import ast
+import difflib
+import math
+import types
+from collections.abc import Iterable, MutableMapping
+from typing import Any, get_args, get_origin
+
+import yaml
+
+INJECTED = "# Parameters"  # the first line of the cell that papermill injects
+
+
+class ParameterError(ValueError):
+    """A parameter that does not exist, or a value it cannot have."""
+
+
+def guard(names: MutableMapping[str, Any], **rules: str | Iterable) -> None:
+    """Converts the parameters in a notebook's globals in place, and refuses what cannot be meant.
+
+    Args:
+        names: `globals()` of the notebook, right after its cell of annotated defaults.
+        rules: For a parameter, the interval it lies in (such as "(0, 1)"), or the values it may have; for a list,
+            what each of its elements must fulfil.
+    """
+    kinds = {name: kind for name, kind in names.get("__annotations__", {}).items() if not name.startswith("_")}
+    if not kinds:
+        raise ParameterError("no annotated defaults found; call guard(globals()) after the cell tagged `parameters`")
+    if stray := set(rules) - set(kinds):
+        raise ParameterError(f"rules for {sorted(stray)}, but the notebook's parameters are {', '.join(kinds)}")
+    for name in injected(names.get("In", [])):
+        if name not in kinds:
+            near = difflib.get_close_matches(name, kinds, 1, cutoff=0.4)
+            hint = f"; the nearest is {near[0]!r}" if near else ""
+            raise ParameterError(f"this notebook has no parameter {name!r}{hint}. It has: {', '.join(kinds)}")
+    for name, kind in kinds.items():
+        names[name] = convert(name, names[name], kind)
+        check(name, names[name], rules.get(name))
+
+
+def injected(cells: list[str]) -> list[str]:
+    """The names that papermill assigned, from the sources of the cells run so far."""
+    found = [cell for cell in cells if cell.startswith(INJECTED)]
+    if not found:
+        return []
+    statements = ast.parse(found[-1]).body
+    return [target.id for s in statements if isinstance(s, ast.Assign) for target in s.targets]
+
+
+def convert(name: str, value: Any, kind: Any) -> Any:
+    """The value as the parameter's type has it."""
+    allowed = get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    if value is None and types.NoneType in allowed:
+        return None
+    kind = next(k for k in allowed if k is not types.NoneType)
+    outer, inner = get_origin(kind) or kind, get_args(kind)
+    plain = _read(value) if isinstance(value, str) and outer is not str else value
+    if plain is None and types.NoneType in allowed:
+        return None
+    if outer is list:
+        items = plain if isinstance(plain, list | tuple) else [plain]
+        return [convert(f"{name}[{i}]", item, inner[0]) for i, item in enumerate(items)] if inner else list(items)
+    if outer is float and type(plain) is int:
+        plain = float(plain)
+    if outer is int and type(plain) is float and plain.is_integer():
+        plain = int(plain)
+    if type(plain) is not outer or plain != plain:
+        raise ParameterError(f"{name}={value!r} is no {EXPECTED.get(outer, outer.__name__)}")
+    return plain
+
+
+EXPECTED = {
+    bool: "truth value; write true or false",
+    int: "whole number",
+    float: "number",
+    str: "text",
+    dict: "mapping; write it as {sigma: 0.1}",
+}
+
+
+def _read(text: str) -> Any:
+    """What a typed string means: true, 0.6, 1e-3, [0.5, 0.7], {sigma: 0.1}, none."""
+    if text.strip().lower() in ("none", "null", ""):
+        return None
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):  # YAML 1.1 takes 1e-3 for text
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def check(name: str, value: Any, rule: str | Iterable | None) -> None:
+    """Raises unless the value, or each element of a list, lies in the rule's interval or is one of its values."""
+    if rule is None or value is None:
+        return
+    if isinstance(value, list):
+        if not value:
+            raise ParameterError(f"{name} is an empty list; give at least one value")
+        for i, item in enumerate(value):
+            check(f"{name}[{i}]", item, rule)
+    elif isinstance(rule, str):
+        low, high = (float(end) for end in rule[1:-1].split(","))
+        above = low <= value if rule[0] == "[" else low < value
+        below = value <= high if rule[-1] == "]" else value < high
+        if not (above and below):
+            end = "" if math.isfinite(high) else " (inf: no upper end)"
+            raise ParameterError(f"{name}={value!r} lies outside {rule}{end}")
+    elif value not in (known := list(rule)):
+        near = difflib.get_close_matches(str(value), [str(k) for k in known], 1, cutoff=0.4)
+        hint = f"; the nearest is {near[0]!r}" if near else ""
+        raise ParameterError(f"{name}={value!r} is not known{hint}. There are: {', '.join(map(str, known))}")
