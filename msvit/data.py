@@ -1,0 +1,210 @@
+"""Loaders of training and validation pictures, built-in scenes or real ones, behind one function.
+
+Order and augmentation of an epoch are functions of (seed, epoch) alone, whatever the number of workers, of
+processes or of epochs that this process has seen: the sampler hands out keys epoch * n + i, and picture i is
+augmented with random numbers seeded by (seed, epoch, i). A run resumed at an epoch's boundary sees what an
+undisturbed one sees.
+"""
+
+import difflib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from .pictures import KINDS, Pictures, Stream, Unreadable, open_sources
+from .scenes import DIFFICULTIES, Scenes, permutation
+
+SCENES = tuple(f"scenes:{name}" for name in DIFFICULTIES)
+AUGMENT = {  # by name, what goes to timm's create_transform for training pictures
+    "none": None,
+    "light": {"scale": (0.5, 1.0), "hflip": 0.5, "color_jitter": None},
+    "timm": {"auto_augment": "rand-m9-mstd0.5-inc1", "re_prob": 0.25, "re_mode": "pixel"},
+}
+
+
+class Batch(NamedTuple):
+    """What the loaders yield.
+
+    `indices` tell which pictures these are. Where file i cannot be read, the next readable one stands in, so
+    that the batch keeps its shape, and the index is ~i = -1 - i: leave rows with a negative index out of
+    every metric.
+    """
+
+    images: torch.Tensor  # float32 [B, 3, H, W], normalised
+    targets: torch.Tensor  # int64 [B], or [B, H, W] for segmentation
+    indices: torch.Tensor  # int64 [B]
+
+
+@dataclass(frozen=True)
+class Loaders:
+    """The two loaders of a data set and what belongs to it.
+
+    Call `set_epoch(loaders.train, e)` before epoch e, also after `accelerator.prepare`.
+    """
+
+    train: DataLoader
+    val: DataLoader
+    classes: list[str]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    size: tuple[int, int]
+    steps: int  # training batches in an epoch, over all processes together
+
+    def names(self, split: str, indices) -> list[str]:
+        """The files of a batch (`batch.indices`), for messages; a stand-in goes by the broken file's name."""
+        return [self._data(split).name(i if i >= 0 else ~i) for i in map(int, indices)]
+
+    def unreadable(self, split: str) -> list[Unreadable]:
+        """The files of a split that could not be read so far, by this process and its workers."""
+        return self._data(split).unreadable()
+
+    def _data(self, split: str) -> Dataset:
+        if split not in ("train", "val"):
+            raise ValueError(f"split={split!r} is not known; use 'train' or 'val'")
+        return getattr(self, split).dataset
+
+
+class EpochSampler(Sampler):
+    """Hands out keys epoch * n + i, in an order that depends on (seed, epoch), or from 0 to n - 1."""
+
+    def __init__(self, n: int, seed: int, shuffle: bool):
+        self.n, self.seed, self.shuffle, self.epoch = n, seed, shuffle, 0
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __iter__(self) -> Iterator[int]:
+        order = permutation(self.n, self.seed, 2, self.epoch) if self.shuffle else np.arange(self.n)
+        return iter((order + self.epoch * self.n).tolist())
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+def set_epoch(loader: DataLoader, epoch: int) -> None:
+    """Make `epoch` the one that the loader yields next, whether accelerate has prepared the loader or not."""
+    for owner in (loader, loader.sampler, loader.dataset):
+        if hasattr(owner, "set_epoch"):
+            owner.set_epoch(epoch)
+            return
+    raise TypeError(f"{type(loader).__name__} does not come from make_loaders: it has no epochs")
+
+
+class BuiltIn(Dataset):
+    """Scenes behind the sampler's keys; a whole batch is made at once."""
+
+    def __init__(self, scenes: Scenes):
+        self.scenes, self.name = scenes, scenes.name
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def __getitems__(self, keys: Sequence[int]) -> Batch:
+        i = np.asarray(keys) % len(self)
+        return Batch(*self.scenes.batch(i), torch.from_numpy(i))
+
+    def __getitem__(self, key: int) -> tuple[torch.Tensor, int, int]:
+        i = key % len(self)
+        return *self.scenes[i], i
+
+    def unreadable(self) -> list[Unreadable]:
+        """Nothing: a scene is computed."""
+        return []
+
+
+def collate(samples: Batch | list[tuple]) -> Batch:
+    """Stack (image, target, index), unless the data set did."""
+    if isinstance(samples, Batch):
+        return samples
+    images, targets, indices = zip(*samples, strict=True)
+    return Batch(torch.stack(images), torch.as_tensor(targets), torch.as_tensor(indices))
+
+
+def make_loader(
+    data: Dataset, batch: int, seed: int, workers: int, shuffle: bool, collate: Callable = collate
+) -> DataLoader:
+    """A loader that goes by (seed, epoch) and leaves the global random numbers alone.
+
+    With `shuffle` it is one for training, which drops the last incomplete batch.
+    """
+    stream = isinstance(data, IterableDataset)
+    return DataLoader(
+        data,
+        batch_size=min(batch, len(data)),
+        sampler=None if stream else EpochSampler(len(data), seed, shuffle),
+        drop_last=shuffle,
+        num_workers=workers,
+        persistent_workers=workers > 0 and not stream,  # a stream's epoch reaches new workers only
+        collate_fn=collate,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def make_loaders(
+    data: str = "scenes:easy",
+    size: int | tuple[int, int] = 64,
+    batch: int = 128,
+    val_batch: int = 256,
+    train_n: int = 8192,
+    val_n: int = 2048,
+    seed: int = 0,
+    workers: int = 0,
+    augment: str = "none",
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
+) -> Loaders:
+    """Loaders of `Batch`es for training and validation.
+
+    Training shuffles by (seed, epoch) and drops the last incomplete batch; validation keeps every picture, in
+    a fixed mixed order. With several processes let accelerate split each batch (`split_batches=True`):
+    together they see what one process would see. Mixup is the caller's; `timm.data.Mixup` draws from numpy's
+    global random numbers, so seed those at the start of each epoch.
+
+    Args:
+        data: "scenes:easy", "scenes:middle", "scenes:hard"; "folder:ROOT" with ROOT/train/CLASS/*.jpg and
+            ROOT/val/CLASS/*.jpg; "tar:ROOT" with ROOT/train.tar and ROOT/val.tar of such folders; or a name
+            for timm's `create_dataset` with ":ROOT" where it needs one, such as "hfds/uoft-cs/cifar10",
+            "wds/:ROOT" or "torch/cifar10:ROOT".
+        size: of the pictures in pixels, or (H, W).
+        train_n: number of training pictures in an epoch; 0, or more than there are, for all (scenes: 8192).
+        val_n: the same for validation (scenes: 2048).
+        workers: processes that read ahead.
+        augment: "none", "light" (a crop of at least half of the area, flip) or "timm" (RandAugment, random
+            erasing). Scenes take "none" only: resized, they would show something else at each scale.
+        mean, std: what real pictures are normalised by; scenes have their own.
+    """
+    if augment not in AUGMENT:
+        raise ValueError(f"augment={augment!r} is not known; use one of {', '.join(AUGMENT)}")
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    if data in SCENES:
+        if augment != "none":
+            raise ValueError(f"augment={augment!r} is for real pictures; scenes take 'none' and a larger train_n")
+        level = data.partition(":")[2]
+        sets = [
+            BuiltIn(Scenes(n or full, size, seed, level, split))
+            for n, full, split in ((train_n, 8192, "train"), (val_n, 2048, "val"))
+        ]
+        classes, mean, std = sets[0].scenes.classes, Scenes.mean, Scenes.std
+    elif not data.startswith(KINDS):
+        known = SCENES + KINDS
+        near = difflib.get_close_matches(data, known, 1, 0.0)[0]
+        raise ValueError(f"data={data!r} is not known; did you mean {near!r}? Known: {', '.join(known)}")
+    else:
+        *sources, classes = open_sources(data, (batch, val_batch), seed, workers)
+        common = {"input_size": (3, *size), "mean": mean, "std": std, "interpolation": "bicubic"}
+        plain = create_transform(**common, crop_pct=0.875 if min(size) > 96 else 1.0)
+        settings = AUGMENT[augment]
+        busy = plain if settings is None else create_transform(**common, is_training=True, **settings)
+        sets = [
+            (Stream if isinstance(source, IterableDataset) else Pictures)(source, how, n, seed, f"{data} {split}")
+            for source, how, n, split in zip(sources, (busy, plain), (train_n, val_n), ("train", "val"), strict=True)
+        ]
+    train = make_loader(sets[0], batch, seed, workers, shuffle=True)
+    val = make_loader(sets[1], val_batch, seed, workers, shuffle=False)
+    return Loaders(train, val, classes, tuple(mean), tuple(std), size, len(train))

@@ -1,0 +1,300 @@
+"""Scenes: pictures made by seed, in which fine detail decides and its place varies.
+
+A scene is a smooth background, a few flat-coloured distractor blobs and one object: a blob of about a quarter
+of the short side, filled with a fine texture whose pattern is the class. Blobs and textures lie on the grid
+of 2 x 2 pixel blocks and every block of a fine texture has zero mean, so halving the resolution erases the
+class *exactly*: the scenes of two classes that agree in everything else have bit-identical halves. At half
+resolution an object is one more flat blob.
+
+Picture i is a function of (seed, split, i, size, difficulty) alone, the same on every machine: its random
+numbers are a counter-based hash (the finaliser of SplitMix64, Steele et al. 2014) and every sum is one of
+integers.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+MEAN, STD = (128 / 255,) * 3, (64 / 255,) * 3  # a pixel u of 0..255 becomes (u - 128) / 64: exact in float32
+_CACHE_BYTES = 2**31  # a larger data set is made anew at every visit
+_SPLITS = {"train": 0x7472, "val": 0x7661}
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+class Difficulty(NamedTuple):
+    """What scenes of one difficulty show. Every sum of colours stays in 0..255: nothing is ever clipped."""
+
+    classes: tuple[str, ...]  # patterns; a "wide" one has twice the size and can be read at half resolution
+    contrast: tuple[int, int]  # amplitude of the texture in grey levels, drawn per picture
+    noise: int  # log2 of the number of grey levels of the uniform noise on every pixel
+    width: float  # of a blob, in quarters of the short side
+    flat: int  # distractors of one colour
+    decoys: int  # distractors with a fine texture that is no class and does not average to zero
+    shift: bool  # the texture starts anywhere on the 2 x 2 grid, not always at a multiple of its period
+
+
+_FINE = ("rows", "columns", "checks", "broad rows", "broad columns", "broad checks", "weave", "rings")
+_MIXED = _FINE[:3] + ("weave", "wide rows", "wide columns", "wide checks", "wide weave")
+DIFFICULTIES = {
+    "easy": Difficulty(_FINE, (56, 56), 0, 1.0, flat=2, decoys=0, shift=False),
+    "middle": Difficulty(_MIXED, (4, 32), 6, 1.0, flat=2, decoys=0, shift=False),
+    "hard": Difficulty(_FINE, (12, 36), 6, 0.8, flat=2, decoys=2, shift=True),
+}
+
+
+def _textures() -> dict[str, np.ndarray]:
+    """The patterns of +1 and -1, each `[16, 16]`, of period 4 (wide ones: 8).
+
+    A fine one is put together from 2 x 2 blocks of zero mean: two rows h, two columns v, or a checker d.
+    """
+    h, v = np.array([[1, 1], [-1, -1]]), np.array([[1, -1], [1, -1]])
+    d = h * v
+    blocks = {
+        "rows": [[h, h], [h, h]],
+        "columns": [[v, v], [v, v]],
+        "checks": [[d, d], [d, d]],
+        "broad rows": [[h, h], [-h, -h]],
+        "broad columns": [[v, -v], [v, -v]],
+        "broad checks": [[d, -d], [-d, d]],
+        "weave": [[h, v], [v, h]],
+        "rings": [[h, -h], [v, -v]],
+    }
+    fine = {name: np.tile(np.block(b), (4, 4)) for name, b in blocks.items()}
+    wide = {f"wide {name}": t.repeat(2, 0).repeat(2, 1)[:16, :16] for name, t in fine.items()}
+    y, x = np.mgrid[:16, :16]
+    decoys = {f"decoy {k}": np.where((x + (2 * k - 1) * y) % 4 < 2, 1, -1) for k in (1, 2)}  # slanted stripes
+    return {name: t.astype(np.int16) for name, t in (fine | wide | decoys).items()}
+
+
+_TEXTURES = _textures()
+
+
+def _mix(x: np.ndarray) -> np.ndarray:
+    """Hash 64-bit words one by one."""
+    x = x ^ (x >> np.uint64(30))
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def hashed(*words: int | np.ndarray) -> np.ndarray:
+    """A 64-bit hash of integers, elementwise over arrays: the source of all randomness in data sets."""
+    x = np.zeros(1, np.uint64)
+    for word in words:
+        x = _mix((x ^ np.asarray(word).astype(np.uint64)) + _GOLDEN)
+    return x
+
+
+def permutation(n: int, *words: int) -> np.ndarray:
+    """The order of 0..n-1 that belongs to `words`, whatever the version of any library."""
+    return np.argsort(hashed(*words, np.arange(n)), kind="stable")
+
+
+class _Draws:
+    """Uniform integers for `[B]` pictures, a fresh one at every call."""
+
+    def __init__(self, keys: np.ndarray):
+        self.keys, self.calls = keys, 0
+
+    def __call__(self, low: int, high: int, *shape: int) -> np.ndarray:
+        """Integers in low..high inclusive, `[B, *shape]`."""
+        count = int(np.prod(shape))
+        counter = np.arange(self.calls, self.calls + count, dtype=np.uint64)
+        self.calls += count
+        words = _mix(self.keys[:, None] + (counter + np.uint64(1)) * _GOLDEN) >> np.uint64(32)
+        return (low + ((words * np.uint64(high - low + 1)) >> np.uint64(32)).astype(np.int64)).reshape(-1, *shape)
+
+
+def _spline(n: int, nodes: int) -> np.ndarray:
+    """Weights `[n, nodes]` of the uniform quadratic B-spline, integers that sum to 128 in each row."""
+    t = (2 * np.arange(n) + 1) * (nodes - 2) * 32 // n  # 64ths of the distance between two nodes
+    k, f = t // 64, t % 64
+    out = np.zeros((n, nodes), np.int64)
+    rows = np.arange(n)
+    out[rows, k] = (64 - f) ** 2 // 64
+    out[rows, k + 2] = f**2 // 64
+    out[rows, k + 1] = 128 - out[rows, k] - out[rows, k + 2]
+    return out
+
+
+def _background(draw: _Draws, height: int, width: int, top: int) -> np.ndarray:
+    """Smooth colour fields in 64..top, uint8 `[B, 3, H, W]`.
+
+    Separable splines as two matrix products. Their sums are integers below 2^24, so that float32 holds them
+    exactly in whatever order a BLAS adds them up.
+    """
+    nodes = draw(64, top, 3, 6, 6).astype(np.float32)
+    wy, wx = _spline(height, 6).astype(np.float32), _spline(width, 6).astype(np.float32)
+    fields = np.matmul(wy, np.matmul(nodes, wx.T))
+    fields *= np.float32(2**-14)
+    return fields.astype(np.uint8)
+
+
+def _blobs(draw: _Draws, count: int, side: int, unit: int) -> np.ndarray:
+    """Shapes of blobs, unions of three discs, in blocks of 2 x 2 pixels: bool `[B, count, side, side]`.
+
+    Args:
+        side: of the window, in blocks.
+        unit: width of a blob in 16ths of a pixel.
+    """
+    at = (2 * np.arange(side) + 1 - side) * 16  # centres of the blocks from the window's centre
+    oy, ox = (draw(-unit // 6, unit // 6, count, 3)[..., None, None] for _ in range(2))
+    radius = draw(unit * 5 // 16, unit * 7 // 16, count, 3)[..., None, None]
+    return ((at[:, None] - oy) ** 2 + (at - ox) ** 2 <= radius**2).any(2)
+
+
+class _Stamps:
+    """Patches of a texture as it lies on the picture's grid, however it starts."""
+
+    def __init__(self, side: int):
+        tiles = -(-side // 16) + 1
+        self.side, self.planes = side, {name: np.tile(t, (tiles, tiles)) for name, t in _TEXTURES.items()}
+
+    def __call__(self, name: str, y: int, x: int) -> np.ndarray:
+        return self.planes[name][y % 16 :, x % 16 :][: self.side, : self.side]
+
+
+def render(
+    keys: np.ndarray, labels: np.ndarray, size: tuple[int, int], level: Difficulty
+) -> tuple[np.ndarray, np.ndarray]:
+    """Paint scenes: uint8 pictures `[B, 3, H, W]` and their masks `[B, H, W]`.
+
+    The labels choose the object's pattern and nothing else.
+    """
+    height, width = (n + -n % 4 for n in size)
+    draw, unit = _Draws(keys), int(min(size) * level.width) * 4
+    side = -(-unit * 5 // 4 // 32)  # in blocks; a blob spans up to 29/24 of its unit
+    count, object_at = level.flat + level.decoys + 1, level.flat + level.decoys  # the object comes last, on top
+    top = 192 - 2**level.noise
+    images, masks = _background(draw, height, width, top), np.zeros((len(keys), height, width), np.uint8)
+    shapes = _blobs(draw, count, side, unit).repeat(2, 2).repeat(2, 3)
+    ys, xs = (2 * draw(0, n // 2 - side, count) for n in (height, width))
+    colours = draw(64, top, count, 3)[..., None, None].astype(np.int16)
+    contrast, phase, decoy = draw(*level.contrast, 1).astype(np.int16), draw(0, 3, count), draw(1, 2, count)
+    shift_y, shift_x = 2 * (phase & 1) * level.shift, (phase & 2) * level.shift
+    side, stamp = 2 * side, _Stamps(2 * side)
+    for b, label in enumerate(labels.tolist()):
+        for k in range(count):
+            y, x, colour = ys[b, k], xs[b, k], colours[b, k]
+            if k >= level.flat:
+                name = level.classes[label] if k == object_at else f"decoy {decoy[b, k]}"
+                colour = colour + contrast[b] * stamp(name, y + shift_y[b, k], x + shift_x[b, k])
+            window = np.s_[..., y : y + side, x : x + side]
+            np.copyto(images[b][window], colour, where=shapes[b, k], casting="unsafe")
+            np.copyto(masks[b][window], label + 1 if k == object_at else 9, where=shapes[b, k])
+    if level.noise:
+        counter = np.arange(1, 3 * height * width // 8 + 1, dtype=np.uint64)  # eight bytes a word
+        words = _mix(_mix(keys)[:, None] + counter * _GOLDEN).astype("<u8", copy=False)
+        images += words.view(np.uint8).reshape(images.shape) >> np.uint8(8 - level.noise)
+    return images[..., : size[0], : size[1]], masks[..., : size[0], : size[1]]
+
+
+class Scenes(Dataset):
+    """A map-style data set of n scenes: `scenes[i]` is (float32 `[3, H, W]`, label).
+
+    Labels are balanced: every run of eight pictures from a multiple of eight on has each class once. Pictures
+    are kept as uint8 once made, as long as the whole set fits 2 GiB.
+
+    Args:
+        n: number of pictures.
+        size: H and W in pixels, or (H, W); at least 16.
+        seed: of the whole set.
+        difficulty: "easy", where the class is gone at half resolution; "middle", where half of the classes
+            are still readable there, and contrast varies under noise; "hard", with smaller and fainter
+            objects, textures that start anywhere and decoys with a fine texture of no class.
+        split: "train" or "val": streams of random numbers that share no picture.
+    """
+
+    mean, std = MEAN, STD
+
+    def __init__(
+        self,
+        n: int,
+        size: int | tuple[int, int] = 64,
+        seed: int = 0,
+        difficulty: str = "easy",
+        split: str = "train",
+    ):
+        self.size = (size, size) if isinstance(size, int) else tuple(size)
+        if len(self.size) != 2 or min(self.size) < 16:
+            raise ValueError(f"size={size}: a scene needs a height and a width of at least 16 pixels")
+        if difficulty not in DIFFICULTIES:
+            raise ValueError(f"difficulty={difficulty!r} is not known; use one of {', '.join(DIFFICULTIES)}")
+        if split not in _SPLITS:
+            raise ValueError(f"split={split!r} is not known; use one of {', '.join(_SPLITS)}")
+        if n < 1:
+            raise ValueError(f"n={n}: a data set needs at least one picture")
+        self.n, self.seed, self.difficulty, self.split = n, seed, difficulty, split
+        self.classes = list(DIFFICULTIES[difficulty].classes)
+        self.regions = ["background", *self.classes, "distractor"]  # what the values of a mask mean
+        pixels = self.size[0] * self.size[1]
+        self._chunk = max(1, 2**20 // pixels)  # pictures made in one go
+        self._chunks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._cached = 4 * n * pixels <= _CACHE_BYTES
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        images, labels = self.batch([i])
+        return images[0], int(labels[0])
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_chunks": {}}  # a worker makes its own pictures: quicker than to send them
+
+    def labels(self, indices) -> np.ndarray:
+        """Labels int64 `[B]`: a permutation of the eight classes for every eight pictures."""
+        i = self._checked(indices)
+        turn = hashed(self.seed, _SPLITS[self.split], 1, i // 8).astype(np.int64)
+        return ((i % 8) * (turn & 6 | 1) + (turn >> 3)) % 8  # odd multiples permute the residues of eight
+
+    def batch(self, indices) -> tuple[torch.Tensor, torch.Tensor]:
+        """Many pictures at once: float32 `[B, 3, H, W]` and labels int64 `[B]`."""
+        pixels = torch.from_numpy(self._rows(indices, 0))
+        return pixels.float().sub_(128).mul_(1 / 64), torch.from_numpy(self.labels(indices))
+
+    def masks(self, indices) -> np.ndarray:
+        """Segmentation masks uint8 `[B, H, W]`: 0 background, label + 1 object, 9 distractor or decoy."""
+        return self._rows(indices, 1)
+
+    def mask(self, i: int) -> np.ndarray:
+        """Segmentation mask of one picture, uint8 `[H, W]`."""
+        return self.masks([i])[0]
+
+    def object_regions(self, indices, patch: int) -> np.ndarray:
+        """True for the patches that the object touches, bool `[B, h, w]`, or `[h, w]` for a single index.
+
+        The complement is the oracle's coarse mask. A size that is no multiple of `patch` is padded at bottom
+        and right.
+        """
+        masks = self.masks(np.atleast_1d(indices))
+        (h, w), batch = self.size, len(masks)
+        inside = np.pad((masks > 0) & (masks < 9), ((0, 0), (0, -h % patch), (0, -w % patch)))
+        touched = inside.reshape(batch, -(-h // patch), patch, -(-w // patch), patch).any((2, 4))
+        return touched if np.ndim(indices) else touched[0]
+
+    def name(self, i: int) -> str:
+        """What to call picture i in a message."""
+        return f"scenes:{self.difficulty} seed {self.seed} {self.split} #{i}"
+
+    def _checked(self, indices) -> np.ndarray:
+        i = np.asarray(indices, np.int64)
+        if i.size and (i.min() < 0 or i.max() >= self.n):
+            raise IndexError(f"index {i.min() if i.min() < 0 else i.max()} is outside 0..{self.n - 1}")
+        return i
+
+    def _render(self, i: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        keys = hashed(self.seed, _SPLITS[self.split], 0, i)
+        return render(keys, self.labels(i), self.size, DIFFICULTIES[self.difficulty])
+
+    def _rows(self, indices, which: int) -> np.ndarray:
+        """Pictures (`which` 0) or masks (1) of the indices, from the cache where there is one."""
+        i = self._checked(indices)
+        if not self._cached or not len(i):
+            return np.ascontiguousarray(self._render(i)[which])
+        for c in set((i // self._chunk).tolist()) - self._chunks.keys():
+            self._chunks[c] = self._render(np.arange(c * self._chunk, min(self.n, (c + 1) * self._chunk)))
+        return np.stack([self._chunks[j // self._chunk][which][j % self._chunk] for j in i.tolist()])

@@ -1,0 +1,259 @@
+"""Pictures with label maps for segmentation: scenes, and folders in CamVid's or ADE20K's layout.
+
+Every label map is int64 with classes 0..K-1 and 255 where a pixel is to be ignored.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torchvision.transforms.v2 as T
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+from torch.utils.data import Dataset
+from torchvision import tv_tensors
+
+from .data import SCENES, Batch, BuiltIn, Loaders, make_loader
+from .pictures import SUFFIXES, Pictures, to_rgb
+from .scenes import Scenes
+
+IGNORE = 255
+AUGMENT = ("none", "light")
+_SPLITS = ("train", "training"), ("val", "validation", "valid", "test")
+_VOID = ("unlabelled", "unlabeled", "void", "ignore")  # names of classes that are none
+# Brostow et al. 2009, in the eleven classes of SegNet (Badrinarayanan et al. 2017).
+_CAMVID = ["Sky", "Building", "Pole", "Road", "Pavement", "Tree", "SignSymbol", "Fence", "Car", "Pedestrian"]
+_CAMVID += ["Bicyclist", "Unlabelled"]
+_ADE20K = 150  # classes of SceneParse150 (Zhou et al. 2017); label 0 is "other"
+
+
+class Folder(NamedTuple):
+    """What a folder holds: (picture, label map) files of each split, class names, and the meaning of label values."""
+
+    train: list[tuple[Path, Path]]
+    val: list[tuple[Path, Path]]
+    classes: list[str]
+    meaning: np.ndarray  # int64 [256]: class of each label value, 255 to ignore, -1 for values that must not occur
+
+
+class RandomScale(T.Transform):
+    """Resize picture and label map together by one factor, log-uniform in low..high."""
+
+    def __init__(self, low: float, high: float):
+        super().__init__()
+        self.low, self.high = low, high
+
+    def make_params(self, flat_inputs: list) -> dict:
+        factor = self.low * (self.high / self.low) ** torch.rand(()).item()
+        return {"size": [max(1, round(side * factor)) for side in T.functional.get_size(flat_inputs[0])]}
+
+    def transform(self, inpt, params: dict):
+        return T.functional.resize(inpt, params["size"])
+
+
+class Labelled(Pictures):
+    """Pictures with label maps: item `key` is (float32 `[3, H, W]`, int64 `[H, W]`, index), as of `Pictures`.
+
+    Files that cannot be decoded are replaced and counted. A label map that contradicts its picture or the
+    list of classes ends the run with its name, because nobody can say how many others are wrong.
+
+    Args:
+        files: (picture, label map).
+        crop: (H, W) of a training picture, or None for whole ones.
+    """
+
+    def __init__(self, files, meaning, transform, crop, short: int, n: int, seed: int, label: str):
+        super().__init__(files, transform, n, seed, label)
+        self.meaning, self.crop, self.short = meaning, crop, short
+
+    def name(self, i: int) -> str:
+        """The file of picture i."""
+        return str(self.source[self.order[i]][0])
+
+    def _read(self, i: int) -> tuple[Image.Image, np.ndarray]:
+        picture, labels = self.source[self.order[i]]
+        with Image.open(picture) as image, Image.open(labels) as values:
+            return to_rgb(image), np.asarray(values, np.int64)
+
+    def _prepare(self, image: Image.Image, target: np.ndarray, i: int) -> tuple[Tensor, Tensor]:
+        labels = self.source[self.order[i]][1]
+        if target.shape != image.size[::-1]:
+            raise ValueError(
+                f"{labels} has shape {target.shape}, its picture {self.name(i)} is {image.size[::-1]}; a label map "
+                f"holds one number for each pixel of the upright picture"
+            )
+        codes = np.where((target >= 0) & (target < 256), self.meaning[target & 255], -1)
+        if (codes < 0).any():
+            wrong = np.unique(target[codes < 0]).tolist()
+            known = np.flatnonzero(self.meaning >= 0).tolist()
+            raise ValueError(
+                f"{labels} holds the values {wrong[:8]}; known are {known[0]}..{known[-2]} and {IGNORE} (ignored)"
+            )
+        both = tv_tensors.Image(image), tv_tensors.Mask(codes.astype(np.uint8))
+        if self.short:
+            both = tuple(T.functional.resize(x, [self.short]) for x in both)
+        height, width = both[0].shape[-2:]
+        if self.crop and (self.crop[0] > height or self.crop[1] > width):
+            raise ValueError(
+                f"size={self.crop} is larger than {self.name(i)} of {(height, width)} pixels; use a smaller size, or "
+                f"short={max(self.crop)} to enlarge the pictures first"
+            )
+        picture, mask = self.transform(*both)
+        return picture.as_subclass(Tensor), mask.as_subclass(Tensor)
+
+
+class BuiltInLabelled(BuiltIn):
+    """Scenes with their masks as targets; the classes are `Scenes.regions`."""
+
+    def __getitems__(self, keys: Sequence[int]) -> Batch:
+        images, _, i = super().__getitems__(keys)
+        return Batch(images, torch.from_numpy(self.scenes.masks(i).astype(np.int64)), i)
+
+    def __getitem__(self, key: int) -> tuple[Tensor, Tensor, int]:
+        images, targets, i = self.__getitems__([key])
+        return images[0], targets[0], int(i)
+
+
+def collate_padded(samples: Batch | list[tuple]) -> Batch:
+    """Stack (picture, label map, index); smaller ones are padded at bottom and right, with the mean and with 255."""
+    if isinstance(samples, Batch):
+        return samples
+    height, width = (max(labels.shape[d] for _, labels, _ in samples) for d in (0, 1))
+    images = samples[0][0].new_zeros(len(samples), 3, height, width)
+    targets = torch.full((len(samples), height, width), IGNORE)
+    for b, (image, labels, _) in enumerate(samples):
+        h, w = labels.shape
+        images[b, :, :h, :w], targets[b, :h, :w] = image, labels
+    return Batch(images, targets, torch.as_tensor([i for *_, i in samples]))
+
+
+def joint_transform(size: tuple[int, int] | None, augment: str, mean: Sequence[float], std: Sequence[float]):
+    """A transform of picture and label map together.
+
+    "light" scales by 0.5..2, pads with the mean colour and 255 where the picture became too small, crops and
+    flips; "none" crops the centre. Without a size the picture stays whole.
+    """
+    fill = {tv_tensors.Image: [round(255 * m) for m in mean], tv_tensors.Mask: IGNORE}
+    steps = {
+        "none": lambda: [T.CenterCrop(size)],
+        "light": lambda: [
+            RandomScale(0.5, 2.0),
+            T.RandomCrop(size, pad_if_needed=True, fill=fill),
+            T.RandomHorizontalFlip(),
+        ],
+    }[augment]
+    dtypes = {tv_tensors.Image: torch.float32, tv_tensors.Mask: torch.int64, "others": None}
+    return T.Compose([*(steps() if size else []), T.ToDtype(dtypes, scale=True), T.Normalize(mean, std)])
+
+
+def open_folder(root: Path) -> Folder:
+    """Find the files of a folder in CamVid's layout or in ADE20K's, and what its label values mean.
+
+    CamVid: {train,val}/{images,labels}; label values count from 0, and classes called "unlabelled" or "void" are
+    ignored. ADE20K: {images,annotations}/{training,validation}; label 0 is ignored and value v is class v - 1.
+    Names come from classes.json ({"names": [...]}, in the order of the values) or ADE20K's objectInfo150.txt.
+    """
+    if not root.is_dir():
+        raise FileNotFoundError(f"there is no folder {root}")
+    if (root / "annotations").is_dir():
+        train, val = (_pairs(root / "images" / s, root / "annotations" / s) for s in ("training", "validation"))
+        names, first = _names(root) or [f"class {k + 1}" for k in range(_ADE20K)], 1
+    else:
+        splits = [next((root / s for s in words if (root / s).is_dir()), None) for words in _SPLITS]
+        if None in splits:
+            found = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing"
+            raise FileNotFoundError(
+                f"{root} has neither {{train,val}}/{{images,labels}} nor "
+                f"{{images,annotations}}/{{training,validation}}; found: {found}"
+            )
+        train, val = (_pairs(s / "images", s / "labels") for s in splits)
+        names, first = _names(root) or _CAMVID, 0
+    meaning, classes = np.full(256, -1), []
+    meaning[[0, IGNORE] if first else IGNORE] = IGNORE
+    for value, name in enumerate(names, first):
+        if name.lower() in _VOID:
+            meaning[value] = IGNORE
+        else:
+            meaning[value] = len(classes)
+            classes.append(name)
+    return Folder(train, val, classes, meaning)
+
+
+def _names(root: Path) -> list[str]:
+    """Names of the label values, empty where the folder does not tell them."""
+    if (root / "classes.json").is_file():
+        return json.loads((root / "classes.json").read_text())["names"]
+    if (root / "objectInfo150.txt").is_file():
+        return [line.split("\t")[-1] for line in (root / "objectInfo150.txt").read_text().splitlines()[1:]]
+    return []
+
+
+def _pairs(pictures: Path, labels: Path) -> list[tuple[Path, Path]]:
+    """Each picture with the label map of its stem."""
+    for folder in (pictures, labels):
+        if not folder.is_dir():
+            raise FileNotFoundError(f"there is no folder {folder}")
+    maps = {p.stem: p for p in labels.glob("*.png")}
+    files = sorted(p for p in pictures.iterdir() if p.suffix.lower() in SUFFIXES)
+    if not files:
+        raise ValueError(f"{pictures} holds no pictures ({', '.join(SUFFIXES)})")
+    if missing := [p.name for p in files if p.stem not in maps]:
+        raise FileNotFoundError(f"{labels} has no label map (.png) for {len(missing)} pictures: {missing[:5]}")
+    return [(p, maps[p.stem]) for p in files]
+
+
+def make_seg_loaders(
+    data: str = "scenes:easy",
+    size: int | tuple[int, int] = 64,
+    batch: int = 32,
+    val_batch: int = 32,
+    train_n: int = 8192,
+    val_n: int = 2048,
+    seed: int = 0,
+    workers: int = 0,
+    augment: str = "none",
+    short: int = 0,
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
+) -> Loaders:
+    """Loaders of `Batch`es whose targets are label maps; the rest is as in `msvit.data.make_loaders`.
+
+    Training pictures are crops of `size`; pictures for validation stay whole, and those of a batch are padded
+    to the largest with pixels to ignore. A crop larger than its picture is an error.
+
+    Args:
+        data: "scenes:easy", "scenes:middle", "scenes:hard", or "folder:ROOT" (see `open_folder`).
+        augment: "none" (the centre) or "light" (random scale, crop and flip); scenes take "none" only.
+        short: side to which the shorter side of all pictures is resized first, 0 to leave them.
+    """
+    if augment not in AUGMENT:
+        raise ValueError(f"augment={augment!r} is not known; use one of {', '.join(AUGMENT)}")
+    size = (size, size) if isinstance(size, int) else tuple(size)
+    kind, _, rest = data.partition(":")
+    if data in SCENES:
+        if augment != "none" or short:
+            raise ValueError(f"augment={augment!r}, short={short}: scenes are made as they are; use 'none' and 0")
+        train: Dataset = BuiltInLabelled(Scenes(train_n or 8192, size, seed, rest, "train"))
+        val: Dataset = BuiltInLabelled(Scenes(val_n or 2048, size, seed, rest, "val"))
+        classes, mean, std = train.scenes.regions, Scenes.mean, Scenes.std
+    elif kind == "folder":
+        folder = open_folder(Path(rest))
+        busy, whole = joint_transform(size, augment, mean, std), joint_transform(None, "none", mean, std)
+        train = Labelled(folder.train, folder.meaning, busy, size, short, train_n, seed, f"{data} train")
+        val = Labelled(folder.val, folder.meaning, whole, None, short, val_n, seed, f"{data} val")
+        classes = folder.classes
+    else:
+        raise ValueError(f"data={data!r} is not known; use folder:ROOT or one of {', '.join(SCENES)}")
+    return Loaders(
+        make_loader(train, batch, seed, workers, True, collate_padded),
+        make_loader(val, val_batch, seed, workers, False, collate_padded),
+        classes,
+        tuple(mean),
+        tuple(std),
+        size,
+        len(train) // min(batch, len(train)),
+    )
