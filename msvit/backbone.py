@@ -3,6 +3,8 @@
 The functions here read a timm model's public parts and never change it.
 """
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention, AttentionPoolLatent, PatchEmbed, resample_abs_pos_embed
@@ -24,18 +26,14 @@ def check_backbone(vit: nn.Module):
             "deit3_* (not eva, swin, or a convolutional network)"
         )
     blocks = {type(b).__name__ for b in vit.blocks if type(b) is not Block}
-    blocks |= {
-        type(b.attn).__name__ for b in vit.blocks if type(b) is Block and type(b.attn) is not Attention
-    }
+    blocks |= {type(b.attn).__name__ for b in vit.blocks if type(b) is Block and type(b.attn) is not Attention}
     if blocks:
         raise ValueError(f"{kind} has {sorted(blocks)}; supported are timm's standard Block with Attention")
     if type(vit.patch_embed) is not PatchEmbed:
         raise ValueError(f"patch embedding {type(vit.patch_embed).__name__}; supported is timm's PatchEmbed")
     if len(set(vit.patch_embed.patch_size)) > 1:
         raise ValueError(f"patches of {vit.patch_embed.patch_size} pixels; supported are square ones")
-    if vit.global_pool not in POOLS or (
-        vit.global_pool == "map" and type(vit.attn_pool) is not AttentionPoolLatent
-    ):
+    if vit.global_pool not in POOLS or (vit.global_pool == "map" and type(vit.attn_pool) is not AttentionPoolLatent):
         raise ValueError(f"global_pool={vit.global_pool!r}; supported are {', '.join(POOLS)}")
     dropout = max([vit.blocks[0].attn.attn_drop.p, getattr(vit.patch_drop, "prob", 0.0)])
     if dropout > 0:
@@ -67,9 +65,7 @@ def bases(vit: VisionTransformer, grid: tuple[int, int], scale: int) -> Tensor:
         return F.pad(prefix, (0, 0, 0, grid[0] * grid[1] * (1 + scale**2)))
     fine = (grid[0] * scale, grid[1] * scale)
     lead = 0 if vit.no_embed_class else len(prefix)
-    positions = resample_abs_pos_embed(
-        vit.pos_embed, fine, vit.patch_embed.grid_size, num_prefix_tokens=lead
-    )[0]
+    positions = resample_abs_pos_embed(vit.pos_embed, fine, vit.patch_embed.grid_size, num_prefix_tokens=lead)[0]
     if lead:
         prefix, positions = prefix + positions[:lead], positions[lead:]
     coarse = F.avg_pool2d(positions.T.unflatten(1, fine), scale).flatten(1).T
@@ -80,6 +76,16 @@ def embed(vit: VisionTransformer, pixels: Tensor) -> Tensor:
     """The backbone's patch embedding of pixels `[n, c S S]`, for both scales the same."""
     proj = vit.patch_embed.proj
     return vit.patch_embed.norm(F.linear(pixels, proj.weight.flatten(1), proj.bias))
+
+
+def copy_embedding(vit: VisionTransformer) -> nn.Module:
+    """The patch embedding once more, on pixels `[n, c S S]`, with weights of its own."""
+    proj = vit.patch_embed.proj
+    linear = nn.Linear(proj.weight[0].numel(), proj.out_channels, bias=proj.bias is not None)
+    linear.weight.data.copy_(proj.weight.flatten(1))
+    if proj.bias is not None:
+        linear.bias.data.copy_(proj.bias)
+    return nn.Sequential(linear, copy.deepcopy(vit.patch_embed.norm))
 
 
 def split_heads(block: Block, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,8 +20,8 @@ class Gate(nn.Module, PyTorchModelHubMixin):
         patch: Side of a coarse patch in pixels.
         channels: Channels of the pictures.
         width: Width of the hidden layers.
-        temperature: T. A lower one makes harder samples; it does not move the decision at m = 0.5. The prior of GBaS has one of
-            its own, and fits best with the same.
+        temperature: T. A lower one makes harder samples; it does not move the decision at m = 0.5. The prior of GBaS
+            has a temperature of its own, and fits best with the same.
     """
 
     def __init__(self, patch: int = 32, channels: int = 3, width: int = 64, temperature: float = 0.3):

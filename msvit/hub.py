@@ -10,6 +10,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from .gate import Gate
+from .masks import make_rule
+from .reducers import make_reducer
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -29,9 +31,7 @@ def describe_backbone(vit: nn.Module) -> dict:
         again = timm.create_model(name, pretrained=False, **args)
     wrong = shapes(vit).items() ^ shapes(again).items()
     if wrong:
-        raise ValueError(
-            f"timm's {name} with {args} is not this backbone; they differ in {sorted(wrong)[:4]}"
-        )
+        raise ValueError(f"timm's {name} with {args} is not this backbone; they differ in {sorted(wrong)[:4]}")
     return {"name": name, "args": args}
 
 
@@ -48,17 +48,28 @@ def _is_json(value) -> bool:
 
 def save_folder(model: nn.Module, folder: Path):
     """Writes the config and the weights."""
-    gate = model.gate
-    if type(gate) is not Gate:
+    gate, reducer = model.gate, model.reducer
+    if type(gate) is Gate:
+        described = {"patch": gate.patch, "channels": gate.channels, "width": gate.mlp[0].out_features}
+    elif (described := getattr(gate, "settings", None)) is None:
         raise ValueError(
-            f"the gate is a {type(gate).__name__}; only msvit.Gate can be built again from a config"
+            f"the gate is a {type(gate).__name__}; only msvit.Gate and what msvit.masks.make_rule makes can be built "
+            "again from a config"
+        )
+    if reducer is not None and getattr(reducer, "settings", None) is None:
+        raise ValueError(
+            f"the reducer is a {type(reducer).__name__}; make it with msvit.reducers.make_reducer, so that it can be "
+            "built again from a config"
         )
     config = {
         "backbone": describe_backbone(model.vit),
         "scale": model.scale,
         "slack": model.slack,
-        "gate": {"patch": gate.patch, "channels": gate.channels, "width": gate.mlp[0].out_features},
+        "gate": described,
+        "share_embedding": model.coarse_embed is None,
     }
+    if reducer is not None:
+        config["reducer"] = reducer.settings
     (Path(folder) / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     state = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
     save_file(state, Path(folder) / WEIGHTS)
@@ -70,15 +81,19 @@ def load_folder(cls, model_id: str, map_location: str = "cpu", strict: bool = Tr
     def fetch(name: str) -> Path:
         if Path(model_id).is_dir():
             if not (path := Path(model_id) / name).is_file():
-                raise FileNotFoundError(
-                    f"{model_id} has no {name}; is it a folder that save_pretrained wrote?"
-                )
+                raise FileNotFoundError(f"{model_id} has no {name}; is it a folder that save_pretrained wrote?")
             return path
         known = ("revision", "cache_dir", "force_download", "local_files_only", "token")
         return Path(hf_hub_download(model_id, name, **{k: v for k, v in download.items() if k in known}))
 
     config = json.loads(fetch(CONFIG).read_text())
     vit = timm.create_model(config["backbone"]["name"], pretrained=False, **config["backbone"]["args"])
-    model = cls(vit, scale=config["scale"], gate=Gate(**config["gate"]), slack=config["slack"])
+    gate = (make_rule if "name" in config["gate"] else Gate)(**config["gate"])
+    parts = {"scale": config["scale"], "gate": gate, "slack": config["slack"]}
+    parts["share_embedding"] = config["share_embedding"]
+    if "reducer" in config:
+        settings = dict(config["reducer"])
+        parts["reducer"] = make_reducer(settings.pop("name"), vit, **settings)
+    model = cls(vit, **parts)
     model.load_state_dict(load_file(fetch(WEIGHTS), device=map_location), strict=strict)
     return model.to(map_location).eval()

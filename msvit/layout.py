@@ -5,6 +5,7 @@ other in one matrix `[T, C]`, and only this file knows where a picture begins an
 """
 
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,10 +34,14 @@ class Layout:
         return index.repeat_interleave(counts, output_size=sum(self.lengths))
 
     @cached_property
+    def position(self) -> Tensor:
+        """`[T]`: where a row stands within its picture, from 0."""
+        return torch.arange(sum(self.lengths), device=self.device) - self.ends[self.picture]
+
+    @cached_property
     def slot(self) -> Tensor:
         """`[T]`: where a row stands when every picture is padded to the longest one, counted over `[B, Nmax]`."""
-        rows = torch.arange(sum(self.lengths), device=self.device)
-        return rows - self.ends[self.picture] + self.picture * max(self.lengths)
+        return self.position + self.picture * max(self.lengths)
 
     def pad(self, rows: Tensor, fill: float = 0.0) -> Tensor:
         """Rows `[T, ...]` as `[B, Nmax, ...]`, the room behind the shorter pictures filled."""
@@ -71,18 +76,19 @@ def attend(layout: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | Non
         k, v: `[T, H, D]`.
         weight: `[T]`, not negative; in every picture at least one is positive.
     """
-    if weight is None and not layout.uniform:
-        if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
+    learned = weight is not None and weight.requires_grad
+    if not layout.uniform and not learned:
+        if weight is None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
             return _attend_varlen(layout, q, k, v)
         if not q.is_cuda:
-            return _attend_each(layout, q, k, v)
+            return _attend_each(layout, q, k, v, weight)
     queries = layout if len(q) == len(k) else Layout([1] * len(q), q.device)
     padded = [part.transpose(1, 2) for part in (queries.pad(q), layout.pad(k), layout.pad(v))]
     if weight is None and not layout.uniform:
         weight = torch.ones(len(k), device=k.device)
     if weight is None:
         out = F.scaled_dot_product_attention(*padded)
-    elif weight.requires_grad:
+    elif learned:
         out = WeightedAttention.apply(*padded, layout.pad(weight))
     else:
         bias = layout.pad(weight).to(q.dtype).log()[:, None, None, :]
@@ -103,15 +109,77 @@ def _attend_varlen(layout: Layout, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return varlen_attn(q, k, v, each, ends, 1, longest)
 
 
-def _attend_each(layout: Layout, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attend_each(layout: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None) -> Tensor:
     """A call per picture, on views. On a CPU this beats padding, and does no more than the counted MACs."""
     sizes = layout.lengths if len(q) == len(k) else [1] * len(q)
-    parts = zip(q.split(sizes), k.split(layout.lengths), v.split(layout.lengths), strict=True)
-    out = [
-        F.scaled_dot_product_attention(*(x.transpose(0, 1)[None] for x in part))[0].transpose(0, 1)
-        for part in parts
-    ]
+    bias = None if weight is None else weight.to(q.dtype).log()[:, None]
+    out = []
+    for part in _pictures(layout, (q, sizes), (k, layout.lengths), (v, layout.lengths), (bias, layout.lengths)):
+        q_, k_, v_ = (x.transpose(0, 1)[None] for x in part[:3])
+        mask = None if part[3] is None else part[3].T
+        out.append(F.scaled_dot_product_attention(q_, k_, v_, attn_mask=mask)[0].transpose(0, 1))
     return torch.cat(out)
+
+
+def _pictures(layout: Layout, *rows: tuple[Tensor | None, list[int]]):
+    """The rows of each picture in turn, as views."""
+    parts = [[None] * len(layout.lengths) if x is None else x.split(sizes) for x, sizes in rows]
+    return zip(*parts, strict=True)
+
+
+class Watched(NamedTuple):
+    """Attention's output `[T, H, D]`, and how much attention each row received, `[T]`, without a gradient."""
+
+    out: Tensor
+    received: Tensor
+
+
+def attend_watched(layout: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None = None) -> Watched:
+    """`attend` among all rows, and the mean over the heads of sum_i A_ij that every row j receives from active rows i.
+
+    It has the MACs of attention, but is not fused: only a layer whose reducer needs the weights calls it.
+    """
+    learned = weight is not None and weight.requires_grad
+    out, received = [], []
+    for part, *rows in _groups(layout, q, k, v, weight):
+        q_, k_, v_ = (part.pad(x).transpose(1, 2) for x in rows[:3])
+        a, count = _shares(part, q_, k_, None if rows[3] is None else rows[3].detach())
+        if not learned:
+            out.append(part.unpad((a @ v_).transpose(1, 2)))
+        a = a.detach() if count is None else a.detach() * (count > 0)[:, None, :, None]
+        received.append(part.unpad(a.float().sum(2).mean(1)))
+    return Watched(attend(layout, q, k, v, weight) if learned else torch.cat(out), torch.cat(received))
+
+
+@torch.no_grad()
+def attention_of_first(layout: Layout, q: Tensor, k: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The share of its attention that the first row of each picture (the class token) gives to each row, `[T]`."""
+    shares = []
+    for part, q_, k_, w_ in _groups(layout, q, k, weight):
+        first = q_[part.ends[:-1]][:, :, None]
+        a, _ = _shares(part, first, part.pad(k_).transpose(1, 2), w_)
+        shares.append(part.unpad(a.float().mean(1)[:, 0]))
+    return torch.cat(shares)
+
+
+def _groups(layout: Layout, *rows: Tensor | None):
+    """The whole batch at once where that needs no padding or runs on a GPU, else picture by picture."""
+    if layout.uniform or rows[0].is_cuda:
+        yield layout, *rows
+        return
+    parts = _pictures(layout, *((x, layout.lengths) for x in rows))
+    for n, part in zip(layout.lengths, parts, strict=True):
+        yield Layout([n], layout.device), *part
+
+
+def _shares(layout: Layout, q: Tensor, k: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """A `[B, H, M, N]`, and how often each key counts, `[B, N]`: 0 in the padding; None if all count once."""
+    s = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    if weight is None and layout.uniform:
+        return s.softmax(-1), None
+    rows = layout.picture.new_ones(len(layout.picture)).float() if weight is None else weight.float()
+    count = layout.pad(rows)
+    return (s + count.log()[:, None, None].to(s.dtype)).softmax(-1), count
 
 
 class WeightedAttention(torch.autograd.Function):
@@ -119,7 +187,8 @@ class WeightedAttention(torch.autograd.Function):
 
     With u_ij = exp(s_ij) / sum_k w_k exp(s_ik), so that A_ij = w_j u_ij, and G = dL/d out:
 
-        r_ij = u_ij (G_i . v_j - G_i . out_i),   dL/dw_j = sum_i r_ij,   dL/ds_ij = w_j r_ij,   dL/dv_j = w_j sum_i u_ij G_i
+        r_ij = u_ij (G_i . v_j - G_i . out_i)
+        dL/dw_j = sum_i r_ij,   dL/ds_ij = w_j r_ij,   dL/dv_j = w_j sum_i u_ij G_i
 
     A bias log(max(w, eps)) in a plain softmax loses dL/dw_j where w_j = 0: a gate that trains through it learns from
     active tokens only.

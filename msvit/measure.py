@@ -19,16 +19,15 @@ def gate_macs(gate: nn.Module | None, regions: int) -> int:
     return regions * linear_macs(gate) if gate is not None else 0
 
 
-def block_macs(block: nn.Module, tokens: Tensor) -> Tensor:
-    """MACs of a timm block on so many tokens, attention's two products included."""
-    return tokens * linear_macs(block) + 2 * tokens**2 * block.attn.num_heads * block.attn.head_dim
+def attention_macs(block: nn.Module, tokens: Tensor) -> Tensor:
+    """MACs of the attention branch of a timm block on so many tokens, attention's two products included."""
+    rows = linear_macs(block) - linear_macs(block.mlp)
+    return tokens * rows + 2 * tokens**2 * block.attn.num_heads * block.attn.head_dim
 
 
 def head_macs(vit: nn.Module, tokens: Tensor) -> Tensor:
     """MACs of pooling and classifier on so many tokens per picture."""
-    macs = torch.full_like(
-        tokens, sum(linear_macs(h) for h in (vit.head, getattr(vit, "head_dist", None)) if h)
-    )
+    macs = torch.full_like(tokens, sum(linear_macs(h) for h in (vit.head, getattr(vit, "head_dist", None)) if h))
     if vit.attn_pool is None:
         return macs
     pool = vit.attn_pool
@@ -45,5 +44,30 @@ def embedding_macs(vit: nn.Module, tokens: Tensor) -> Tensor:
 def vit_macs(vit: nn.Module, tokens: Tensor) -> Tensor:
     """MACs, int64 `[B]`, of a backbone whose blocks all see `tokens` tokens (int64 `[B]`, prefix included)."""
     tokens = tokens.long()
-    blocks = torch.stack([block_macs(block, tokens) for block in vit.blocks]).sum(0)
-    return embedding_macs(vit, tokens) + blocks + head_macs(vit, tokens)
+    return path_macs(vit, tokens, plan(len(vit.blocks), tokens))
+
+
+def plan(depth: int, entering: Tensor, reducer: nn.Module | None = None) -> Tensor:
+    """How many tokens each block's attention and MLP will see, int64 `[depth, 2, B]`, from those that enter, `[B]`."""
+    n, counts = entering.long(), []
+    for layer in range(depth):
+        acts = reducer is not None and layer in reducer.layers
+        n = reducer.count(layer, n) if acts and reducer.place == "before" else n
+        seen = n
+        n = reducer.count(layer, n) if acts and reducer.place == "between" else n
+        counts.append(torch.stack([seen, n]))
+    return torch.stack(counts)
+
+
+def path_macs(vit: nn.Module, entering: Tensor, counts: Tensor, reducer: nn.Module | None = None) -> Tensor:
+    """MACs, int64 `[B]`, by the tokens that enter, `[B]`, and those that each block saw, `[depth, 2, B]`.
+
+    The work of a reducer itself is included, clustering and predictors too.
+    """
+    macs = embedding_macs(vit, entering) + head_macs(vit, counts[-1, 1])
+    for block, (attended, mixed) in zip(vit.blocks, counts, strict=True):
+        macs = macs + attention_macs(block, attended) + mixed * linear_macs(block.mlp)
+    for layer in () if reducer is None else reducer.layers:
+        before = counts[layer - 1, 1] if layer else entering
+        macs = macs + reducer.macs(layer, before)
+    return macs

@@ -1,27 +1,37 @@
 """MSViT: a gate, a mixed-scale tokenizer and a timm backbone."""
 
+import math
 from typing import NamedTuple
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from . import backbone, measure, tokens as tk
+from . import backbone, measure
+from . import tokens as tk
+from .calibrate import calibrate
 from .checks import check_images, check_mask
 from .gate import Gate, straight_through
 from .hub import load_folder, save_folder
-from .layout import Layout, attend
+from .layout import Layout
+from .masks import Rule
+from .passage import STEPS, Stage, pass_blocks
+from .reducers.reducer import check_backbone
 from .tokens import Tokens
 
 EXECUTIONS = ("masked", "trimmed", "packed")
 
 
 class Gating(NamedTuple):
-    """What was decided about a batch: the gate's logits and soft values (None under a mask), and m, 1 = coarse."""
+    """What was decided about a batch: the gate's logits (None without one), soft values, and m, 1 = coarse.
+
+    Blocks `[B, h // 2, w // 2]` are 1 where 2 x 2 coarse regions have one token; None with two scales.
+    """
 
     scores: Tensor | None
     soft: Tensor
     decisions: Tensor
+    blocks: Tensor | None = None
 
 
 class Result(NamedTuple):
@@ -32,8 +42,11 @@ class Result(NamedTuple):
         gates: Soft m in [0, 1], `[B, h, w]`; while training a Gumbel sample that carries gradients.
         scores: The gate's logits without noise, `[B, h, w]`; None where a mask was given.
         coarse: The decisions, bool `[B, h, w]`.
-        tokens: Active tokens per picture, prefix tokens included, int64 `[B]`.
-        macs: Per picture, for the active tokens alone, gate included, float64 `[B]`.
+        tokens: Active tokens per picture that enter the first block, prefix tokens included, int64 `[B]`.
+        macs: Per picture, for the active tokens alone, gate and reducer included, float64 `[B]`.
+        counts: Active tokens that each block's attention and MLP saw, int64 `[depth, 2, B]`.
+        stages: Where each fine patch's token was, after the tokenizer and after each step of the reducer.
+        final: The tokens after the last norm.
     """
 
     logits: Tensor
@@ -42,6 +55,9 @@ class Result(NamedTuple):
     coarse: Tensor
     tokens: Tensor
     macs: Tensor
+    counts: Tensor | None = None
+    stages: tuple[Stage, ...] = ()
+    final: Tokens | None = None
 
 
 class MSViT(nn.Module, PyTorchModelHubMixin):
@@ -61,18 +77,27 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
     Args:
         vit: The backbone; it is used as it is, not copied.
         scale: Fine patches along the side of a coarse one.
-        gate: A trained gate; None makes a new one.
+        gate: A trained gate, or a rule of `msvit.masks`; None makes a new gate.
         slack: Room for inactive tokens in a trimmed sequence, as a share of the largest active count.
+        reducer: What drops or merges tokens inside the network, after the gate; from `msvit.reducers.make_reducer`.
+        share_embedding: Coarse patches go through the backbone's own embedding; False gives them a copy of it that
+            trains on its own (an ablation).
     """
 
-    def __init__(self, vit: nn.Module, scale: int = 2, gate: nn.Module | None = None, slack: float = 0.1):
+    def __init__(
+        self,
+        vit: nn.Module,
+        scale: int = 2,
+        gate: nn.Module | None = None,
+        slack: float = 0.1,
+        reducer: nn.Module | None = None,
+        share_embedding: bool = True,
+    ):
         super().__init__()
         backbone.check_backbone(vit)
         patch = backbone.patch_size(vit)
         if not isinstance(scale, int) or scale < 2:
-            raise ValueError(
-                f"scale={scale!r}: a coarse patch is a whole number of fine ones wide; use 2, 3, 4 …"
-            )
+            raise ValueError(f"scale={scale!r}: a coarse patch is a whole number of fine ones wide; use 2, 3, 4 …")
         if getattr(gate, "patch", patch * scale) != patch * scale:
             raise ValueError(
                 f"the gate looks at coarse patches of {gate.patch} px, but scale={scale} on patches of {patch} px "
@@ -80,10 +105,13 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
             )
         if slack < 0:
             raise ValueError(f"slack={slack}: the room for inactive tokens is a share >= 0")
-        self.vit, self.scale, self.slack = vit, scale, slack
+        if reducer is not None:
+            check_backbone(reducer, vit)
+        self.vit, self.scale, self.slack, self.reducer = vit, scale, slack, reducer
         self.gate = gate if gate is not None else Gate(patch * scale, vit.patch_embed.proj.in_channels)
+        self.coarse_embed = None if share_embedding else backbone.copy_embedding(vit)
         self.register_buffer("cut", torch.tensor(0.5))
-        self._steps = (_before_attention, _after_attention)
+        self._steps = STEPS
 
     @property
     def threshold(self) -> float:
@@ -124,23 +152,35 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
         check_images(images, self.vit.patch_embed.proj.in_channels, self.coarse_patch, finite=check)
         gating = self.decide(images, mask)
         coarse = gating.decisions.detach() > 0.5
-        tokens = self.encode(images, gating, execution)
-        counts = tokens.active_counts()
+        tokens = self.tokenize(images, gating, execution)
+        entering = tokens.active_counts()
+        final, counts, stages = pass_blocks(self.vit, tokens, self.reducer, self._steps)
         return Result(
-            logits=backbone.pooled_logits(self.vit, tokens),
+            logits=backbone.pooled_logits(self.vit, final),
             gates=gating.soft,
             scores=gating.scores,
             coarse=coarse,
-            tokens=counts,
-            macs=self._macs(counts, coarse[0].numel(), gated=mask is None),
+            tokens=entering,
+            macs=self._macs(entering, coarse[0].numel(), mask is None, counts),
+            counts=counts,
+            stages=stages,
+            final=final,
         )
 
     def decide(self, images: Tensor, mask: Tensor | None = None) -> Gating:
-        """The gate's decisions, or those of a mask."""
+        """The decisions of the gate, of a rule in its place, or of a mask."""
+        grid = self.grid(images.shape[-2:])
         if mask is not None:
-            check_mask(mask, len(images), self.grid(images.shape[-2:]))
+            check_mask(mask, len(images), grid)
             m = mask.to(images.device, torch.float32).expand(len(images), -1, -1)
             return Gating(None, m, m)
+        if isinstance(self.gate, Rule):
+            soft, blocks = self.gate.judge(images, grid)
+            m = (soft > self.cut).float()
+            if blocks is not None:
+                blocks = (blocks > self.cut).float()
+                m = m.maximum(tk.spread(blocks, grid))
+            return Gating(None, soft, m, blocks)
         scores = self.gate(images)
         soft = self.gate.soften(scores)
         return Gating(scores, soft, straight_through(soft, 0.5 if self.training else self.cut))
@@ -151,28 +191,35 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
         if execution not in EXECUTIONS:
             raise ValueError(f"execution={execution!r}; use one of {', '.join(EXECUTIONS)}")
         vit, scale, prefix = self.vit, self.scale, backbone.prefix_count(self.vit)
-        activity = tk.candidate_activity(gating.decisions, scale, prefix)
+        blocks, grid = gating.blocks, self.grid(images.shape[-2:])
+        activity = tk.candidate_activity(gating.decisions, scale, prefix, blocks)
         active = activity.detach() > 0.5
         if execution == "packed":
             rows, lengths = tk.choose_active(active)
         elif execution == "masked":
             rows, lengths = tk.choose_all(active)
         else:
-            soft = tk.candidate_activity(gating.soft.detach(), scale, prefix)
-            rows, lengths = tk.choose_trimmed(active, soft, self.slack)
+            soft = tk.candidate_activity(gating.soft.detach(), scale, prefix, blocks)
+            # Room for inactive tokens is for their gradient.
+            slack = self.slack if gating.decisions.requires_grad else 0.0
+            rows, lengths = tk.choose_trimmed(active, soft, slack)
 
         b, n = active.shape
-        base = backbone.bases(vit, self.grid(images.shape[-2:]), scale)
-        seeing, pixels = tk.pixels_of(rows, images, backbone.patch_size(vit), scale, prefix)
-        patches = backbone.embed(vit, pixels)
+        base = backbone.bases(vit, grid, scale)
+        if blocks is not None:
+            base = tk.with_blocks(base, (grid[0] * scale, grid[1] * scale), scale)
+        seeing, pixels = tk.pixels_of(rows, images, backbone.patch_size(vit), scale, prefix, blocks is not None)
+        numbers = rows[seeing] % n
+        patches = self._embed(pixels, (numbers < prefix + grid[0] * grid[1]))
         x = base[rows % n].to(patches.dtype).index_add(0, seeing, patches)
         x = vit.norm_pre(vit.pos_drop(x))
 
         area = base.new_ones(n, dtype=torch.float32)
         area[:prefix] = 0
-        area[prefix : prefix + gating.decisions[0].numel()] = scale**2
+        area[prefix : prefix + grid[0] * grid[1]] = scale**2
+        area[prefix + grid[0] * grid[1] * (1 + scale**2) :] = 4 * scale**2
         start = torch.arange(b, device=x.device)[:, None, None] * n
-        where = tk.candidate_map(gating.decisions.detach() > 0.5, scale, prefix) + start
+        where = tk.candidate_map(gating.decisions.detach() > 0.5, scale, prefix, blocks) + start
         if execution != "masked":
             moved = torch.empty(b * n, dtype=torch.long, device=x.device)
             moved[rows] = torch.arange(len(rows), device=x.device)
@@ -180,79 +227,55 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
         activity = None if execution == "packed" else activity.flatten()[rows]
         return Tokens(x, activity, area[rows % n], where, Layout(lengths, x.device))
 
+    def _embed(self, pixels: Tensor, coarse: Tensor) -> Tensor:
+        """Embeddings `[n, C]` of pixels `[n, c S S]`, of which some (bool `[n]`) are coarse patches."""
+        if self.coarse_embed is None:
+            return backbone.embed(self.vit, pixels)
+        own, shared = coarse.nonzero()[:, 0], (~coarse).nonzero()[:, 0]
+        both = torch.cat([backbone.embed(self.vit, pixels[shared]), self.coarse_embed(pixels[own])])
+        return both[torch.cat([shared, own]).argsort()]
+
     def encode(self, images: Tensor, gating: Gating, execution: str | None = None) -> Tokens:
         """The tokens after the last block and the last norm."""
-        tokens = self.tokenize(images, gating, execution)
-        before, after = self._steps
-        x = tokens.x
-        for block in self.vit.blocks:
-            h, q, k, v = before(block, x)
-            heads = attend(tokens.layout, q, k, v, tokens.activity)
-            x = after(block, x, h, heads, tokens.layout)
-        return Tokens(self.vit.norm(x), tokens.activity, tokens.area, tokens.where, tokens.layout)
+        return pass_blocks(self.vit, self.tokenize(images, gating, execution), self.reducer, self._steps).final
 
     def compile_blocks(self, **options):
         """Compiles what a block does row by row; attention stays eager, since its shapes change with every batch."""
-        self._steps = tuple(
-            torch.compile(step, dynamic=True, **options) for step in (_before_attention, _after_attention)
-        )
+        self._steps = tuple(torch.compile(step, dynamic=True, **options) for step in STEPS)
 
-    def macs_of(self, n_coarse: Tensor, size: tuple[int, int]) -> Tensor:
-        """MACs, float64 `[B]`, of pictures of `size` pixels with so many coarse regions, gate included."""
-        h, w = self.grid(size)
-        tokens = backbone.prefix_count(self.vit) + n_coarse + (h * w - n_coarse) * self.scale**2
-        return self._macs(tokens, h * w, gated=True)
+    def macs_of(self, n_coarse: Tensor, size: tuple[int, int], n_blocks: Tensor | int = 0) -> Tensor:
+        """MACs, float64 `[B]`, of pictures of `size` pixels with so many coarse regions, gate and reducer included.
+
+        Args:
+            n_blocks: With three scales, how many blocks of 2 x 2 of these regions have one token.
+        """
+        regions = math.prod(self.grid(size))
+        patches = n_coarse + (regions - n_coarse) * self.scale**2 - 3 * n_blocks
+        return self._macs(backbone.prefix_count(self.vit) + patches, regions, gated=True)
 
     def dense_macs(self, size: tuple[int, int]) -> int:
         """MACs of the plain backbone on a picture of `size` pixels."""
-        h, w = self.grid(size)
-        tokens = torch.tensor([backbone.prefix_count(self.vit) + h * w * self.scale**2])
+        regions = math.prod(self.grid(size))
+        tokens = torch.tensor([backbone.prefix_count(self.vit) + regions * self.scale**2])
         return int(measure.vit_macs(self.vit, tokens))
 
-    def _macs(self, tokens: Tensor, regions: int, gated: bool) -> Tensor:
+    def _macs(self, tokens: Tensor, regions: int, gated: bool, counts: Tensor | None = None) -> Tensor:
+        """By the tokens that enter and what each block saw of them, which follows in closed form if not given."""
+        if counts is None:
+            counts = measure.plan(len(self.vit.blocks), tokens, self.reducer)
         gate = measure.gate_macs(self.gate, regions) if gated else 0
-        return (measure.vit_macs(self.vit, tokens) + gate).double()
+        return (measure.path_macs(self.vit, tokens.long(), counts, self.reducer) + gate).double()
 
-    @torch.no_grad()
     def calibrate(self, loader, macs: float = 0.6) -> float:
         """Sets the threshold so that the mean MACs over a loader meet that share of dense: one model, many budgets.
 
-        Only the gate runs. The loader yields pictures, or tuples that begin with them, all of one size.
+        Only the gate runs, unless a reducer's counts depend on the picture. The loader yields pictures, or tuples that
+        begin with them, all of one size.
 
         Returns:
             The share that the threshold reaches; a share below all-coarse or above all-fine cannot be met.
         """
-        if not 0 < macs <= 1.1:
-            raise ValueError(f"macs={macs}: a share of the dense model's MACs, such as 0.6")
-        training = self.training
-        self.eval()
-        device, soft, size = self.cut.device, [], None
-        for batch in loader:
-            images = (batch if isinstance(batch, Tensor) else batch[0]).to(device)
-            check_images(images, self.vit.patch_embed.proj.in_channels, self.coarse_patch)
-            if size is not None and size != images.shape[-2:]:
-                raise ValueError(
-                    f"pictures of {tuple(size)} and {tuple(images.shape[-2:])} px; calibrate on one size"
-                )
-            size = images.shape[-2:]
-            soft.append(self.decide(images).soft.flatten(1))
-        self.train(training)
-        if not soft:
-            raise ValueError("the loader is empty; calibrate on some pictures")
-        soft, dense = torch.cat(soft), self.dense_macs(size)
-
-        def share(cut: Tensor) -> float:
-            return self.macs_of((soft > cut).sum(1), size).mean().item() / dense
-
-        levels = soft.flatten().unique()
-        cuts = torch.cat([levels.new_zeros(1), (levels[1:] + levels[:-1]) / 2, levels.new_ones(1)])
-        low, high = 0, len(cuts) - 1
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if share(cuts[middle]) <= macs else (low, middle)
-        best = min((low, high), key=lambda i: abs(share(cuts[i]) - macs))
-        self.cut.copy_(cuts[best])
-        return share(cuts[best])
+        return calibrate(self, loader, macs)
 
     def _save_pretrained(self, folder):
         save_folder(self, folder)
@@ -260,15 +283,3 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
     @classmethod
     def _from_pretrained(cls, *, model_id, **options):
         return load_folder(cls, model_id, **options)
-
-
-def _before_attention(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What attention needs: the normed rows, queries, keys and values."""
-    h = block.norm1(x)
-    return h, *backbone.split_heads(block, h)
-
-
-def _after_attention(block: nn.Module, x: Tensor, h: Tensor, heads: Tensor, layout: Layout) -> Tensor:
-    """The rest of the block."""
-    x = x + backbone.drop_path(block.drop_path1, backbone.merge_heads(block, h, heads), layout)
-    return x + backbone.drop_path(block.drop_path2, backbone.mlp_branch(block, x), layout)

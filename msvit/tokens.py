@@ -7,6 +7,8 @@ A picture has h x w coarse regions with k x k fine patches each. Its candidates 
     P+hw ... P+hw+hwk²-1        fine tokens, row by row
 
 and a region's decision m says which of them are active: the coarse one (m = 1) or the k x k fine ones (m = 0).
+A rule with three scales merges some 2 x 2 coarse regions into a block with one token. The tokens of blocks, where there
+are any, have the numbers after the fine ones.
 """
 
 import math
@@ -28,7 +30,8 @@ class Tokens:
         activity: `[T]`, 1 for active, 0 for inactive, with the gate's gradient while it trains; None if all are active.
         area: `[T]`, how many fine patches a token stands for; 0 for prefix tokens.
         where: `[B, H_f, W_f]`, the row of the active token that covers each fine patch; -1 where it was dropped.
-        layout: Which rows belong to which picture.
+        layout: Which rows belong to which picture. Prefix tokens are the first rows of each.
+        size: `[T]`, how many times a token counts as a key (ToMe's proportional attention); None if all count once.
     """
 
     x: Tensor
@@ -36,6 +39,14 @@ class Tokens:
     area: Tensor
     where: Tensor
     layout: Layout
+    size: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor | None:
+        """How much a token counts as a key, `[T]`; None if all count once."""
+        if self.activity is None or self.size is None:
+            return self.activity if self.size is None else self.size
+        return self.activity * self.size
 
     def scatter(self, rows: Tensor | None = None) -> Tensor:
         """Rows `[T, ...]` (the embeddings if not given) on the fine grid `[B, H_f, W_f, ...]`; 0 where dropped."""
@@ -59,6 +70,7 @@ class Tokens:
             x=self.x[rows],
             activity=None if self.activity is None else self.activity[rows],
             area=self.area[rows],
+            size=None if self.size is None else self.size[rows],
             where=moved[self.where.clamp(min=0)].where(self.where >= 0, -1),
             layout=Layout(lengths, rows.device),
         )
@@ -78,21 +90,40 @@ def patchify(images: Tensor, patch: int) -> Tensor:
     return cut.permute(0, 2, 4, 1, 3, 5).reshape(b, h * w, c * patch * patch)
 
 
-def candidate_activity(decisions: Tensor, scale: int, prefix: int) -> Tensor:
-    """Activity of all candidates `[B, P + hw + hwk²]` from the decisions m `[B, h, w]`."""
-    b = len(decisions)
-    coarse = decisions.flatten(1)
-    fine = (1 - decisions).repeat_interleave(scale, 1).repeat_interleave(scale, 2).flatten(1)
-    return torch.cat([decisions.new_ones(b, prefix), coarse, fine], 1)
+def spread(blocks: Tensor, grid: tuple[int, int]) -> Tensor:
+    """What holds for blocks `[B, h // 2, w // 2]`, said of the regions `[B, h, w]`; a last odd row is in no block."""
+    regions = blocks.repeat_interleave(2, 1).repeat_interleave(2, 2)
+    return F.pad(regions, (0, grid[1] - regions.shape[2], 0, grid[0] - regions.shape[1]))
 
 
-def candidate_map(coarse: Tensor, scale: int, prefix: int) -> Tensor:
+def candidate_activity(decisions: Tensor, scale: int, prefix: int, blocks: Tensor | None = None) -> Tensor:
+    """Activity of all candidates `[B, P + hw + hwk² + blocks]` from the decisions m `[B, h, w]`.
+
+    Blocks `[B, h // 2, w // 2]` are 1 where 2 x 2 regions, coarse all four, have one token together.
+    """
+    coarse = decisions if blocks is None else decisions * (1 - spread(blocks, decisions.shape[1:]))
+    fine = (1 - decisions).repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    parts = [decisions.new_ones(len(decisions), prefix), coarse, fine] + ([] if blocks is None else [blocks])
+    return torch.cat([part.flatten(1) for part in parts], 1)
+
+
+def candidate_map(coarse: Tensor, scale: int, prefix: int, blocks: Tensor | None = None) -> Tensor:
     """The candidate that covers each fine patch, `[B, h k, w k]`, from the hard decisions `[B, h, w]`."""
     h, w = coarse.shape[1:]
     regions = torch.arange(prefix, prefix + h * w, device=coarse.device).view(h, w)
-    regions = regions.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
-    fine = torch.arange(h * w * scale**2, device=coarse.device).view_as(regions) + prefix + h * w
+    if blocks is not None:
+        first = prefix + h * w * (1 + scale**2)
+        numbers = torch.arange(blocks[0].numel(), device=coarse.device).view_as(blocks[0]) + first
+        regions = spread(numbers[None], (h, w)).where(spread(blocks, (h, w)) > 0.5, regions)
+    regions = regions.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
+    fine = torch.arange(h * w * scale**2, device=coarse.device).view(h * scale, w * scale) + prefix + h * w
     return regions.where(coarse.repeat_interleave(scale, 1).repeat_interleave(scale, 2), fine)
+
+
+def with_blocks(base: Tensor, fine: tuple[int, int], scale: int) -> Tensor:
+    """What candidates are before their pixels are added, for blocks too: their positions are the fine ones' means."""
+    positions = base[len(base) - fine[0] * fine[1] :].T.unflatten(1, fine)
+    return torch.cat([base, F.avg_pool2d(positions, 2 * scale).flatten(1).T])
 
 
 def choose_all(active: Tensor) -> tuple[Tensor, list[int]]:
@@ -119,13 +150,19 @@ def choose_trimmed(active: Tensor, soft: Tensor, slack: float) -> tuple[Tensor, 
     return (kept + start).flatten(), [room] * len(active)
 
 
-def pixels_of(rows: Tensor, images: Tensor, patch: int, scale: int, prefix: int) -> tuple[Tensor, Tensor]:
+def pixels_of(
+    rows: Tensor, images: Tensor, patch: int, scale: int, prefix: int, blocks: bool = False
+) -> tuple[Tensor, Tensor]:
     """What the chosen candidates see: their places in `rows` (prefix tokens see nothing) and pixels `[n, c S S]`.
 
-    A coarse patch is averaged down to the size of a fine one.
+    A coarse patch, and a block, is averaged down to the size of a fine one.
     """
-    reduced = F.avg_pool2d(images, scale)
-    pool = torch.cat([patchify(reduced, patch), patchify(images, patch)], 1)
+    parts = [patchify(F.avg_pool2d(images, scale), patch), patchify(images, patch)]
+    if blocks:
+        side = 2 * scale * patch
+        whole = images[..., : images.shape[-2] // side * side, : images.shape[-1] // side * side]
+        parts.append(patchify(F.avg_pool2d(whole, 2 * scale), patch))
+    pool = torch.cat(parts, 1)
     candidates = prefix + pool.shape[1]
     picture, number = rows.div(candidates, rounding_mode="floor"), rows % candidates
     if not prefix:

@@ -23,3 +23,17 @@ def vit_mini_patch8_64(pretrained: bool = False, **kwargs) -> VisionTransformer:
     """0.2 M parameters, for the built-in pictures: trains on two CPU cores in a minute."""
     size = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 4, "num_classes": 8}
     return _build("vit_mini_patch8_64", size, kwargs)
+
+
+@register_model
+def vit_small_patch8_64(pretrained: bool = False, **kwargs) -> VisionTransformer:
+    """0.6 M parameters: wider and deeper than the mini, to see whether a gate can be carried over."""
+    size = {"img_size": 64, "patch_size": 8, "embed_dim": 96, "depth": 5, "num_heads": 6, "num_classes": 8}
+    return _build("vit_small_patch8_64", size, kwargs)
+
+
+@register_model
+def vit_cifar_patch4_32(pretrained: bool = False, **kwargs) -> VisionTransformer:
+    """4.8 M parameters, for pictures of 32 px: 64 fine tokens, or 16 coarse ones."""
+    size = {"img_size": 32, "patch_size": 4, "embed_dim": 256, "depth": 6, "num_heads": 4, "num_classes": 10}
+    return _build("vit_cifar_patch4_32", size, kwargs)

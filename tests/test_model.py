@@ -357,3 +357,22 @@ class TestBadInput:
             model.calibrate([])
         with pytest.raises(ValueError, match=r"macs=60.*0\.6"):
             model.calibrate([torch.randn(1, 3, 64, 64)], macs=60)
+
+
+@torch.no_grad()
+def test_an_embedding_of_their_own_for_coarse_patches(tmp_path):
+    """It starts as a copy of the shared one, and is then a parameter of its own, in all executions and on disk."""
+    vit = shake(timm.create_model("vit_mini_patch8_64"))
+    shared, own = msvit.MSViT(vit).eval(), msvit.MSViT(vit, share_embedding=False).eval()
+    images, mask = torch.randn(3, 3, 64, 64), torch.rand(3, 4, 4) < 0.5
+    same, copied = shared.run(images, mask), own.run(images, mask)
+    assert (same.logits - copied.logits).abs().max() <= 1e-5
+    assert torch.equal(same.macs, copied.macs)
+    for p in own.coarse_embed.parameters():
+        p.add_(0.1 * torch.randn_like(p))
+    changed = [own.run(images, mask, execution).logits for execution in EXECUTIONS]
+    assert (changed[0] - same.logits).abs().max() > 1e-3
+    assert all((logits - changed[0]).abs().max() <= 1e-4 for logits in changed)
+    assert (own.run(images, torch.zeros(4, 4, dtype=torch.bool)).logits - vit(images)).abs().max() <= 1e-5
+    own.save_pretrained(tmp_path)
+    assert torch.equal(msvit.MSViT.from_pretrained(tmp_path).run(images, mask).logits, own.run(images, mask).logits)

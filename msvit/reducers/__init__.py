@@ -1,0 +1,112 @@
+"""Methods that drop or merge tokens inside the network, by name, and the table of everything on this bench."""
+
+import difflib
+import inspect
+from typing import NamedTuple
+
+from torch import nn
+
+from .dynamicvit import DynamicViT
+from .evit import EViT
+from .pruning import GridPooling, PowerBert, RandomPruning
+from .reducer import Reducer, Teacher, check_lossless, nearest_error, reconstruction_errors
+from .token_pooling import TokenPooling
+from .tome import ToMe
+
+
+class Method(NamedTuple):
+    """A row of the table.
+
+    Attributes:
+        kind: "gate" (learned decisions), "rule" (decisions without learning) or "reducer" (inside the network).
+        paper: Where it comes from.
+        learned: What of it is trained, besides the backbone.
+        cost: What it does besides the blocks' own work.
+        tasks: What it can serve.
+    """
+
+    kind: str
+    paper: str
+    learned: str
+    cost: str
+    tasks: str
+
+
+BOTH, CLASSES = "classification, dense", "classification"
+FUSED = "classification; dense only with one label for all fused pixels"
+METHODS = {
+    "gate": Method("gate", "MSViT, Havtorn et al. 2023", "gate, priors of GBaS", "an MLP on each coarse patch", BOTH),
+    "entropy": Method("rule", "APT, Choudhury et al. 2025", "nothing", "a histogram of each coarse patch", BOTH),
+    "fine": Method("rule", "the dense model", "nothing", "nothing", BOTH),
+    "coarse": Method("rule", "the dense model at half resolution", "nothing", "nothing", BOTH),
+    "centre": Method("rule", "baseline: fine in the middle", "nothing", "nothing", BOTH),
+    "border": Method("rule", "baseline: fine at the border", "nothing", "nothing", BOTH),
+    "checkerboard": Method("rule", "baseline: every other region", "nothing", "nothing", BOTH),
+    "random": Method("rule", "baseline: regions at random", "nothing", "nothing", BOTH),
+    "dynamicvit": Method("reducer", "Rao et al. 2021", "a predictor per stage", "predictors", CLASSES),
+    "token_pooling": Method(
+        "reducer", "Marin et al. 2021", "nothing", "unfused attention and clustering at its layers", BOTH
+    ),
+    "power_bert": Method(
+        "reducer", "PoWER-BERT, Goyal et al. 2020", "nothing", "unfused attention at its layers", CLASSES
+    ),
+    "grid": Method("reducer", "baseline: strided average", "nothing", "nothing", BOTH),
+    "random_pruning": Method("reducer", "baseline: tokens at random", "nothing", "nothing", CLASSES),
+    "evit": Method("reducer", "Liang et al. 2022", "nothing", "one more query at its layers", FUSED),
+    "tome": Method("reducer", "Bolya et al. 2023", "nothing", "similarities in every block", BOTH),
+}
+REDUCERS = {
+    "dynamicvit": DynamicViT,
+    "token_pooling": TokenPooling,
+    "power_bert": PowerBert,
+    "grid": GridPooling,
+    "random_pruning": RandomPruning,
+    "evit": EViT,
+    "tome": ToMe,
+}
+
+
+def make_reducer(name: str, vit: nn.Module, **settings) -> Reducer:
+    """A reducer for a backbone, by its name in `REDUCERS`; the settings are the class's own, as JSON has them."""
+    reducer = pick("reducer", name, REDUCERS)(vit, **checked_settings(name, REDUCERS[name], settings))
+    reducer.settings = {"name": name, **settings}
+    return reducer
+
+
+def pick(what: str, name: str, known: dict):
+    """`known[name]`, or a ValueError that lists what there is and the nearest."""
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, 1, cutoff=0.4)
+        hint = f"; the nearest is {near[0]!r}" if near else ""
+        raise ValueError(f"no {what} is called {name!r}{hint}. There are: {', '.join(known)}")
+    return known[name]
+
+
+def checked_settings(name: str, kind: type, settings: dict) -> dict:
+    """The settings if `kind` takes them all."""
+    takes = [p for p in inspect.signature(kind).parameters if p not in ("vit", "args", "kwargs")]
+    if unknown := [key for key in settings if key not in takes]:
+        near = difflib.get_close_matches(unknown[0], takes, 1)
+        hint = f"; the nearest is {near[0]!r}" if near else ""
+        raise ValueError(f"{name} has no setting {unknown[0]!r}{hint}. It takes: {', '.join(takes)}")
+    return settings
+
+
+__all__ = [
+    "METHODS",
+    "REDUCERS",
+    "DynamicViT",
+    "EViT",
+    "GridPooling",
+    "Method",
+    "PowerBert",
+    "RandomPruning",
+    "Reducer",
+    "Teacher",
+    "ToMe",
+    "TokenPooling",
+    "check_lossless",
+    "make_reducer",
+    "nearest_error",
+    "reconstruction_errors",
+]

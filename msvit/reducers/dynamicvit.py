@@ -1,0 +1,159 @@
+"""DynamicViT (Rao et al. 2021, "DynamicViT: Efficient Vision Transformers with Dynamic Token Sparsification")."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..gate import straight_through
+from ..layout import Layout
+from ..tokens import Tokens
+from .reducer import Keeping, Teacher, patch_rows
+
+
+class Predictor(nn.Module):
+    """How much a token is worth keeping, from itself and from the mean of all that are still kept.
+
+    u = GELU(W LayerNorm(x)) = [u', u''],   z_i = [u'_i, sum_j D_j u''_j / sum_j D_j],   pi = softmax(MLP(z))
+    """
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.local = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
+        half, quarter = width // 2, width // 4
+        self.out = nn.Sequential(
+            nn.Linear(width, half), nn.GELU(), nn.Linear(half, quarter), nn.GELU(), nn.Linear(quarter, 2)
+        )
+
+    def forward(self, x: Tensor, layout: Layout, kept: Tensor) -> Tensor:
+        """The logit of keeping, log pi_keep - log pi_drop, `[n]`, of patch tokens `[n, C]` with D = `kept` `[n]`."""
+        local, rest = self.local(x).chunk(2, 1)
+        kept = kept.to(rest.dtype)[:, None]
+        mean = layout.sum(rest * kept) / layout.sum(kept).clamp(min=1e-6)
+        out = self.out(torch.cat([local, mean[layout.picture]], 1)).float()
+        return out[:, 0] - out[:, 1]
+
+
+class DynamicViT(Keeping):
+    """Learned predictors that drop tokens before some blocks; a dropped token never returns.
+
+    While training the decisions are Gumbel-softmax samples with straight-through gradients (of two classes, hence a
+    sigmoid of the logit plus logistic noise) that multiply into the tokens' activity, and nothing is discarded.
+    In evaluation the best `keep` of the tokens that a stage finds stay (in three stages: keep, keep², keep³ of all),
+    or those above a threshold, of which each picture has its own number; packed execution discards the rest.
+
+        L = L_task + 2 L_ratio + 0.5 L_KL + 0.5 L_tokens,   L_ratio = mean over stages s, pictures of (rho_s - kept_s)²
+
+    with the KL divergence of the dense teacher's prediction, and the mean squared distance of kept tokens to its own.
+
+    Args:
+        threshold: Keep what the predictor finds worth it with more than this probability, in place of the best `keep`.
+    """
+
+    place = "before"
+
+    def __init__(
+        self,
+        vit: nn.Module,
+        keep: float | Sequence[float] = 0.7,
+        layers: Sequence[int] | None = None,
+        threshold: float | None = None,
+        ratio_weight: float = 2.0,
+        kl_weight: float = 0.5,
+        token_weight: float = 0.5,
+    ):
+        super().__init__(vit, keep, layers)
+        if threshold is not None and not 0 < threshold < 1:
+            raise ValueError(f"threshold={threshold}: a probability of being kept, in (0, 1), such as 0.5")
+        self.threshold = threshold
+        self.weights = {"ratio": ratio_weight, "kl": kl_weight, "tokens": token_weight}
+        self.predictors = nn.ModuleDict({str(layer): Predictor(self.width) for layer in self.layers})
+
+    @property
+    def lossless(self) -> bool:
+        return False
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.weights["kl"] > 0 or self.weights["tokens"] > 0
+
+    def forward(self, layer: int, tokens: Tokens, seen: Tensor | None) -> Tokens:
+        rows = patch_rows(tokens.layout, self.prefix)
+        layout = Layout([n - self.prefix for n in tokens.layout.lengths], rows.device)
+        kept = tokens.x.new_ones(len(rows)) if tokens.activity is None else tokens.activity[rows]
+        if not self.training and self.threshold is None and self.keep[layer] == 1:
+            return tokens
+        logits = self.predictors[str(layer)](tokens.x[rows], layout, kept)
+        keep = self._decide(layer, logits, layout, kept)
+        hard = keep.detach() > 0.5
+        if not self.training and tokens.activity is None:
+            mask = torch.ones_like(tokens.area, dtype=torch.bool).index_copy(0, rows, hard)
+            if self.threshold is None:
+                return tokens.select(mask.nonzero()[:, 0], self.lengths(layer, tokens.layout))
+            return tokens.select(mask.nonzero()[:, 0], (layout.sum(hard.long()) + self.prefix).tolist())
+        keep = keep.new_ones(len(tokens.x)).index_copy(0, rows, keep)
+        activity = keep if tokens.activity is None else tokens.activity * keep
+        where = tokens.where.masked_fill(keep.detach()[tokens.where.clamp(min=0)] < 0.5, -1)
+        return replace(tokens, activity=activity, where=where)
+
+    def _decide(self, layer: int, logits: Tensor, layout: Layout, kept: Tensor) -> Tensor:
+        """1 for the tokens to keep and 0 for the others, `[n]`; one at least per picture."""
+        present = kept.detach() > 0.5
+        if self.training:
+            u = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
+            soft = torch.sigmoid(logits + u.log() - (-u).log1p())
+            keep = straight_through(soft)
+            return keep + (_best(layout, soft.where(present, -1.0)) * (1 - keep)).detach()
+        ranked = logits.masked_fill(~present, -torch.inf)
+        if self.threshold is not None:
+            above = torch.sigmoid(ranked) > self.threshold
+            return above.to(logits.dtype).maximum(_best(layout, ranked))
+        counts = self.kept(layer, layout.sum(present.long()))
+        order = layout.pad(ranked, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+        first = torch.arange(order.shape[1], device=order.device) < counts[:, None]
+        return layout.unpad(torch.zeros_like(first).scatter(1, order, first)).to(logits.dtype)
+
+    def count(self, layer: int, tokens: Tensor) -> Tensor:
+        if self.threshold is not None:
+            raise ValueError("with a threshold every picture keeps its own number; run the model and read Result.macs")
+        return super().count(layer, tokens)
+
+    def macs(self, layer: int, tokens: Tensor) -> Tensor:
+        if self.threshold is None and self.keep[layer] == 1:
+            return torch.zeros_like(tokens)
+        linear = [m for m in self.predictors[str(layer)].modules() if isinstance(m, nn.Linear)]
+        return (tokens - self.prefix) * sum(m.weight.numel() for m in linear)
+
+    def loss(self, result, teacher: Teacher | None = None) -> dict[str, Tensor]:
+        first, *stages = [stage.kept for stage in result.stages]
+        goals = itertools.accumulate(self.keep.values(), lambda a, b: a * b)
+        gaps = [(goal - kept / first).square().mean() for goal, kept in zip(goals, stages, strict=True)]
+        terms = {"ratio": self.weights["ratio"] * torch.stack(gaps).mean()}
+        if self.needs_teacher and teacher is None:
+            raise ValueError("DynamicViT learns from a dense teacher; give it, or set kl_weight=0 and token_weight=0")
+        if self.weights["kl"]:
+            student, dense = (x.float().log_softmax(1) for x in (result.logits, teacher.logits))
+            terms["kl"] = self.weights["kl"] * F.kl_div(student, dense, reduction="batchmean", log_target=True)
+        if self.weights["tokens"]:
+            terms["tokens"] = self.weights["tokens"] * token_distance(result.final, teacher.tokens)
+        return terms
+
+
+def token_distance(tokens: Tokens, dense: Tensor) -> Tensor:
+    """Mean over the kept tokens of (x - t)², t being the mean of the dense tokens `[B, H_f, W_f, C]` under a token."""
+    seen = tokens.where >= 0
+    rows = tokens.where[seen]
+    sums = tokens.x.new_zeros(tokens.x.shape, dtype=torch.float32).index_add(0, rows, dense[seen].float())
+    count = sums.new_zeros(len(sums)).index_add(0, rows, sums.new_ones(len(rows)))
+    here = count > 0
+    return (tokens.x[here].float() - sums[here] / count[here][:, None]).square().mean()
+
+
+def _best(layout: Layout, scores: Tensor) -> Tensor:
+    """1 at the highest score of each picture, 0 elsewhere."""
+    padded = layout.pad(scores, -torch.inf)
+    best = torch.zeros_like(padded).scatter(1, padded.argmax(1, keepdim=True), 1.0)
+    return layout.unpad(best)

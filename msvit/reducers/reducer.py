@@ -1,0 +1,274 @@
+"""The interface of the methods that drop or merge tokens inside the network, and what they share.
+
+A reducer acts on `Tokens` at some blocks: before the block, or between its attention and its MLP. All rows of all
+pictures stand in one matrix and the `Layout` knows the pictures, so everything here works for pictures of different
+lengths. Rows keep their order: the prefix tokens of a picture come first, then its patches as the picture has them.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..layout import Layout
+from ..tokens import Tokens
+
+
+class Teacher(NamedTuple):
+    """What the dense backbone says: logits `[B, K]` and patch tokens after the last norm, `[B, H_f, W_f, C]`."""
+
+    logits: Tensor
+    tokens: Tensor
+
+
+class Reducer(nn.Module):
+    """Fewer tokens from some blocks on.
+
+    Subclasses implement `reduce` on active tokens, `macs`, and `count` where the number of tokens that are left follows
+    from the number before.
+
+    While a gate trains, its inactive tokens ride along untouched: reducing sees the active ones alone, as in
+    evaluation, so that all executions agree; an inactive token's gradient is that of its coming back as itself. The
+    activity of merged tokens is the weighted mean of theirs.
+
+    Attributes:
+        layers: Blocks at which it acts.
+        place: "before" the block or "between" its attention and its MLP.
+        needs: What of the block's attention `reduce` is told as `seen`: None, "received" (`[T]`, the attention that a
+            token receives), "class" (`[T]`, the attention that the class token gives) or "keys" (`[T, D]`, their mean
+            over the heads). Only the layers in `layers` compute it.
+        needs_teacher: Whether `loss` compares with the dense backbone.
+    """
+
+    place: str = "between"
+    needs: str | None = None
+    needs_teacher: bool = False
+
+    def __init__(self, vit: nn.Module, layers: Sequence[int] | None = None):
+        super().__init__()
+        self.prefix, self.width, self.depth = vit.num_prefix_tokens, vit.embed_dim, len(vit.blocks)
+        self.patches = vit.patch_embed.num_patches
+        self.layers = check_layers(layers, self.depth)
+
+    @property
+    def lossless(self) -> bool:
+        """Whether every pixel still has a token afterwards, as dense tasks need."""
+        return True
+
+    def forward(self, layer: int, tokens: Tokens, seen: Tensor | None) -> Tokens:
+        """The tokens that are left."""
+        if tokens.activity is None:
+            return self.reduce(layer, tokens, seen)
+        active = tokens.activity.detach() > 0.5
+        rows, rest = active.nonzero()[:, 0], (~active).nonzero()[:, 0]
+        counts = tokens.active_counts().tolist()
+        resting = [n - c for n, c in zip(tokens.layout.lengths, counts, strict=True)]
+        seen = None if seen is None else seen[rows]
+        return join(self.reduce(layer, tokens.select(rows, counts), seen), tokens.select(rest, resting))
+
+    def reduce(self, layer: int, tokens: Tokens, seen: Tensor | None) -> Tokens:
+        """`forward` on active tokens."""
+        raise NotImplementedError
+
+    def count(self, layer: int, tokens: Tensor) -> Tensor:
+        """How many tokens are left of so many (int64, prefix included)."""
+        raise ValueError(
+            f"how many tokens {type(self).__name__} leaves depends on the picture; run the model and read Result.macs"
+        )
+
+    def macs(self, layer: int, tokens: Tensor) -> Tensor:
+        """MACs, int64, of the reducer's own matrix products on so many tokens (prefix included)."""
+        return torch.zeros_like(tokens)
+
+    def loss(self, result, teacher: Teacher | None = None) -> dict[str, Tensor]:
+        """Weighted terms to add to the task's loss, by name, from a training step's `Result`."""
+        return {}
+
+    def lengths(self, layer: int, layout: Layout) -> list[int]:
+        """`count` for the pictures of a layout, without asking the device."""
+        return self.count(layer, torch.tensor(layout.lengths)).tolist()
+
+    def extra_repr(self) -> str:
+        return f"layers={list(self.layers)}, place={self.place}"
+
+
+class Keeping(Reducer):
+    """A reducer that leaves the share `keep` of the patch tokens that it finds: round(keep n), at least one.
+
+    Args:
+        keep: In (0, 1], for all layers or one for each.
+    """
+
+    def __init__(self, vit: nn.Module, keep: float | Sequence[float] = 0.7, layers: Sequence[int] | None = None):
+        super().__init__(vit, layers)
+        shares = list(keep) if isinstance(keep, Sequence) else [keep] * len(self.layers)
+        if len(shares) != len(self.layers):
+            raise ValueError(f"keep={keep}: {len(shares)} ratios for {len(self.layers)} layers {list(self.layers)}")
+        if bad := [k for k in shares if isinstance(k, str | bool) or not 0 < k <= 1]:
+            raise ValueError(f"keep={bad[0]!r}: a keep ratio is a share in (0, 1], such as 0.7; 1 keeps every token")
+        self.keep = dict(zip(self.layers, shares, strict=True))
+
+    def count(self, layer: int, tokens: Tensor) -> Tensor:
+        return self.prefix + self.kept(layer, tokens - self.prefix)
+
+    def kept(self, layer: int, patches: Tensor) -> Tensor:
+        """How many patch tokens are left of so many."""
+        return (patches * self.keep[layer] + 0.5).floor().long().clamp(min=1).minimum(patches)
+
+    def top(self, layer: int, tokens: Tokens, scores: Tensor) -> Tensor:
+        """The rows of the prefix tokens and of the patch tokens with the highest scores `[T]`."""
+        scores = scores.masked_fill(tokens.layout.position < self.prefix, torch.inf)
+        return top_rows(tokens.layout, scores, self.lengths(layer, tokens.layout))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, keep={list(self.keep.values())}"
+
+
+def check_layers(layers: Sequence[int] | None, depth: int) -> tuple[int, ...]:
+    """Sorted block numbers; by default those at a quarter, half and three quarters of the depth."""
+    if layers is None:
+        return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
+    layers = list(layers)
+    if bad := [i for i in layers if not isinstance(i, int) or not 0 <= i < depth]:
+        raise ValueError(f"layer {bad[0]!r} is out of range; the backbone has blocks 0 to {depth - 1}")
+    if len(set(layers)) < len(layers):
+        raise ValueError(f"layers={layers} names a block twice; a reducer acts once in a block")
+    return tuple(sorted(layers))
+
+
+def check_lossless(reducer: Reducer | None):
+    """Raises a ValueError if a reducer loses pixels that a dense task would have to label."""
+    if reducer is not None and not reducer.lossless:
+        raise ValueError(
+            f"{type(reducer).__name__} drops tokens, so that some pixels have none, and a dense task must label them "
+            "all; use a method that merges (token_pooling, tome, grid) or the gate alone"
+        )
+
+
+def check_backbone(reducer: Reducer, vit: nn.Module):
+    """Raises a ValueError if a reducer was built for another kind of backbone."""
+    own = (reducer.prefix, reducer.width, reducer.depth)
+    if own != (found := (vit.num_prefix_tokens, vit.embed_dim, len(vit.blocks))):
+        raise ValueError(
+            f"the reducer was made for a backbone with (prefix tokens, width, depth) = {own}, this one has {found}; "
+            "make it with make_reducer(name, vit) from the backbone that it will serve"
+        )
+
+
+def top_rows(layout: Layout, scores: Tensor, counts: list[int]) -> Tensor:
+    """The row numbers of the `counts` highest scores `[T]` of each picture, in order; of equals, the first."""
+    order = layout.pad(scores, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+    rows = order + layout.ends[:-1, None]
+    most = max(counts)
+    if min(counts) == most:
+        return rows[:, :most].flatten().sort().values
+    taken = torch.arange(most, device=rows.device) < torch.tensor(counts, device=rows.device)[:, None]
+    return rows[:, :most][taken].sort().values
+
+
+def merge(
+    tokens: Tokens,
+    into: Tensor,
+    lengths: list[int],
+    weight: Tensor | None = None,
+    average: bool = True,
+    seeds: Tensor | None = None,
+) -> Tokens:
+    """Tokens r become the new rows n that they are sent into: x_n = sum w_r x_r / sum w_r over all r with into_r = n.
+
+    Areas add up, sizes too, and the pixels follow.
+
+    Args:
+        into: `[T]`, the number of a new row; a token's new row belongs to its own picture.
+        lengths: New rows per picture.
+        weight: `[T]`, positive; None counts every token once.
+        average: Whether to divide by the weights' sum.
+        seeds: `[new rows]`, the old row that a new one repeats where nothing is sent into it.
+    """
+    total = sum(lengths)
+
+    def add(rows: Tensor) -> Tensor:
+        return rows.new_zeros(total, *rows.shape[1:]).index_add(0, into, rows)
+
+    wide = tokens.x if tokens.x.dtype == torch.float64 else tokens.x.float()
+    weight = torch.ones_like(wide[:, 0]) if weight is None else weight.to(wide.dtype)
+    share, activity = add(weight), tokens.activity
+    empty = share <= 0
+    active = weight if activity is None else weight * activity
+    x = add(wide * active[:, None])
+    if average:
+        x = x / add(active).masked_fill(empty, 1)[:, None]
+    if activity is not None:
+        activity = add(active) / share.masked_fill(empty, 1)
+    if seeds is not None:
+        x = x.where(~empty[:, None], wide[seeds])
+        activity = None if activity is None else activity.where(~empty, torch.ones_like(activity))
+    return replace(
+        tokens,
+        x=x.to(tokens.x.dtype),
+        activity=activity,
+        area=add(tokens.area),
+        where=into[tokens.where.clamp(min=0)].where(tokens.where >= 0, -1),
+        layout=Layout(lengths, into.device),
+        size=None if tokens.size is None else add(tokens.size),
+    )
+
+
+def join(first: Tokens, second: Tokens) -> Tokens:
+    """The rows of both for every picture, those of the first before those of the second, which covers no pixel."""
+    picture = torch.cat([first.layout.picture, second.layout.picture])
+    order = picture.sort(dim=0, stable=True).indices
+    moved = torch.empty_like(order)
+    moved[order] = torch.arange(len(order), device=order.device)
+
+    def both(name: str) -> Tensor:
+        return torch.cat([getattr(first, name), getattr(second, name)])[order]
+
+    size = first.size
+    if size is not None:
+        rest = second.size if second.size is not None else torch.ones_like(second.area)
+        size = torch.cat([size, rest.to(size.dtype)])[order]
+    return Tokens(
+        x=both("x"),
+        activity=both("activity"),
+        area=both("area"),
+        where=moved[first.where.clamp(min=0)].where(first.where >= 0, -1),
+        layout=Layout([a + b for a, b in zip(first.layout.lengths, second.layout.lengths, strict=True)], order.device),
+        size=size,
+    )
+
+
+def patch_rows(layout: Layout, prefix: int) -> Tensor:
+    """The rows that are no prefix tokens."""
+    if layout.uniform:
+        each = torch.arange(prefix, layout.lengths[0], device=layout.device)
+        return (layout.ends[:-1, None] + each).flatten()
+    return (layout.position >= prefix).nonzero()[:, 0]
+
+
+def nearest_error(x: Tensor, centres: Tensor) -> float:
+    """The reconstruction error that Token Pooling minimises: sum_i min_j |x_i - c_j|², of `[N, C]` by `[K, C]`."""
+    return math.nan if not len(centres) else torch.cdist(x, centres).square().amin(1).sum().item()
+
+
+def reconstruction_errors(reducer: Reducer, model: nn.Module, images: Tensor) -> Tensor:
+    """`nearest_error` of the patch tokens at each layer of a reducer, as a share of their variance, `[layers, B]`."""
+    errors = []
+
+    def watch(module: Reducer, arguments: tuple, after: Tokens):
+        before = arguments[1]
+        parts = [t.x.float().split(t.layout.lengths) for t in (before, after)]
+        spread = [(x[module.prefix :] - x[module.prefix :].mean(0)).square().sum().item() for x in parts[0]]
+        lost = [nearest_error(a[module.prefix :], b[module.prefix :]) for a, b in zip(*parts, strict=True)]
+        errors.append([e / s if s else 0.0 for e, s in zip(lost, spread, strict=True)])
+
+    hook = reducer.register_forward_hook(watch)
+    try:
+        with torch.no_grad():
+            model.run(images, execution="packed")
+    finally:
+        hook.remove()
+    return torch.tensor(errors)

@@ -1,0 +1,196 @@
+"""Token Pooling (Marin et al. 2021, "Token Pooling in Vision Transformers")."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..tokens import Tokens
+from .reducer import Keeping, merge
+
+METHODS = ("kmeans", "kmedoids")
+
+
+class TokenPooling(Keeping):
+    """Between attention and MLP, patch tokens become the K cluster centres that lose least:
+
+        minimise over c, a:   sum_i w_i |x_i - c_a(i)|²
+
+    by K-means (centres are weighted means) or K-medoids (centres are tokens), with w = 1 or w = significance, the
+    attention that a token receives. Both begin with the K most significant tokens, and no step makes the sum larger.
+
+    A centre to which no token is nearest stays at the token it began with and covers no pixel.
+
+    Args:
+        keep: K as a share of the patch tokens that are there, for all layers or one for each.
+        clusters: K itself for each layer, in place of `keep`; a picture with fewer tokens keeps them all.
+        method: "kmeans" or "kmedoids".
+        weighted: Whether w is the significance.
+        iterations: Assignments to the nearest centre; between them the centres move.
+    """
+
+    needs = "received"
+
+    def __init__(
+        self,
+        vit: nn.Module,
+        keep: float | Sequence[float] = 0.7,
+        layers: Sequence[int] | None = None,
+        clusters: Sequence[int] | None = None,
+        method: str = "kmeans",
+        weighted: bool = True,
+        iterations: int = 3,
+    ):
+        super().__init__(vit, keep, layers)
+        if method not in METHODS:
+            raise ValueError(f"method={method!r}; use one of {', '.join(METHODS)}")
+        if not isinstance(iterations, int) or iterations < 1:
+            raise ValueError(f"iterations={iterations!r}: tokens are assigned once at least")
+        if clusters is not None:
+            if len(clusters) != len(self.layers):
+                raise ValueError(f"clusters={clusters}: one number for each of the layers {list(self.layers)}")
+            if bad := [k for k in clusters if not isinstance(k, int) or not 1 <= k <= self.patches]:
+                raise ValueError(
+                    f"clusters={clusters}: {bad[0]!r} clusters of {self.patches} patch tokens; use 1 to {self.patches}"
+                )
+            clusters = dict(zip(self.layers, clusters, strict=True))
+        self.clusters, self.method, self.weighted, self.iterations = clusters, method, weighted, iterations
+
+    def kept(self, layer: int, patches: Tensor) -> Tensor:
+        if self.clusters is None:
+            return super().kept(layer, patches)
+        return patches.clamp(max=self.clusters[layer])
+
+    def macs(self, layer: int, tokens: Tensor) -> Tensor:
+        """The products x_i . x_j, and those of the centres with the tokens after each move but the last."""
+        n = tokens - self.prefix
+        k = self.kept(layer, n)
+        moves = (self.iterations - 1) * k * n**2 if self.method == "kmeans" else 0
+        return (n**2 * self.width + moves).where(k < n, torch.zeros_like(n))
+
+    def reduce(self, layer: int, tokens: Tokens, seen: Tensor | None) -> Tokens:
+        layout = tokens.layout
+        lengths = self.lengths(layer, layout)
+        if lengths == layout.lengths:
+            return tokens
+        device = seen.device
+        significance = layout.pad(seen.clamp(min=1e-12))[:, self.prefix :]
+        counts = torch.tensor(lengths, device=device) - self.prefix
+        start = most_significant(significance, counts, max(lengths) - self.prefix)
+        weight = significance if self.weighted else (significance > 0).to(significance.dtype)
+        x = layout.pad(tokens.x.detach())[:, self.prefix :]
+        solve = kmeans if self.method == "kmeans" else kmedoids
+        beyond = None
+        if min(lengths) < max(lengths):
+            beyond = torch.arange(start.shape[1], device=device) >= counts[:, None]
+        found = solve(x, weight, start, beyond, self.iterations)
+
+        ends = torch.tensor([0, *lengths], device=device).cumsum(0)
+        local = torch.arange(self.prefix + x.shape[1], device=device).repeat(len(x), 1)
+        local[:, self.prefix :] = found.assignment + self.prefix
+        into = layout.unpad(local) + ends[layout.picture]
+        centre = found.centre + (layout.ends[:-1, None] + self.prefix)
+        lead = (layout.ends[:-1, None] + torch.arange(self.prefix, device=device)).expand(len(x), -1)
+        seeds = torch.cat([lead, centre], 1)
+        seeds = seeds.flatten() if beyond is None else seeds[~F.pad(beyond, (self.prefix, 0))]
+        rows = torch.cat([torch.ones_like(significance[:, :1]).expand(-1, self.prefix), weight], 1)
+        merged = merge(tokens, into, lengths, layout.unpad(rows), seeds=seeds)
+        return replace(merged, x=tokens.x[seeds]) if self.method == "kmedoids" else merged
+
+
+class Clusters(NamedTuple):
+    """The cluster of each token, `[B, N]`, and for each one a token, `[B, K]`: its medoid, or where a mean began."""
+
+    assignment: Tensor
+    centre: Tensor
+
+
+def most_significant(significance: Tensor, counts: Tensor, most: int) -> Tensor:
+    """The `counts` most significant tokens of each picture, `[B, most]`, in the picture's order; of equals, the first.
+
+    Behind `counts` stand token numbers without a meaning.
+    """
+    n = significance.shape[1]
+    order = significance.sort(dim=1, descending=True, stable=True).indices[:, :most]
+    there = torch.arange(most, device=order.device) < counts[:, None]
+    return order.where(there, n).sort(1).values.clamp(max=n - 1)
+
+
+@torch.no_grad()
+def kmeans(x: Tensor, weight: Tensor, start: Tensor, beyond: Tensor | None, iterations: int) -> Clusters:
+    """Weighted K-means of `[B, N, C]`, all pictures at once. Of equally near centres the first has the token.
+
+    A centre is a mixture of tokens, c_k = sum_i M_ki x_i, so that all distances follow from the products
+    G_ij = x_i . x_j, which are computed once:  |x_j - c_k|² = G_jj - 2 (M G)_kj + (M G Mᵀ)_kk.
+
+    Args:
+        weight: `[B, N]`, 0 where there is no token.
+        start: `[B, K]`, the tokens that are the first centres.
+        beyond: `[B, K]`, the centres that a picture does not have; None if it has all.
+        iterations: Assignments; the centres move between them. The last move is the caller's.
+    """
+    gram = _products(x)
+    numbers = torch.arange(start.shape[1], device=x.device)
+    inner = gram.gather(1, start[..., None].expand(-1, -1, x.shape[1]))
+    norm = gram.diagonal(dim1=1, dim2=2).gather(1, start)
+    first = torch.zeros_like(inner).scatter(2, start[..., None], 1.0)
+    weight = weight.to(gram.dtype)[:, None]
+    assignment = _nearest(inner, norm, beyond)
+    for _ in range(iterations - 1):
+        mixture = (assignment[:, None] == numbers[:, None]) * weight
+        total = mixture.sum(2, keepdim=True)
+        mixture = torch.where(total > 0, mixture / total.clamp(min=1e-30), first)
+        with torch.autocast(x.device.type, enabled=False):
+            inner = mixture @ gram
+        norm = (inner * mixture).sum(2)
+        assignment = _nearest(inner, norm, beyond)
+    return Clusters(assignment, start)
+
+
+@torch.no_grad()
+def kmedoids(x: Tensor, weight: Tensor, start: Tensor, beyond: Tensor | None, iterations: int) -> Clusters:
+    """Weighted K-medoids, with the arguments of `kmeans`.
+
+    A cluster's centre is that of its tokens whose weighted sum of squared distances to the others is smallest, the
+    first of equals. The last assignment is to the last medoids.
+    """
+    gram = _products(x)
+    norm = gram.diagonal(dim1=1, dim2=2)
+    # Exactly symmetric, so that the two tokens of a pair are equally good and the first becomes the medoid.
+    distance = (norm[:, :, None] + norm[:, None] - (gram + gram.transpose(1, 2))).clamp_(min=0)
+    numbers = torch.arange(start.shape[1], device=x.device)
+    weight, centre = weight.to(gram.dtype), start
+
+    def nearest() -> Tensor:
+        return _first_nearest(distance.gather(1, centre[..., None].expand(-1, -1, x.shape[1])), beyond)
+
+    assignment = nearest()
+    for _ in range(iterations - 1):
+        together = assignment[:, :, None] == assignment[:, None]
+        cost = (distance * together * weight[:, None]).sum(2)
+        member = (assignment[:, None] == numbers[:, None]) & (weight > 0)[:, None]
+        medoid = cost[:, None].expand_as(member).masked_fill(~member, torch.inf).argmin(2)
+        centre = torch.where(member.any(2), medoid, centre)
+        assignment = nearest()
+    return Clusters(assignment, centre)
+
+
+def _products(x: Tensor) -> Tensor:
+    """x_i . x_j, `[B, N, N]`, in float32 or better: rounding would decide who is nearest."""
+    x = x if x.dtype == torch.float64 else x.float()
+    with torch.autocast(x.device.type, enabled=False):
+        return x @ x.transpose(1, 2)
+
+
+def _nearest(inner: Tensor, norm: Tensor, beyond: Tensor | None) -> Tensor:
+    """The nearest centre of each token from the products with them `[B, K, N]` and their squared norms `[B, K]`."""
+    return _first_nearest(torch.add(norm[..., None], inner, alpha=-2), beyond)
+
+
+def _first_nearest(distance: Tensor, beyond: Tensor | None) -> Tensor:
+    """The centre `[B, N]` of the smallest distance `[B, K, N]`, the first of equals, but for those beyond."""
+    distance = distance if beyond is None else distance.masked_fill(beyond[..., None], torch.inf)
+    return distance.argmin(1)
