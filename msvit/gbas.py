@@ -1,0 +1,306 @@
+"""The gate losses: what holds a gate's decisions at a budget, and which shape their distribution is given.
+
+With m `[B, h, w]` the soft gates (1 = coarse), g* the target rate and v_(1) ≤ … ≤ v_(n) sorted values:
+
+    CvM(v; F) = mean_i ( i/(n+1) − F(v_(i)) )²                          Cramér–von Mises distance to a prior F
+    gbas:   mean_l CvM(m_l; RB(p_l, T)) + λ CvM(p; hyperprior(g*, σ))   per position l, over the batch
+    bas:    CvM(m; RB(g*, T))                                           all gates of the batch in one
+    l0:     max(0, g* − mean m)
+    ratio:  (mean m − g*)²
+
+GBaS is Havtorn et al. 2023, BaS Bejnordi et al. 2020, the ratio loss is DynamicViT's kind (Rao et al. 2021). Values
+that do follow F have E[CvM] = 1 / (6 (n+1)), the mean variance of uniform order statistics.
+"""
+
+import inspect
+import math
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .budget import BudgetController
+from .cdf import GRADIENTS, TIES, beta_cdf, cvm, known, normal_cdf, relaxed_bernoulli_cdf, require, route
+
+__all__ = [
+    "BaS", "BudgetController", "GBaS", "GateLoss", "L0", "NoLoss", "Ratio", "bas_loss", "beta_cdf", "cvm",
+    "gbas_loss", "global_batch", "make_loss", "normal_cdf", "relaxed_bernoulli_cdf",
+]  # fmt: skip
+
+PRIORS = {"relaxed_bernoulli": relaxed_bernoulli_cdf, "beta": beta_cdf}
+HYPERPRIORS = {"normal": normal_cdf, "beta": beta_cdf}
+
+
+def bas_loss(
+    gates: Tensor,
+    params: tuple[Tensor | float, Tensor | float],
+    prior: str = "relaxed_bernoulli",
+    *,
+    gradients: str = "both",
+    ties: str = "order",
+) -> Tensor:
+    """Batch shaping: all gates of the batch in one CvM against a prior with the two `params` of its CDF."""
+    known("prior", prior, PRIORS)
+    require("gates", gates, 0, 1, closed=True)
+    return cvm(gates, PRIORS[prior], params=params, gradients=gradients, ties=ties)
+
+
+def gbas_loss(
+    gates: Tensor,
+    p: Tensor,
+    temperature: Tensor | float = 0.3,
+    target: float = 0.6,
+    sigma: float = 0.1,
+    *,
+    prior: str = "relaxed_bernoulli",
+    hyperprior: str = "normal",
+    hyper_weight: float = 1.0,
+    gradients: str = "both",
+    ties: str = "order",
+) -> Tensor:
+    """Generalized batch shaping: mean_l CvM(m_l; prior(p_l, T)) + λ CvM(p; hyperprior).
+
+    The prior is RelaxedBernoulli(p_l, T), or Beta(T p_l, T (1 − p_l)), whose mean is p_l and which for T = 1 is the
+    Beta(a, 1 − a) of batch shaping; either is a pair of peaks at 0 and 1 for small T. The hyperprior is Normal(g*, σ)
+    or the Beta of mean g* and standard deviation σ. Equal p_l share their rank: before the gates differ, no position
+    is preferred.
+
+    Args:
+        gates: m `[B, h, w]`.
+        p: p_l `[h, w]` in (0, 1).
+        temperature: T, a number or `[h, w]`.
+        target: g*.
+        sigma: σ, how much the positions are to differ.
+        hyper_weight: λ.
+        gradients: As in `cvm`; p and T are the prior.
+        ties: As in `cvm`, for the gates.
+    """
+    known("prior", prior, PRIORS)
+    if gates.shape[1:] != p.shape:
+        raise ValueError(f"p has shape {list(p.shape)}; expected the gates' grid {list(gates.shape[1:])}")
+    require("gates", gates, 0, 1, closed=True)
+    gates, (p, temperature) = route(gates, (p, temperature), gradients)
+    loss = cvm(gates, PRIORS[prior], dim=0, params=_prior_params(prior, p, temperature), ties=ties).mean()
+    if not hyper_weight:
+        return loss
+    hyper = _hyper_params(hyperprior, target, sigma)
+    return loss + hyper_weight * cvm(p, HYPERPRIORS[hyperprior], params=hyper, ties="average")
+
+
+def _prior_params(prior: str, p: Tensor | float, temperature: Tensor | float) -> tuple:
+    """The two parameters of the prior's CDF, from its location or mean p and its temperature."""
+    return (temperature * p, temperature * (1 - p)) if prior == "beta" else (p, temperature)
+
+
+def _hyper_params(hyperprior: str, target: float, sigma: float) -> tuple[float, float]:
+    """The two parameters of the hyperprior with mean `target` and standard deviation `sigma`."""
+    known("hyperprior", hyperprior, HYPERPRIORS)
+    require("target", target, 0, 1)
+    require("sigma", sigma, 0, math.inf)
+    if hyperprior == "normal":
+        return target, sigma
+    concentration = target * (1 - target) / sigma**2 - 1
+    if concentration <= 0:
+        limit = math.sqrt(target * (1 - target))
+        raise ValueError(f"sigma={sigma:g} is more than any Beta of mean {target:g} has; use less than {limit:.3g}")
+    return target * concentration, (1 - target) * concentration
+
+
+class _Gather(torch.autograd.Function):
+    """The batches of all processes, one after the other; each may have its own length."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        size = torch.tensor([len(x)], device=x.device)
+        sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]
+        dist.all_gather(sizes, size)
+        sizes = torch.cat(sizes).tolist()
+        padded = torch.cat([x, x.new_zeros(max(sizes) - len(x), *x.shape[1:])])
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+        start = sum(sizes[: dist.get_rank()])
+        ctx.mine = slice(start, start + len(x))
+        return torch.cat([part[:n] for part, n in zip(parts, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad[ctx.mine] * dist.get_world_size()
+
+
+def global_batch(gates: Tensor) -> Tensor:
+    """`[B, h, w]` of this process → the gates of all processes, `[sum B, h, w]`, with gradients; alone: unchanged.
+
+    Every process computes the same loss of the same gathered gates. What flows back to a process is its own share of
+    the gradient times the number of processes W, because distributed data parallel then divides by W: after its
+    averaging, weights and prior parameters have the gradient that one process has on the whole batch.
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return gates
+    return _Gather.apply(gates.contiguous())
+
+
+class GateLoss(nn.Module):
+    """What all gate losses share: `loss(gates)` of soft gates `[B, h, w]` is one number, over the global batch.
+
+    It is not multiplied by `weight`: that is the trainer's to do, which also adds the budget controller's part.
+
+    Args:
+        grid: (h, w), coarse regions of a picture.
+        target: g*, the share of regions that is to be coarse.
+        weight: What the trainer multiplies the loss with.
+    """
+
+    def __init__(self, grid: tuple[int, int], target: float = 0.6, weight: float = 30.0):
+        super().__init__()
+        if len(grid) != 2 or min(grid) < 1:
+            raise ValueError(f"grid={tuple(grid)}; expected (h, w), the coarse regions of a picture")
+        require("target", target, 0, 1)
+        require("weight", weight, 0, math.inf, closed=True)
+        self.grid, self.target, self.weight = tuple(grid), float(target), float(weight)
+
+    def forward(self, gates: Tensor) -> Tensor:
+        if gates.dim() != 3 or tuple(gates.shape[1:]) != self.grid or not gates.is_floating_point():
+            raise ValueError(
+                f"gates are {gates.dtype} {list(gates.shape)}; expected floats [B, {self.grid[0]}, {self.grid[1]}] "
+                "(another picture size has another grid: make the loss for `model.grid(images.shape[-2:])`)"
+            )
+        gates = global_batch(gates if gates.dtype == torch.float64 else gates.float())
+        require("gates", gates, 0, 1, closed=True)
+        return self.distance(gates)
+
+    def distance(self, gates: Tensor) -> Tensor:
+        """The loss of checked gates `[B, h, w]` in float32 or float64."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"grid={self.grid}, target={self.target:g}, weight={self.weight:g}"
+
+
+class GBaS(GateLoss):
+    """`gbas_loss` with priors of its own: p_l = σ(logits_l), and T_l, learned by gradient descent with the gate.
+
+    They need no averaging between processes: each computes the same gradient from the same global batch.
+
+    Args:
+        grid: As in `GateLoss`, like target and weight.
+        temperature: T; the T_l start here, and stay here unless `learn_temperature`.
+        sigma: As in `gbas_loss`, like prior, hyperprior, hyper_weight, gradients and ties.
+    """
+
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        target: float = 0.6,
+        sigma: float = 0.1,
+        temperature: float = 0.3,
+        prior: str = "relaxed_bernoulli",
+        hyperprior: str = "normal",
+        hyper_weight: float = 1.0,
+        learn_temperature: bool = False,
+        gradients: str = "both",
+        ties: str = "order",
+        weight: float = 30.0,
+    ):
+        super().__init__(grid, target, weight)
+        known("prior", prior, PRIORS)
+        known("gradients", gradients, GRADIENTS)
+        known("ties", ties, TIES)
+        require("temperature", temperature, 0, math.inf)
+        require("hyper_weight", hyper_weight, 0, math.inf, closed=True)
+        self.hyper = _hyper_params(hyperprior, target, sigma)
+        self.sigma, self.hyperprior, self.hyper_weight = float(sigma), hyperprior, float(hyper_weight)
+        self.prior, self.gradients, self.ties = prior, gradients, ties
+        self._keep("logits", math.log(target / (1 - target)), gradients != "values")
+        self._keep("log_temperature", math.log(temperature), gradients != "values" and learn_temperature)
+
+    def _keep(self, name: str, value: float, learned: bool):
+        """One number per position: a parameter, or a buffer, so that nothing waits for a gradient that never comes."""
+        tensor = torch.full(self.grid, value)
+        if learned:
+            self.register_parameter(name, nn.Parameter(tensor))
+        else:
+            self.register_buffer(name, tensor)
+
+    @property
+    def p(self) -> Tensor:
+        """p_l `[h, w]`, the share of coarse decisions that each position's prior stands for."""
+        eps = torch.finfo(self.logits.dtype).eps
+        return self.logits.sigmoid().clamp(eps, 1 - eps)
+
+    @property
+    def temperature(self) -> Tensor:
+        """T_l `[h, w]`."""
+        return self.log_temperature.exp()
+
+    def distance(self, gates: Tensor) -> Tensor:
+        return gbas_loss(
+            gates, self.p, self.temperature, self.target, self.sigma, prior=self.prior, hyperprior=self.hyperprior,
+            hyper_weight=self.hyper_weight, gradients=self.gradients, ties=self.ties,
+        )  # fmt: skip
+
+    def cdf(self, x: Tensor) -> Tensor:
+        """F(x) of the prior of each position; x broadcasts against `[h, w]`."""
+        return PRIORS[self.prior](x, *_prior_params(self.prior, self.p, self.temperature))
+
+    def hyper_cdf(self, p: Tensor) -> Tensor:
+        """F(p) of the hyperprior."""
+        return HYPERPRIORS[self.hyperprior](p, *self.hyper)
+
+
+class BaS(GateLoss):
+    """`bas_loss` against RelaxedBernoulli(g*, T), or Beta(T g*, T (1 − g*)): fixed, and the same for all positions."""
+
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        target: float = 0.6,
+        temperature: float = 0.3,
+        prior: str = "relaxed_bernoulli",
+        ties: str = "order",
+        weight: float = 30.0,
+    ):
+        super().__init__(grid, target, weight)
+        known("prior", prior, PRIORS)
+        known("ties", ties, TIES)
+        require("temperature", temperature, 0, math.inf)
+        self.temperature, self.prior, self.ties = float(temperature), prior, ties
+
+    def distance(self, gates: Tensor) -> Tensor:
+        return bas_loss(gates, _prior_params(self.prior, self.target, self.temperature), self.prior, ties=self.ties)
+
+    def cdf(self, x: Tensor) -> Tensor:
+        """F(x) of the prior."""
+        return PRIORS[self.prior](x, *_prior_params(self.prior, self.target, self.temperature))
+
+
+class L0(GateLoss):
+    """max(0, g* − mean m): asks for enough coarse regions, and is content with more."""
+
+    def distance(self, gates: Tensor) -> Tensor:
+        return (self.target - gates.mean()).relu()
+
+
+class Ratio(GateLoss):
+    """(mean m − g*)²: holds the rate from both sides, and says nothing about single gates."""
+
+    def distance(self, gates: Tensor) -> Tensor:
+        return (gates.mean() - self.target).square()
+
+
+class NoLoss(GateLoss):
+    """Zero, with a gradient that is zero: what the others are compared with."""
+
+    def distance(self, gates: Tensor) -> Tensor:
+        return 0 * gates.sum()
+
+
+LOSSES = {"gbas": GBaS, "bas": BaS, "l0": L0, "ratio": Ratio, "none": NoLoss}
+
+
+def make_loss(name: str, grid: tuple[int, int], target: float = 0.6, **settings) -> GateLoss:
+    """The gate loss of this name; `settings` are those of its class."""
+    known("gate loss", name, LOSSES)
+    exist = list(inspect.signature(LOSSES[name]).parameters)[2:]
+    for setting in settings:
+        known(f"setting of the gate loss {name!r}:", setting, exist)
+    return LOSSES[name](grid, target, **settings)
