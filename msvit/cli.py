@@ -1,0 +1,249 @@
+"""The command line: `msvit train`, `msvit eval`, `msvit runs`.
+
+Exit codes: 0 done, 1 failed, 2 a setting that does not exist or cannot be, 130 interrupted.
+"""
+
+import argparse
+import difflib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .recipe import FIELDS, Recipe, RecipeError, parse
+from .runs import Folder, Run, RunError, RunWarning
+
+# The groups of settings in the help, by the field that each begins with.
+GROUPS = {"data": "pictures", "model": "model", "epochs_dense": "training", "gating": "gate", "precision": "execution"}
+COLUMNS = (
+    "run",
+    "status",
+    "epoch",
+    "accuracy",
+    "dense_accuracy",
+    "miou",
+    "dense_miou",
+    "macs",
+    "tokens",
+    "coarse",
+    "fine_object",
+    "fine_rest",
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command and returns its exit code."""
+    words = [_dashed(word) for word in (sys.argv[1:] if argv is None else argv)]
+    arguments, unknown = _parser().parse_known_args(words)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], ["--" + _dash(name) for name in FIELDS], 1)
+        hint = f"the nearest is {near[0]}" if near else "--help lists what there is"
+        return _say(f"{unknown[0]} is unknown here; {hint}", 2)
+    shown = warnings.showwarning
+    warnings.showwarning = lambda message, category, *where: (
+        _say(message) if category is RunWarning else shown(message, category, *where)
+    )
+    try:
+        arguments.command(arguments)
+    except RecipeError as error:
+        return _say(error, 2)
+    except RunError as error:
+        return _say(error, 1)
+    except KeyboardInterrupt:
+        return _say("interrupted; the same command continues after the last whole epoch", 130)
+    finally:
+        warnings.showwarning = shown
+    return 0
+
+
+def _train(arguments: argparse.Namespace):
+    import torch
+
+    from .train import train
+
+    recipe = Recipe.from_dict(_settings(arguments))
+    folder = Path(arguments.folder or Path(arguments.runs) / recipe.name)
+    if finished := Folder(folder).check(recipe):
+        _say(f"{folder} is finished already; delete it to train it again")
+    run = train(recipe, folder, progress=not arguments.quiet, tensorboard=arguments.tensorboard)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if _leading():
+        _put({"folder": str(folder), "finished_before": finished, **run.summary}, _report(run), arguments.json)
+
+
+def _eval(arguments: argparse.Namespace):
+    from .metrics import evaluate_run
+
+    found = evaluate_run(arguments.run, arguments.macs, arguments.threshold, **_settings(arguments))
+    lines = [
+        f"{name:12} {value:.4f}" if isinstance(value, float) else f"{name:12} {value}" for name, value in found.items()
+    ]
+    _put(found, "\n".join(lines), arguments.json)
+
+
+def _runs(arguments: argparse.Namespace):
+    from . import runs
+
+    table = runs.load(arguments.folder)
+    if arguments.json:
+        print(table.to_json(orient="records", indent=2))
+    elif table.empty:
+        print(f"no runs in {arguments.folder}")
+    else:
+        columns = [name for name in COLUMNS if name in table]
+        print(table[columns].to_string(index=False, float_format="{:.4g}".format, na_rep=""))
+
+
+def _methods(arguments: argparse.Namespace):
+    from .reducers import METHODS
+
+    rows = [{"method": name, **method._asdict()} for name, method in METHODS.items()]
+    columns = [[key, *(row[key] for row in rows)] for key in rows[0]]
+    padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
+    _put(rows, "\n".join("  ".join(line).rstrip() for line in zip(*padded, strict=True)), arguments.json)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "msvit",
+        description="Vision transformers that spend tokens where the picture has something to show.",
+        epilog="Exit codes: 0 done, 1 failed, 2 a setting that does not exist or cannot be, 130 interrupted.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"msvit {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    train = _command(
+        commands, _train, "train", "train a model, or continue a run that was stopped",
+        "Trains the backbone, then the gate with it, and leaves all that is worth knowing in a folder. The same "
+        "command continues a run that was stopped. On several devices: accelerate launch -m msvit.cli train ...",
+    )  # fmt: skip
+    train.add_argument("--folder", help="the run's folder (default: RUNS/a name made of the settings)")
+    train.add_argument("--runs", default="runs", help="where runs are kept (default: runs)")
+    train.add_argument("--quiet", action="store_true", help="no progress bar")
+    train.add_argument("--tensorboard", action="store_true", help="write the metrics for TensorBoard too")
+    _add_settings(train)
+
+    evaluate = _command(
+        commands, _eval, "eval", "evaluate a run's model",
+        "Evaluates the model of a finished run on its validation pictures, or on others.",
+    )  # fmt: skip
+    evaluate.add_argument("run", help="the run's folder")
+    budget = evaluate.add_mutually_exclusive_group()
+    budget.add_argument("--macs", type=float, help="share of dense MACs to set the threshold by, on training pictures")
+    budget.add_argument("--threshold", type=float, help="a region is coarse where its m exceeds this")
+    for name in ("gating", "data", "val_n", "workers", "device"):
+        _add_setting(evaluate, name, default=None)
+
+    _command(
+        commands, _methods, "methods", "list the methods on this bench",
+        "Every method with its paper, what of it is learned, what it costs, and the tasks that it can serve.",
+    )  # fmt: skip
+
+    listing = _command(
+        commands, _runs, "runs", "list runs and their results",
+        "All runs in a folder as a table; with --json every setting and result of each.",
+    )  # fmt: skip
+    listing.add_argument("folder", nargs="?", default="runs", help="where runs are kept (default: runs)")
+    return parser
+
+
+def _command(commands, run: Callable, name: str, about: str, description: str) -> argparse.ArgumentParser:
+    usage = f"msvit {name} [OPTIONS]" + {"eval": " RUN", "runs": " [FOLDER]"}.get(name, "")
+    parser = commands.add_parser(name, help=about, description=description, usage=usage, allow_abbrev=False)
+    parser.set_defaults(command=run)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser):
+    """All fields of the recipe."""
+    group: Any = parser
+    for name in FIELDS:
+        if name in GROUPS:
+            group = parser.add_argument_group(GROUPS[name])
+        _add_setting(group, name, getattr(Recipe(), name))
+
+
+def _add_setting(parser: Any, name: str, default: Any):
+    """An option for a field: its comment is the help, and its type reads what is typed."""
+    field = FIELDS[name]
+    within, choices = field.metadata["within"], field.metadata["choices"]
+    letters = {bool: "true|false", int: "N", dict: "NAME=VALUE", str: "TEXT"}
+    option: dict[str, Any] = {"metavar": "|".join(choices) or letters.get(field.type, "X")}
+    if field.type is bool:
+        option |= {"nargs": "?", "const": True}
+    if field.type is dict:
+        option["nargs"] = "+"
+
+    def read(typed: str) -> Any:
+        try:
+            return parse(name, typed)
+        except RecipeError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    text = field.metadata["about"] + (f"; in {within}" if within and not within.endswith("inf)") else "")
+    shown = "" if default in (None, "", {}) else f" (default: {str(default).lower()})"
+    text = (text + shown).replace("%", "%%")
+    parser.add_argument("--" + _dash(name), dest=name, type=read, default=default, help=text, **option)
+
+
+def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of the recipe among what was typed; pairs that were typed one by one become one dictionary."""
+    given = {name: value for name, value in vars(arguments).items() if name in FIELDS and value is not None}
+    return {k: {n: x for pair in v for n, x in pair.items()} if isinstance(v, list) else v for k, v in given.items()}
+
+
+def _report(run: Run) -> str:
+    """A finished run in a few lines."""
+    found = run.summary
+    score, called = ("miou", "mIoU") if "miou" in found else ("accuracy", "accuracy")
+    lines = [f"{run.folder}: {found['epochs']} epochs in {found['seconds']:.0f} s of training and evaluation"]
+    if run.recipe.epochs:
+        if f"dense_{score}" in found:
+            lines.append(f"  dense   {called} {found[f'dense_{score}']:.4f} at {found['dense_macs'] / 1e6:.1f} M MACs")
+        name = run.recipe.loss if run.recipe.gating == "learned" else run.recipe.gating
+        lines.append(
+            f"  {name:7} {called} {found[score]:.4f} at {found['macs']:.3f} ± {found['macs_sd']:.3f} of its MACs, "
+            f"{found['tokens']:.1f} ± {found['tokens_sd']:.1f} tokens, {found['coarse']:.3f} of the regions coarse"
+        )
+    else:
+        lines.append(f"  dense   {called} {found[score]:.4f} at {found['dense_macs'] / 1e6:.1f} M MACs")
+    if "fine_object" in found:
+        lines.append(
+            f"  fine: {found['fine_object']:.3f} of the object's regions, {found['fine_rest']:.3f} of the others"
+        )
+    return "\n".join(lines)
+
+
+def _put(result: Any, text: str, as_json: bool):
+    print(json.dumps(result, indent=2) if as_json else text)
+
+
+def _say(message: Any, code: int = 0) -> int:
+    print(f"msvit: {message}", file=sys.stderr)
+    return code
+
+
+def _dash(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _dashed(word: str) -> str:
+    """--epochs_dense is --epochs-dense."""
+    name, equals, value = word.partition("=")
+    return _dash(name) + equals + value if word.startswith("--") else word
+
+
+def _leading() -> bool:
+    """Whether this is the process that speaks."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

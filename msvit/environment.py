@@ -1,0 +1,52 @@
+"""The environment of a run: what its figures may depend on beside the recipe."""
+
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def environment(device: torch.device, processes: int) -> dict[str, Any]:
+    """Versions, commit and device, as a record has them."""
+    names = ("torch", "torchvision", "timm", "accelerate", "numpy", "safetensors")
+    cuda = device.type == "cuda"
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "msvit": _version("msvit"),
+        "commit": _commit(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in names},
+        "system": platform.platform(terse=True),
+        "device": torch.cuda.get_device_name(device) if cuda else f"{device.type}, {platform.machine()}",
+        "cuda": torch.version.cuda if cuda else None,
+        "threads": torch.get_num_threads(),
+        "processes": processes,
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return getattr(sys.modules.get(name), "__version__", None)
+
+
+def _commit() -> str | None:
+    """The last commit that touched this package, with a + if it was changed since; None outside of git."""
+    if not (git := shutil.which("git")):
+        return None
+    here = [git, "-C", str(Path(__file__).parent)]
+    try:
+        commit, changed = (
+            subprocess.run([*here, *command], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+            for command in (["log", "-1", "--format=%h", "--", "."], ["status", "--porcelain", "--", "."])
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + "+" * bool(changed) if commit else None

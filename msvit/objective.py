@@ -1,0 +1,205 @@
+"""Objectives: what a training step of each stage computes.
+
+The loop in `msvit.train` knows nothing of gates. A method is a subclass of `Objective`: its forward makes the loss and
+whatever scalars are worth recording, its parameters are what trains, and its state is what a resumed run needs.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch import Tensor, nn
+
+from .budget import BudgetController
+from .build import Budget
+from .gbas import make_loss
+from .model import MSViT, Result
+from .recipe import Recipe
+from .reducers import Teacher
+from .segdata import IGNORE
+from .segment import Segmenter, slide
+
+Objects = Callable[[Tensor, int], Tensor]  # of indices and the side of a patch: bool [B, h, w], where the object is
+
+
+class Objective(nn.Module):
+    """A model and the loss that trains it; this one is stage one, the backbone alone with all tokens fine.
+
+    Args:
+        objects: By split ("train", "val"), where the objects are: from indices and the side of a patch, bool
+            `[B, h, w]`. Only built-in pictures know.
+    """
+
+    def __init__(self, model: MSViT, recipe: Recipe, budget: Budget, objects: dict[str, Objects] | None = None):
+        super().__init__()
+        self.model, self.recipe, self.budget, self.objects = model, recipe, budget, objects or {}
+
+    def parts(self) -> list[tuple[nn.Module, float, float]]:
+        """What trains: module, learning rate (0 = frozen) and weight decay. What is not named is frozen."""
+        networks = [self.model.vit] + ([self.model.decoder] if isinstance(self.model, Segmenter) else [])
+        return [(network, self.recipe.lr, self.recipe.weight_decay) for network in networks]
+
+    def groups(self) -> list[dict[str, Any]]:
+        """Parameter groups for the optimizer: decay for matrices alone, smaller rates for lower blocks."""
+        parts, groups = [part for part in self.parts() if part[1] > 0], []
+        kept = {id(p) for part, _, _ in parts for p in part.parameters() if p.requires_grad}
+        for parameter in self.parameters():
+            parameter.requires_grad_(id(parameter) in kept)
+        for part, rate, decay in parts:
+            settings = {"weight_decay": decay, "no_weight_decay_list": getattr(part, "no_weight_decay", tuple)()}
+            if part is self.model.vit and self.recipe.layer_decay < 1:
+                made = param_groups_layer_decay(part, layer_decay=self.recipe.layer_decay, **settings)
+            else:
+                made = param_groups_weight_decay(part, **settings)
+            groups += [group | {"lr": rate} for group in made]
+        return groups
+
+    def priors(self) -> dict[str, Tensor]:
+        """What the gate loss has learned, for the records."""
+        return {}
+
+    def begin(self, progress: float):
+        """Called before each step with the share of the stage that is over."""
+
+    def update(self, seen: dict[str, float]):
+        """Called after each step with the scalars of forward, averaged over all processes."""
+
+    def forward(self, images: Tensor, targets: Tensor, indices: Tensor) -> dict[str, Tensor]:
+        """Scalars; "loss" carries the gradient."""
+        return self.scored(self.predict(self.model, images, indices), targets)
+
+    def predict(self, model: MSViT, images: Tensor, indices: Tensor) -> Result:
+        """What a model (this one's, or its moving average) makes of pictures, in training and in evaluation."""
+        b, (h, w) = len(images), model.grid(images.shape[-2:])
+        fine = torch.zeros(b, h, w, device=images.device)
+        if isinstance(model, Segmenter):
+            return self._run(model, images, fine.bool(), "packed")
+        tokens = torch.full((b,), model.vit.num_prefix_tokens + h * w * model.scale**2, device=images.device)
+        macs = torch.full((b,), self.budget.dense, dtype=torch.float64, device=images.device)
+        return Result(model.vit(images), fine, None, fine.bool(), tokens, macs)
+
+    def _run(self, model: MSViT, images: Tensor, mask: Tensor | None, execution: str | None) -> Result:
+        """Whole pictures; in evaluation, on request, windows of the training size that overlap by a third."""
+        if model.training or not self.recipe.sliding:
+            return model.run(images, mask, execution)
+        patch, side = model.coarse_patch, self.recipe.size
+        return slide(model, images, side, max(1, 2 * side // (3 * patch)) * patch, mask)
+
+    def scored(self, result: Result, targets: Tensor) -> dict[str, Tensor]:
+        """The task's loss on labels `[B]` (after mixup: shares `[B, K]`) or `[B, H, W]`, and what is shown of a step.
+
+        The rate of coarse regions is that of the decisions without noise, since these are what evaluation takes.
+        """
+        hard, pixels = not targets.is_floating_point(), targets.dim() == 3
+        smoothing, ignored = self.recipe.smoothing if hard else 0.0, IGNORE if pixels else -100
+        task = F.cross_entropy(result.logits, targets, label_smoothing=smoothing, ignore_index=ignored)
+        labels = targets if hard else targets.argmax(1)
+        right = result.logits.argmax(1) == labels
+        right = right[labels != IGNORE] if pixels else right
+        coarse, macs = result.coarse, result.macs / self.budget.dense
+        if result.scores is not None:
+            coarse = result.scores > 0
+            macs = self.budget.shares.to(coarse.device)[coarse.sum((1, 2))]
+        return {
+            "loss": task,
+            "task": task.detach(),
+            "accuracy": right.float().mean(),
+            "coarse": coarse.float().mean(),
+            "macs": macs.mean(),
+        }
+
+
+class Gated(Objective):
+    """Stage two: a gate, a rule or a reducer saves tokens, and the backbone learns to live with it.
+
+        L = L_task + weight L_gate(m) + penalty(m) + L_reducer + distill KL(dense || this)
+
+    The penalty is the budget controller's. A frozen gate decides without noise. The dense teacher, of distillation and
+    of reducers that need one, is the backbone as it enters this stage.
+    """
+
+    def __init__(self, model: MSViT, recipe: Recipe, budget: Budget, objects: dict[str, Objects] | None = None):
+        super().__init__(model, recipe, budget, objects)
+        self.learned = recipe.gating == "learned" and recipe.gate_lr > 0
+        taught = recipe.distill or (model.reducer is not None and model.reducer.needs_teacher)
+        self.teacher = copy.deepcopy(model.vit) if taught else None
+        self.loss, self.controller = None, None
+        if self.learned:
+            self.loss = make_loss(recipe.loss, grid=budget.grid, target=budget.rate, **recipe.loss_settings)
+            self.weight = self.loss.weight if recipe.loss_weight is None else recipe.loss_weight
+            if recipe.control:
+                self.controller = BudgetController(target=recipe.target, kind=recipe.budget)
+
+    def parts(self) -> list[tuple[nn.Module, float, float]]:
+        recipe, parts = self.recipe, super().parts()
+        if self.model.coarse_embed is not None:
+            parts.append((self.model.coarse_embed, recipe.lr, recipe.weight_decay))
+        if self.learned:
+            parts += [(self.model.gate, recipe.gate_lr, recipe.weight_decay), (self.loss, recipe.prior_lr, 0.0)]
+        if self.model.reducer is not None:
+            parts.append((self.model.reducer, recipe.reducer_lr, recipe.weight_decay))
+        return parts
+
+    def train(self, mode: bool = True) -> "Gated":
+        super().train(mode)
+        if not self.learned and self.recipe.gating == "learned":
+            self.model.gate.eval()
+        if self.teacher is not None:
+            self.teacher.eval()
+        return self
+
+    def priors(self) -> dict[str, Tensor]:
+        return {} if self.loss is None else {k: v.detach().cpu() for k, v in self.loss.state_dict().items()}
+
+    def begin(self, progress: float):
+        if self.learned:
+            first, last = self.recipe.temperature, self.recipe.temperature_end
+            self.model.gate.temperature = first * (last / first) ** progress
+
+    def update(self, seen: dict[str, float]):
+        if self.controller is not None:
+            self.controller.update(seen[self.recipe.budget])
+
+    def forward(self, images: Tensor, targets: Tensor, indices: Tensor) -> dict[str, Tensor]:
+        result = self.predict(self.model, images, indices)
+        out = self.scored(result, targets)
+        extra = {}
+        if self.learned:
+            extra["gate"] = self.weight * self.loss(result.gates)
+        if self.controller is not None:
+            extra["penalty"] = self.controller.penalty(result.gates)
+        teacher = self._teach(images) if self.teacher is not None else None
+        if self.model.reducer is not None:
+            extra |= self.model.reducer.loss(result, teacher)
+        if self.recipe.distill:
+            student, dense = (x.float().log_softmax(1) for x in (result.logits, teacher.logits))
+            distance = F.kl_div(student, dense, reduction="batchmean", log_target=True)
+            extra["distill"] = self.recipe.distill * distance
+        loss = out["loss"] + sum(extra.values())
+        return out | {name: term.detach() for name, term in extra.items()} | {"loss": loss}
+
+    def predict(self, model: MSViT, images: Tensor, indices: Tensor) -> Result:
+        execution = "masked" if model.training and not self.recipe.trim else None
+        mask = None
+        if self.recipe.gating == "oracle":
+            where = self.objects["train" if model.training else "val"]
+            mask = ~where(indices, model.coarse_patch).to(images.device)
+        return self._run(model, images, mask, execution)
+
+    @torch.no_grad()
+    def _teach(self, images: Tensor) -> Teacher:
+        """What the dense backbone says, its patch tokens on the fine grid."""
+        tokens = self.teacher.forward_features(images)
+        h, w = (side * self.model.scale for side in self.budget.grid)
+        patches = tokens[:, self.teacher.num_prefix_tokens :].unflatten(1, (h, w))
+        return Teacher(self.teacher.forward_head(tokens), patches)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return {} if self.controller is None else self.controller.state_dict()
+
+    def set_extra_state(self, state: dict[str, Any]):
+        if self.controller is not None:
+            self.controller.load_state_dict(state)

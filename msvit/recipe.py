@@ -1,0 +1,225 @@
+"""The recipe: all settings of a training run in one frozen dataclass for CLI, notebooks and records."""
+
+import ast
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+from collections.abc import Mapping
+from typing import Any, Self, get_args
+
+
+class RecipeError(ValueError):
+    """A setting that does not exist, or a value that it cannot have."""
+
+
+def setting(default: Any, about: str, within: str = "", choices: tuple[str, ...] = ()) -> Any:
+    """A field, what it means, and the interval or the names it is confined to."""
+    make = {"default_factory": lambda: dict(default)} if isinstance(default, dict) else {"default": default}
+    return dataclasses.field(**make, metadata={"about": about, "within": within, "choices": choices})
+
+
+GATINGS = ("learned", "fine", "coarse", "centre", "border", "checkerboard", "random", "entropy", "oracle")
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a run learns from, what it trains, and how.
+
+    Stage one trains the backbone alone with all tokens fine (`epochs_dense`), stage two the gate with it
+    (`epochs`). With `epochs_dense=0` the backbone enters stage two as it is built or loaded.
+    """
+
+    data: str = setting("scenes:easy", "scenes:easy|middle|hard, folder:/path, or what timm's create_dataset reads")
+    size: int = setting(64, "side of the pictures (segmentation: of the crops to train on) in pixels", "[8, inf)")
+    train_n: int = setting(0, "training pictures an epoch; 0 = all there are (of scenes 8192)", "[0, inf)")
+    val_n: int = setting(0, "pictures to evaluate on; 0 = all there are (of scenes 2048)", "[0, inf)")
+    holdout: float = setting(0.0, "share of the training pictures to evaluate on in their place", "[0, 1)")
+    augment: str = setting("none", "augmentation of training pictures, by msvit.data's names")
+    batch: int = setting(128, "pictures in a step, over all processes", "[1, inf)")
+    workers: int = setting(0, "processes that read pictures, for each process that trains", "[0, inf)")
+    task: str = setting("classify", "a label for each picture, or for each pixel", choices=("classify", "segment"))
+    short: int = setting(0, "segmentation: resize a folder's pictures to this shorter side first; 0 = no", "[0, inf)")
+
+    model: str = setting("tiny", "tiny (3 blocks of width 64, patch 8), a timm name, a run's folder or a hub id")
+    checkpoint: str = setting("", "safetensors (or weights-only) file for the backbone")
+    pretrained: bool = setting(False, "start a timm model from its published weights")
+    gate: str = setting("", "folder or hub id of the run whose trained gate is taken over")
+    scale: int = setting(2, "a coarse patch is scale x scale fine ones", "[2, inf)")
+    decoder: str = setting("linear", "segmentation: what labels the tokens", choices=("linear", "mask"))
+    scatter: str = setting("after", "segmentation: fine grid after or before the decoder", choices=("after", "before"))
+    sliding: bool = setting(False, "segmentation: evaluate through overlapping windows of the training size")
+
+    epochs_dense: int = setting(3, "epochs of the backbone alone, all tokens fine", "[0, inf)")
+    epochs: int = setting(5, "epochs of the gate and the backbone together", "[0, inf)")
+    optimizer: str = setting("adamw", "timm's name of the optimizer")
+    lr: float = setting(1e-3, "peak learning rate of the backbone; 0 = frozen", "[0, inf)")
+    gate_lr: float = setting(1e-3, "peak learning rate of the gate; 0 = frozen", "[0, inf)")
+    reducer_lr: float = setting(1e-3, "peak learning rate of a reducer's own layers; 0 = frozen", "[0, inf)")
+    prior_lr: float = setting(1e-2, "peak learning rate of the gate loss's priors; 0 = frozen", "[0, inf)")
+    weight_decay: float = setting(0.05, "of the matrices of backbone and gate", "[0, inf)")
+    layer_decay: float = setting(1.0, "factor on the learning rate from each block to the one below", "(0, 1]")
+    schedule: str = setting("cosine", "timm's schedule", choices=("cosine", "poly", "wsd", "constant"))
+    warmup: float = setting(0.2, "epochs of linear warm-up, in each stage", "[0, inf)")
+    clip: float = setting(0.0, "largest norm of the gradient; 0 = any", "[0, inf)")
+    accumulate: int = setting(1, "steps whose gradients make one update", "[1, inf)")
+    ema: float = setting(0.0, "decay of the moving average of the weights; 0 = none", "[0, 1)")
+    smoothing: float = setting(0.0, "label smoothing", "[0, 1)")
+    mixup: float = setting(0.0, "timm's mixup alpha; 0 = none", "[0, inf)")
+    cutmix: float = setting(0.0, "timm's cutmix alpha; 0 = none", "[0, inf)")
+    drop_path: float = setting(0.0, "stochastic depth of the last block", "[0, 1)")
+    distill: float = setting(0.0, "weight of KL(dense || gated), the teacher as stage one left it", "[0, inf)")
+
+    gating: str = setting("learned", "who decides: the gate, or a rule in its place", choices=GATINGS)
+    loss: str = setting("gbas", "the gate loss, by msvit.gbas's names")
+    loss_weight: float | None = setting(None, "weight of the gate loss; none = the loss's own", "[0, inf)")
+    loss_settings: dict = setting({}, "settings of the gate loss, as in sigma=0.1 temperature=0.3")
+    budget: str = setting(
+        "macs", "what target is a share of: dense MACs, or coarse regions", choices=("macs", "coarse")
+    )
+    target: float = setting(0.58, "the budget: gate, priors and masks are held to it", "(0, 1)")
+    control: bool = setting(True, "steer the gate while training so that the budget is met")
+    calibrate: bool = setting(True, "set the threshold after training so that training pictures meet the budget")
+    temperature: float = setting(0.3, "of the Gumbel-sigmoid in the first step", "(0, inf)")
+    temperature_end: float = setting(0.3, "and in the last; between them it moves geometrically", "(0, inf)")
+    share_embedding: bool = setting(True, "coarse patches go through the same embedding as fine ones")
+    trim: bool = setting(True, "cut training sequences to what is active; false = all tokens, masked")
+    slack: float = setting(0.1, "room for inactive tokens in a cut sequence, a share of the active", "[0, inf)")
+
+    reducer: str = setting("", "what drops or merges tokens in the network, by msvit.reducers' names")
+    reducer_settings: dict = setting({}, "its settings, as in keep=0.7")
+
+    precision: str = setting("fp32", "bf16 = autocast", choices=("fp32", "bf16"))
+    device: str = setting("auto", "auto = an accelerator if there is one", choices=("auto", "cpu"))
+    seed: int = setting(0, "of weights, order, augmentation and noise", "[0, inf)")
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
+        if self.epochs_dense + self.epochs == 0:
+            raise RecipeError("epochs_dense=0 and epochs=0 train nothing; make one of them positive")
+        alien = ("mixup", "cutmix", "distill") if self.task == "segment" else ("short", "sliding")
+        if wrong := [name for name in alien if getattr(self, name)]:
+            raise RecipeError(f"{wrong[0]}={getattr(self, wrong[0])!r} is not for task={self.task!r}; leave it at 0")
+        if self.epochs and not (self.lr or (self.gating == "learned" and self.gate_lr)):
+            raise RecipeError(f"lr=0 and gate_lr={self.gate_lr:g} with gating={self.gating!r} leave nothing to train")
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
+        """A recipe from a mapping; a name that does not exist is refused, with the nearest that does."""
+        return cls(**{_field(name).name: value for name, value in settings.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting, as JSON has it."""
+        return dataclasses.asdict(self)
+
+    def replace(self, **changes: Any) -> Self:
+        """The same recipe but for `changes`, checked as new."""
+        return self.from_dict(self.to_dict() | changes)
+
+    def difference(self, other: Self) -> dict[str, tuple[Any, Any]]:
+        """The settings that differ and can change a result: name -> (here, there)."""
+        here, there = self.to_dict(), other.to_dict()
+        return {k: (here[k], there[k]) for k in here if here[k] != there[k] and k not in HARMLESS}
+
+    @property
+    def name(self) -> str:
+        """A folder's name for the run: readable, and another one for every other recipe."""
+        settings = {k: v for k, v in self.to_dict().items() if k not in HARMLESS}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
+        method = "dense" if not self.epochs else self.loss if self.gating == "learned" else self.gating
+        words = [
+            self.data,
+            self.model,
+            f"{method}{self.target:g}" if self.epochs else method,
+            f"s{self.seed}",
+        ]
+        plain = "_".join(word.strip("/").rsplit("/", 1)[-1] for word in words)
+        return "".join(c if c.isalnum() or c in ".-_" else "-" for c in plain) + "-" + digest
+
+
+FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}
+# How a run is carried out, not what comes out.
+HARMLESS = ("workers", "device")
+
+
+def parse(name: str, text: str) -> Any:
+    """The value that was typed for a setting, read by the setting's type."""
+    field = _field(name)
+    kind = _kind(field)
+    if kind is str:
+        value = text
+    elif kind is dict:
+        pairs = [pair.partition("=") for pair in text.replace(",", " ").split()]
+        if bad := next((key + equals + value for key, equals, value in pairs if not (key and value)), None):
+            raise RecipeError(f"{name}={text!r}: {bad!r} is no name=value; write it as sigma=0.1 temperature=0.3")
+        value = {key: _literal(value) for key, _, value in pairs}
+    else:
+        value = _literal(text)
+    return _checked(field, value)
+
+
+def _literal(text: str) -> Any:
+    """A number, true, false or none; what is none of these stays text."""
+    word = text.strip()
+    if word.lower() in ("true", "false", "none"):
+        return {"true": True, "false": False, "none": None}[word.lower()]
+    try:
+        value = ast.literal_eval(word)
+    except (ValueError, SyntaxError):
+        return text
+    return value if isinstance(value, int | float) else text
+
+
+def _field(name: str) -> dataclasses.Field:
+    if name in FIELDS:
+        return FIELDS[name]
+    near = difflib.get_close_matches(str(name), FIELDS, 1, cutoff=0.5)
+    hint = f"; the nearest is {near[0]!r}" if near else ""
+    raise RecipeError(f"no setting is called {name!r}{hint}. There are: {', '.join(FIELDS)}")
+
+
+def _kind(field: dataclasses.Field) -> type:
+    """The field's type, without the None that it may also be."""
+    return get_args(field.type)[0] if isinstance(field.type, types.UnionType) else field.type
+
+
+def expected(field: dataclasses.Field) -> str:
+    """What a setting may be, in words."""
+    kind, within, choices = _kind(field), field.metadata["within"], field.metadata["choices"]
+    words = {
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "text",
+        dict: "name=value pairs",
+    }
+    some = " or ".join(choices) if choices else words[kind] + (f" in {within}" if within else "")
+    return some if kind is field.type else f"{some}, or none"
+
+
+def _checked(field: dataclasses.Field, value: Any) -> Any:
+    """The value if the field may have it; a whole number where a number is meant becomes a float."""
+    kind, within, choices = _kind(field), field.metadata["within"], field.metadata["choices"]
+    if value is None and kind is not field.type:
+        return None
+    if kind is float and type(value) is int:
+        value = float(value)
+    good = type(value) is kind and (not choices or value in choices) and (not within or _inside(value, within))
+    if kind is dict and good:
+        good = all(isinstance(k, str) and isinstance(v, str | int | float | None) for k, v in value.items())
+    if not good:
+        near = difflib.get_close_matches(str(value), choices, 1)
+        hint = f"; the nearest is {near[0]!r}" if near else ""
+        kind_of = "" if type(value) in (kind, str) else f" ({type(value).__name__})"
+        raise RecipeError(f"{field.name}={value!r}{kind_of}: expected {expected(field)}{hint}")
+    return dict(value) if kind is dict else value
+
+
+def _inside(value: float, within: str) -> bool:
+    """Whether value lies in an interval such as "[0, 1)". NaN lies in none."""
+    low, high = (float(end) for end in within[1:-1].split(","))
+    return (low <= value if within[0] == "[" else low < value) and (
+        value <= high if within[-1] == "]" else value < high
+    )

@@ -1,0 +1,285 @@
+"""Runs on disk: what a run leaves in its folder, written so that no crash can spoil it, and all runs as one table.
+
+    settings.json      the recipe
+    environment.json   versions, device and commit, once for each start
+    metrics.jsonl      a line per epoch
+    state/             what the next epoch needs; the name of a file holds the hash of its bytes
+    dense/             the backbone after stage one, a folder for MSViT.from_pretrained
+    gate_loss.safetensors      what the gate loss has learned: the priors of GBaS
+    summary.json       the result; its presence says that the run is finished
+    config.json, model.safetensors      the trained model, so that the folder itself is one for from_pretrained
+
+Every file appears under its name only when all of its bytes are on the disk.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import pickle
+import tempfile
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+
+from .recipe import Recipe, RecipeError
+
+TIMINGS = ("seconds", "pictures_per_s")  # of a line of metrics: all that two equal runs may differ in
+
+
+class RunError(RuntimeError):
+    """A run that cannot be started, continued or read."""
+
+
+class RunWarning(UserWarning):
+    """A damaged file of a run that could be done without."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as it stands on disk: `summary` is None until it is finished."""
+
+    folder: Path
+    recipe: Recipe
+    metrics: list[dict[str, Any]]
+    summary: dict[str, Any] | None
+
+
+class Folder:
+    """The one writer of a run's folder."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._lock = None
+        self._good: Path | None = None  # the last state that was written or read well
+
+    def check(self, recipe: Recipe) -> bool:
+        """Whether the run is there and finished; an error if the folder is something else. Writes nothing."""
+        if (self.path / "settings.json").exists():
+            if other := read_recipe(self.path).difference(recipe):
+                said = ", ".join(f"{name} is {there!r}, not {here!r}" for name, (there, here) in other.items())
+                raise RunError(
+                    f"{self.path} holds a run of other settings ({said}); nothing was changed. "
+                    "Choose another folder, or delete this one"
+                )
+            return (self.path / "summary.json").exists()
+        names = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
+        if alien := [name for name in names if name != ".lock" and not name.endswith(".tmp")]:
+            raise RunError(f"{self.path} is no run but has {alien[0]!r} in it; choose a new or an empty folder")
+        return False
+
+    def open(self, recipe: Recipe):
+        """Makes the folder, or takes up the run that is in it, for this process alone."""
+        self.check(recipe)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = _locked(self.path / ".lock")
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be written ({error.strerror}); choose another folder") from error
+        if not (self.path / "settings.json").exists():
+            self.write_json("settings.json", recipe.to_dict())
+
+    def note(self, environment: dict[str, Any]):
+        """Adds a start to environment.json."""
+        starts = _json(self.path / "environment.json") if (self.path / "environment.json").exists() else []
+        self.write_json("environment.json", [*starts, environment])
+
+    def close(self):
+        if self._lock is not None:
+            self._lock.close()
+
+    def write(self, name: str, data: bytes):
+        """A whole file or none."""
+        path = self.path / name
+        part = path.with_name(path.name + ".tmp")
+        try:
+            path.parent.mkdir(exist_ok=True)
+            with open(part, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+            _sync(path.parent)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                part.unlink()
+            raise self._failed(name, error) from error
+
+    def write_json(self, name: str, value: Any):
+        self.write(name, (json.dumps(value, indent=2) + "\n").encode())
+
+    def append(self, line: dict[str, Any]):
+        """A line of metrics, on the disk when this returns."""
+        try:
+            with open(self.path / "metrics.jsonl", "ab") as file:
+                file.write((json.dumps(line) + "\n").encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise self._failed("metrics.jsonl", error) from error
+
+    def restore(self, history: list[dict[str, Any]]):
+        """Makes the metrics those of the state, should a crash have torn them or have come between the two."""
+        if read_metrics(self.path) != history or _torn(self.path):
+            self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history).encode())
+
+    def save_state(self, epoch: int, state: dict[str, Any]):
+        """The state after so many epochs; the last good one before it is kept, all others go."""
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        data = buffer.getvalue()
+        path = self.path / "state" / f"{epoch:05d}-{_hash(data)}.pt"
+        self.write(f"state/{path.name}", data)
+        for other in set(_states(self.path)) - {path, self._good}:
+            other.unlink(missing_ok=True)
+        self._good = path
+
+    def load_state(self) -> dict[str, Any] | None:
+        """The last state whose bytes are those that were written; None if there is none. Runs no pickled code."""
+        for path in _states(self.path):
+            try:
+                data = path.read_bytes()
+                if _hash(data) != path.stem[6:]:
+                    raise RunError("its bytes are not those that were written")
+                state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+                reason = str(error).splitlines()[0]
+                warnings.warn(f"{path} is damaged ({reason}); the state before it is used", RunWarning, stacklevel=2)
+            else:
+                self._good = path
+                return state
+        return None
+
+    def last_state(self) -> str:
+        """The last good state's file, for messages."""
+        return str(self._good or "none yet")
+
+    def save_model(self, model: torch.nn.Module, name: str = "."):
+        """`model.save_pretrained`, each file whole or not there."""
+        with tempfile.TemporaryDirectory() as scratch:
+            model.save_pretrained(scratch)
+            for path in sorted(Path(scratch).iterdir()):
+                if path.name in ("config.json", "model.safetensors"):
+                    self.write(str(Path(name) / path.name), path.read_bytes())
+
+    def _failed(self, name: str, error: OSError) -> RunError:
+        return RunError(
+            f"{self.path / name} could not be written ({error.strerror}). The last good state is {self.last_state()}: "
+            "make room (or the folder writable) and give the same command again"
+        )
+
+
+def read_recipe(folder: Path) -> Recipe:
+    path = Path(folder) / "settings.json"
+    if not path.exists():
+        raise RunError(f"{folder} is no run: it has no settings.json")
+    try:
+        return Recipe.from_dict(_json(path))
+    except RecipeError as error:
+        raise RunError(f"{path} is no recipe of this version of msvit: {error}") from error
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of metrics. A torn last line, all that a crash can leave, is dropped and named."""
+    path = Path(folder) / "metrics.jsonl"
+    if not path.exists():
+        return []
+    good = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            good.append(json.loads(line))
+        except ValueError:
+            warnings.warn(f"{path}: line {number} is damaged and left out", RunWarning, stacklevel=2)
+            break
+    return good
+
+
+def read(folder: str | Path) -> Run:
+    """A run from its folder, finished or not."""
+    folder = Path(folder)
+    summary = folder / "summary.json"
+    recipe = read_recipe(folder)
+    return Run(folder, recipe, read_metrics(folder), _json(summary) if summary.exists() else None)
+
+
+def load(folder: str | Path = "runs") -> pd.DataFrame:
+    """All runs under a folder as a table, one row each: name, status, settings, and the results.
+
+    An unfinished run has the results of its last epoch. A run that cannot be read has the status "damaged" and the
+    reason.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise RunError(f"there is no folder {folder}; train something into it, or name another")
+    rows = []
+    for path in sorted(folder.rglob("settings.json")):
+        row: dict[str, Any] = {"run": str(path.parent.relative_to(folder)), "status": "damaged"}
+        try:
+            run = read(path.parent)
+            row |= {"status": "unfinished" if run.summary is None else "finished", "epoch": len(run.metrics)}
+            row |= _flat(run.recipe.to_dict())
+            row |= _flat((run.metrics[-1] if run.metrics else {}) if run.summary is None else run.summary)
+        except RunError as error:
+            row["reason"] = str(error)
+        rows.append(row)
+    return pd.DataFrame(rows, columns=None if rows else ["run", "status"])
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({error}); delete it, or the whole run, and train again") from error
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def _states(folder: Path) -> list[Path]:
+    """Newest first."""
+    return sorted((folder / "state").glob("[0-9]*.pt"), reverse=True)
+
+
+def _torn(folder: Path) -> bool:
+    path = folder / "metrics.jsonl"
+    return path.exists() and bool(data := path.read_bytes()) and not data.endswith(b"\n")
+
+
+def _flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Scalars as they are, dictionaries as `name.key`, lists left out."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat({f"{name}.{key}": v for key, v in value.items()})
+        elif not isinstance(value, list):
+            yield name, value
+
+
+def _sync(folder: Path):
+    """A rename is on the disk only when its folder is."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _locked(path: Path) -> io.BufferedWriter:
+    """The file, locked for as long as it is open; a killed process gives it up."""
+    file = path.open("ab")
+    with contextlib.suppress(ImportError):  # Windows has no fcntl
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise RunError(f"another process is training in {path.parent}; wait for it, or stop it") from None
+    return file

@@ -1,0 +1,281 @@
+"""Training: epochs on accelerate, each a function of the state before it.
+
+All random numbers of a step are seeded by (seed, epoch, step) and those of the data by (seed, epoch). So a run that was
+stopped and is continued from the state after an epoch ends, on a CPU, with bitwise the same weights, and several
+processes draw for a batch what one process would draw.
+"""
+
+import itertools
+import math
+import random
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DataLoaderConfiguration, gather_object, is_tensorboard_available
+from timm.data import Mixup
+from tqdm import tqdm
+
+from . import runs
+from .build import build, choose_gate, first_pictures, fit_head, load_data
+from .data import set_epoch
+from .environment import environment
+from .metrics import evaluate, object_finder
+from .objective import Gated, Objective
+from .recipe import Recipe, RecipeError
+from .runs import Folder, Run, RunError
+from .scenes import hashed
+from .stage import Stage
+
+CURVE = 50  # points of an epoch's loss curve that are kept
+
+
+def train(
+    recipe: Recipe,
+    folder: str | Path,
+    progress: bool = True,
+    tensorboard: bool = False,
+    watch: Callable[[dict[str, Any]], None] | None = None,
+) -> Run:
+    """Trains a recipe in a folder, continues the run that was stopped there, or returns the one that is finished.
+
+    Under `accelerate launch` or `torchrun` every process calls this with the same arguments.
+
+    Args:
+        recipe: All settings.
+        folder: For the records, see `msvit.runs`.
+        progress: Show a bar on standard error.
+        tensorboard: Write the metrics for TensorBoard too, into the folder.
+        watch: Called by the main process with the line of metrics of each epoch, once it is on the disk. What it
+            raises ends the run, which can still be continued.
+    """
+    records = Folder(folder)
+    if records.check(recipe):
+        return runs.read(folder)
+    accelerator = _accelerator(recipe, records.path, tensorboard)
+    trainer = Trainer(recipe, records, accelerator, progress, watch)
+    try:
+        if accelerator.is_main_process:
+            records.open(recipe)
+            records.note(environment(accelerator.device, accelerator.num_processes))
+        accelerator.wait_for_everyone()
+        if tensorboard:
+            accelerator.init_trackers("tensorboard")
+        trainer.run()
+        accelerator.wait_for_everyone()
+    finally:
+        records.close()
+        for tracker in accelerator.trackers:
+            tracker.finish()
+    return runs.read(folder)
+
+
+class Trainer:
+    """The loop of one run. Whatever is wrong with its recipe comes out before anything is written."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        records: Folder,
+        accelerator: Accelerator,
+        progress: bool,
+        watch: Callable[[dict[str, Any]], None] | None = None,
+    ):
+        self.recipe, self.records, self.accelerator, self.watch = recipe, records, accelerator, watch
+        self.progress = progress and accelerator.is_main_process
+        torch.manual_seed(recipe.seed)
+        self.model = build(recipe, records.path.parent)
+        self.loaders = load_data(recipe, self.model)
+        self._check_batches()
+        classes = len(self.loaders.classes)
+        self.model = fit_head(self.model, self.loaders.classes, recipe)
+        self.budget = choose_gate(self.model, recipe, self.loaders)
+        self.objects = {name: object_finder(getattr(self.loaders, name)) for name in ("train", "val")}
+        if recipe.epochs:
+            self._objective(Gated)
+        self.model.to(accelerator.device)
+        self.trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self.train_loader, self.val_loader = accelerator.prepare(self.loaders.train, self.loaders.val)
+        self.mixup = None
+        if recipe.mixup or recipe.cutmix:
+            self.mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=classes)
+        self.history: list[dict[str, Any]] = []
+
+    def run(self):
+        """The epochs that are still to come, and the summary."""
+        state = self.records.load_state()
+        if state is not None:
+            self.history = state["history"]
+            self.model.load_state_dict(state["model"])
+        if len(set(gather_object([len(self.history)]))) > 1:
+            raise RunError(f"not all processes see the state in {self.records.path}; put it where all machines can")
+        if self.accelerator.is_main_process:
+            self.records.restore(self.history)
+        first = 0
+        plan = (("dense", self.recipe.epochs_dense, Objective), ("gated", self.recipe.epochs, Gated))
+        for name, epochs, kind in plan:
+            if len(self.history) < first + epochs:
+                stage = self._begin(name, first, epochs, kind)
+                if len(self.history) > first:
+                    stage.load_state_dict(state)
+                for epoch in range(len(self.history), stage.last):
+                    self._epoch(stage, epoch)
+            first += epochs
+        if self.accelerator.is_main_process:
+            self.records.save_model(self.model)
+            self.records.write_json("summary.json", self._summary())
+
+    def _begin(self, name: str, first: int, epochs: int, kind: type[Objective]) -> Stage:
+        self.accelerator.free_memory()
+        for parameter in self.trainable:
+            parameter.requires_grad_(True)  # the stage before may have frozen some
+        objective, steps = self._objective(kind), self.loaders.steps
+        return Stage(name, first, epochs, steps, objective, self.recipe, self.accelerator, self.mixup)
+
+    def _objective(self, kind: type[Objective]) -> Objective:
+        try:
+            return kind(self.model, self.recipe, self.budget, self.objects)
+        except ValueError as error:
+            raise RecipeError(str(error)) from error
+
+    def _epoch(self, stage: Stage, epoch: int):
+        """One epoch: train, evaluate, and make both durable."""
+        start = time.perf_counter()
+        means = self._train(stage, epoch)
+        speed = self.loaders.steps * self.train_loader.total_batch_size / (time.perf_counter() - start)
+        last = epoch + 1 == stage.last
+        if last:
+            stage.finish()
+            if self.recipe.calibrate and stage.name == "gated" and self.recipe.gating == "learned":
+                self.model.calibrate(first_pictures(self.loaders.train), macs=self.budget.macs)
+        model = self.model if last else stage.model
+        found = evaluate(
+            model,
+            self.val_loader,
+            lambda images, indices: stage.objective.predict(model, images, indices),
+            self.accelerator,
+        )
+        line = {"epoch": epoch + 1, "stage": stage.name, **means}
+        line |= {f"val_{name}": value for name, value in found.items()}
+        line |= {"pictures_per_s": speed, "seconds": time.perf_counter() - start}
+        self.history.append(line)
+        self._save(stage, line, last)
+
+    def _save(self, stage: Stage, line: dict[str, Any], last: bool):
+        """The state comes first: should all end between it and the line of metrics, the state has the line too."""
+        unreadable = gather_object([tuple(bad) for bad in self.loaders.unreadable("train")])
+        if not self.accelerator.is_main_process:
+            return
+        if unreadable:
+            self.records.write_json("unreadable.json", sorted(set(unreadable)))
+            tqdm.write(
+                f"{len(set(unreadable))} training files cannot be read: {self.records.path}/unreadable.json", sys.stderr
+            )
+        if last and stage.name == "dense":
+            self.records.save_model(self.model, "dense")
+        if last and (priors := stage.objective.priors()):
+            self.records.write("gate_loss.safetensors", safetensors.torch.save(priors))
+        state = {"history": self.history, "model": self.model.state_dict(), **stage.state_dict()}
+        self.records.save_state(len(self.history), state)
+        self.records.append(line)
+        if self.watch:
+            self.watch(line)
+        self.accelerator.log({k: v for k, v in line.items() if isinstance(v, float)}, step=line["epoch"])
+
+    def _train(self, stage: Stage, epoch: int) -> dict[str, Any]:
+        """The steps of an epoch; returns the means of what they showed, and the loss curve."""
+        word = int(hashed(self.recipe.seed, 4, epoch)[0])
+        random.seed(word)
+        np.random.seed(word & 0xFFFFFFFF)  # noqa: NPY002 (timm's Mixup draws from it)
+        stage.wrapped.train()
+        set_epoch(self.train_loader, epoch)
+        seen: list[dict[str, float]] = []
+        title, pictures = f"{stage.name} {epoch + 1 - stage.first}", self.train_loader.total_batch_size
+        total = self.loaders.steps * pictures
+        with tqdm(total=total, desc=title, unit=" pictures", disable=not self.progress) as bar:
+            for step, batch in enumerate(self.train_loader):
+                seen.append(stage.step(epoch, step, *batch))
+                if not all(map(math.isfinite, seen[-1].values())):
+                    raise self._failure(stage, epoch, step, seen[-1], batch)
+                bar.set_postfix_str(_shown(seen[-20:]), refresh=False)
+                bar.update(pictures)
+        lr = max(group["lr"] for group in stage.optimizer.param_groups)
+        means = {f"train_{name}": _mean(seen, name) for name in seen[-1]}
+        curve = [_mean(part, "loss") for part in _parts(seen, CURVE)]
+        return {"lr": lr, **means, "curve": curve}
+
+    def _failure(self, stage: Stage, epoch: int, step: int, seen: dict[str, float], batch) -> RunError:
+        """The error of a run whose loss or gradient is no number any more."""
+        names = self.loaders.names("train", batch.indices)
+        finite = batch.images.flatten(1).isfinite().all(1).tolist()
+        bad = [name for name, ok in zip(names, finite, strict=True) if not ok]
+        what = ", ".join(f"{name} is {value}" for name, value in seen.items() if not math.isfinite(value))
+        where = f"step {step + 1} of epoch {epoch + 1} ({stage.name})"
+        if self.accelerator.is_main_process:
+            failure = {"where": where, "what": what, "pictures": names, "not_finite": bad}
+            self.records.write_json("failure.json", failure)
+        some = f"pictures with pixels that are no numbers: {', '.join(bad[:8])}"
+        some = some if bad else f"pictures: {', '.join(names[:8])}"
+        return RunError(
+            f"{what} at {where}; {some} (all {len(names)} of the batch are in {self.records.path}/failure.json). The "
+            f"last good state is {self.records.last_state()}. Mend the pictures and give the same command again, or "
+            "train with other settings (a smaller lr or clip) in another folder"
+        )
+
+    def _check_batches(self):
+        processes = self.accelerator.num_processes
+        for name, loader in (("batch", self.loaders.train), ("val_n", self.loaders.val)):
+            if loader.batch_size % processes:
+                raise RecipeError(
+                    f"{name}: a batch of {loader.batch_size} pictures cannot be split over {processes} processes; "
+                    "choose a multiple"
+                )
+
+    def _summary(self) -> dict[str, Any]:
+        last, dense = self.history[-1], [line for line in self.history if line["stage"] == "dense"]
+        summary = {name.removeprefix("val_"): value for name, value in last.items() if name.startswith("val_")}
+        for name in ("accuracy", "miou"):
+            if dense and f"val_{name}" in dense[-1]:
+                summary[f"dense_{name}"] = dense[-1][f"val_{name}"]
+        summary |= {"dense_macs": self.budget.dense, "threshold": self.model.threshold}
+        summary["classes"] = self.loaders.classes
+        summary["parameters"] = sum(p.numel() for p in self.model.parameters())
+        return summary | {"epochs": len(self.history), "seconds": sum(line["seconds"] for line in self.history)}
+
+
+def _accelerator(recipe: Recipe, folder: Path, tensorboard: bool) -> Accelerator:
+    if tensorboard and not is_tensorboard_available():
+        raise RunError("TensorBoard is not installed; install the package tensorboard, or train without it")
+    AcceleratorState._reset_state()  # a second run of this process may have another precision
+    return Accelerator(
+        cpu=recipe.device == "cpu",
+        mixed_precision={"fp32": "no", "bf16": "bf16"}[recipe.precision],
+        gradient_accumulation_steps=recipe.accumulate,
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        log_with="tensorboard" if tensorboard else None,
+        project_dir=folder if tensorboard else None,
+    )
+
+
+def _shown(seen: list[dict[str, float]]) -> str:
+    """What the progress bar says of the last steps."""
+    return ", ".join(f"{name} {_mean(seen, name):.3f}" for name in ("loss", "accuracy", "coarse", "macs"))
+
+
+def _mean(seen: list[dict[str, float]], name: str) -> float:
+    values = [scalars[name] for scalars in seen if name in scalars]
+    return math.fsum(values) / len(values)
+
+
+def _parts(values: list, count: int) -> list[list]:
+    """A list in `count` runs of nearly equal length, or one of each value."""
+    count = min(count, len(values))
+    edges = [round(i * len(values) / count) for i in range(count + 1)]
+    return [values[a:b] for a, b in itertools.pairwise(edges)]

@@ -1,0 +1,177 @@
+"""The command line: what it prints, what it refuses, and its exit codes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from msvit import __version__, cli
+from msvit.recipe import FIELDS, Recipe
+from msvit.reducers import METHODS
+
+SIZES = {"train-n": 32, "val-n": 24, "batch": 16, "epochs-dense": 1, "epochs": 1, "device": "cpu"}
+SMALL = [*(f"--{name}={value}" for name, value in SIZES.items()), "--quiet"]
+
+
+def run(capsys, *words):
+    code = cli.main([str(word) for word in words])
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "runs"
+    assert cli.main(["train", *SMALL, "--runs", str(folder)]) == 0
+    return folder
+
+
+def test_help_names_every_setting_with_its_default(capsys):
+    for words in (["--help"], ["train", "--help"], ["eval", "--help"], ["runs", "--help"], ["methods", "--help"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(words)
+        assert ended.value.code == 0
+        shown = capsys.readouterr().out
+        assert len(shown.splitlines()) > 4
+        if words[0] == "train":
+            for name, field in FIELDS.items():
+                assert f"--{name.replace('_', '-')} " in shown
+                assert field.metadata["about"].split()[0] in shown
+            assert "(default: scenes:easy)" in " ".join(shown.split())
+
+
+def test_train_prints_what_came_of_it(capsys, tmp_path):
+    code, out, err = run(capsys, "train", *SMALL, "--folder", tmp_path / "run")
+    assert (code, err) == (0, "")
+    assert f"{tmp_path / 'run'}: 2 epochs in" in out
+    assert "dense   accuracy" in out
+    assert "gbas    accuracy" in out
+    assert "of the object's regions" in out
+    code, out, err = run(capsys, "train", *SMALL, "--folder", tmp_path / "run", "--json")
+    assert code == 0
+    assert "is finished already" in err
+    result = json.loads(out)
+    assert result["finished_before"] is True
+    assert result["epochs"] == 2
+
+
+def test_the_folder_is_named_by_the_settings(folder):
+    name = Recipe(train_n=32, val_n=24, batch=16, epochs_dense=1, epochs=1).name
+    assert [p.name for p in folder.iterdir()] == [name]
+
+
+def test_runs_is_a_table(folder, capsys):
+    code, out, _ = run(capsys, "runs", folder)
+    assert code == 0
+    assert out.split()[:4] == ["run", "status", "epoch", "accuracy"]
+    assert "finished" in out
+    code, out, _ = run(capsys, "runs", folder, "--json")
+    rows = json.loads(out)
+    assert (rows[0]["status"], rows[0]["batch"], rows[0]["loss_weight"]) == ("finished", 16, None)
+
+
+def test_eval_gives_the_figures_of_the_run_and_others(folder, capsys):
+    path = next(folder.iterdir())
+    summary = json.loads((path / "summary.json").read_text())
+    code, out, _ = run(capsys, "eval", path, "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["accuracy"] == summary["accuracy"]
+    assert found["macs"] == summary["macs"]
+    fine = json.loads(run(capsys, "eval", path, "--json", "--threshold", "1")[1])
+    assert fine["coarse"] == 0
+    coarse = json.loads(run(capsys, "eval", path, "--json", "--gating", "coarse", "--val-n", "10")[1])
+    assert (coarse["coarse"], coarse["pictures"]) == (1, 10)
+    half = json.loads(run(capsys, "eval", path, "--json", "--macs", "0.5", "--val_n=24")[1])
+    assert abs(half["macs"] - 0.5) < 0.1
+    assert "accuracy" in run(capsys, "eval", path)[1]
+
+
+def test_methods_are_listed(capsys):
+    code, out, _ = run(capsys, "methods")
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["method", *METHODS]
+    assert json.loads(run(capsys, "methods", "--json")[1])[0]["method"] == "gate"
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["train", "--epoch", "3"], 2, "--epoch is unknown here; the nearest is --epochs"),
+        (["train", "--data", "scnes:easy"], 2, "did you mean 'scenes:easy'"),
+        (["train", "--lr", "0", "--gate-lr", "0"], 2, "leave nothing to train"),
+        (["train", "--target", "0.1"], 2, "target=0.1 cannot be met"),
+        (["runs", "no/such/folder"], 1, "there is no folder no/such/folder"),
+        (["eval", "no/such/run"], 1, "is no run: it has no settings.json"),
+    ],
+)
+def test_mistakes_are_said_in_a_line(capsys, monkeypatch, tmp_path, words, code, said):
+    monkeypatch.chdir(tmp_path)
+    got, out, err = run(capsys, *words)
+    assert (got, out) == (code, "")
+    assert said in err
+    assert len(err.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "--target", "1.5"], r"target=1.5: expected a number in (0, 1)"),
+        (["train", "--trim", "maybe"], r"trim='maybe': expected true or false"),
+        (["train", "--gating", "lerned"], r"the nearest is 'learned'"),
+        (["train", "--loss-settings", "sigma"], r"'sigma' is no name=value"),
+        (["trian"], "invalid choice: 'trian'"),
+        ([], "the following arguments are required: COMMAND"),
+        (["eval", "x", "--macs", "0.5", "--threshold", "0.5"], "not allowed with"),
+    ],
+)
+def test_argparse_ends_with_two(capsys, words, said):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_typed_values_become_settings():
+    arguments = cli._parser().parse_args(
+        [
+            "train",
+            "--trim",
+            "false",
+            "--pretrained",
+            "--loss-weight",
+            "none",
+            "--loss-settings",
+            "sigma=0.2",
+            "prior=beta",
+        ]
+    )
+    settings = Recipe.from_dict(cli._settings(arguments))
+    assert settings == Recipe(trim=False, pretrained=True, loss_settings={"sigma": 0.2, "prior": "beta"})
+
+
+def test_interrupted_says_how_to_go_on(capsys, monkeypatch, tmp_path):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("msvit.train.train", stop)
+    code, _, err = run(capsys, "train", "--runs", tmp_path)
+    assert code == 130
+    assert "the same command continues" in err
+
+
+def test_the_program_runs_without_notebook_packages():
+    """In a fresh interpreter in which importing one of them fails."""
+    code = """
+import sys
+for name in ("IPython", "ipywidgets", "matplotlib", "plotly", "papermill", "optuna", "anywidget", "jupyterlab"):
+    sys.modules[name] = None
+from msvit.cli import main
+import msvit.train
+sys.exit(main(["--version"]))
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == f"msvit {__version__}"

@@ -1,0 +1,94 @@
+"""The recipe: what it refuses, and in which words."""
+
+import dataclasses
+import json
+
+import pytest
+
+from msvit.recipe import FIELDS, Recipe, RecipeError, expected, parse
+
+
+def test_every_field_says_what_it_is():
+    for name, field in FIELDS.items():
+        assert len(field.metadata["about"]) > 10, name
+        assert expected(field), name
+
+
+def test_a_recipe_survives_json_and_is_frozen():
+    recipe = Recipe(lr=3e-4, loss_settings={"sigma": 0.2}, loss_weight=None, trim=False)
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        recipe.lr = 1.0
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"taget": 0.5}, r"no setting is called 'taget'; the nearest is 'target'. There are: data, size"),
+        ({"xyzzy": 1}, r"no setting is called 'xyzzy'. There are: "),
+        ({"target": 1.5}, r"target=1.5: expected a number in \(0, 1\)"),
+        ({"target": 1}, r"target=1.0: expected a number in \(0, 1\)"),
+        ({"target": float("nan")}, r"target=nan: expected"),
+        ({"target": "0.5"}, r"target='0.5': expected a number"),
+        ({"epochs": 2.0}, r"epochs=2.0 \(float\): expected a whole number in \[0, inf\)"),
+        ({"epochs": True}, r"epochs=True \(bool\): expected"),
+        ({"trim": 1}, r"trim=1 \(int\): expected true or false"),
+        ({"lr": None}, r"lr=None \(NoneType\): expected a number"),
+        ({"lr": -1e-3}, r"lr=-0.001: expected a number in \[0, inf\)"),
+        ({"ema": 1.0}, r"ema=1.0: expected a number in \[0, 1\)"),
+        ({"gating": "lerned"}, r"gating='lerned': expected learned or fine .*; the nearest is 'learned'"),
+        ({"loss_settings": {"sigma": [1]}}, r"loss_settings=.*expected name=value pairs"),
+        ({"epochs": 0, "epochs_dense": 0}, r"train nothing"),
+        ({"lr": 0.0, "gate_lr": 0.0}, r"leave nothing to train"),
+        ({"lr": 0.0, "gating": "random"}, r"leave nothing to train"),
+    ],
+)
+def test_what_cannot_be_is_refused(settings, words):
+    with pytest.raises(RecipeError, match=words):
+        Recipe.from_dict(settings)
+
+
+def test_replace_checks_too():
+    assert Recipe().replace(epochs=3).epochs == 3
+    with pytest.raises(RecipeError, match="nearest is 'epochs'"):
+        Recipe().replace(epoch=3)
+    with pytest.raises(RecipeError, match="batch=0"):
+        Recipe().replace(batch=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("lr", "1e-3", 1e-3),
+        ("lr", "1", 1.0),
+        ("epochs", "7", 7),
+        ("trim", "false", False),
+        ("trim", "True", True),
+        ("loss_weight", "none", None),
+        ("loss_weight", "4", 4.0),
+        ("data", "none", "none"),
+        ("loss_settings", "sigma=0.1, prior=beta ok=true", {"sigma": 0.1, "prior": "beta", "ok": True}),
+    ],
+)  # fmt: skip
+def test_parse_reads_what_is_typed(name, text, value):
+    read = parse(name, text)
+    assert read == value
+    assert type(read) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("trim", "maybe"), ("trim", "1"), ("epochs", "2.5"), ("lr", "fast"), ("loss_settings", "sigma")]
+)
+def test_parse_refuses_the_rest(name, text):
+    with pytest.raises(RecipeError, match=f"{name}="):
+        parse(name, text)
+
+
+def test_a_name_is_of_the_settings_that_matter():
+    recipe = Recipe()
+    assert recipe.name == Recipe(workers=4, device="cpu").name
+    names = {recipe.name, *(recipe.replace(**change).name for change in ({"lr": 2e-3}, {"seed": 1}, {"trim": False}))}
+    assert len(names) == 4
+    assert recipe.difference(Recipe(workers=4)) == {}
+    assert recipe.difference(Recipe(seed=3)) == {"seed": (0, 3)}
+    assert "/" not in Recipe(data="folder:/some/where/pets", model="../runs/dense/").name
