@@ -1,0 +1,167 @@
+"""How good a segmentation is, where it fails, and whether the fine regions lie where the detail is.
+
+Everything is counted over a data set and divided at the end, picture by picture so that several processes can share
+the work. Pixels labelled 255 are in no count.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .model import Result
+from .segdata import IGNORE
+from .segment import Segmenter
+
+BAND = 4  # pixels on both sides of an edge
+
+
+class Quality(NamedTuple):
+    """What an evaluation found: the numbers of a run's record, and a row for each class."""
+
+    numbers: dict[str, Any]
+    classes: pd.DataFrame
+
+
+def confusion(prediction: Tensor, target: Tensor, classes: int) -> Tensor:
+    """Pixels of each picture by true class (rows) and predicted class, int64 `[B, K, K]`."""
+    b, known = len(target), target != IGNORE
+    if (wrong := target[known & ((target < 0) | (target >= classes))]).numel():
+        raise ValueError(
+            f"label values {wrong.unique().tolist()[:8]}; expected 0..{classes - 1}, and {IGNORE} to ignore a pixel"
+        )
+    cell = (target.where(known, 0) * classes + prediction).flatten(1)
+    cell = cell + torch.arange(b, device=cell.device)[:, None] * classes**2
+    counts = torch.bincount(cell[known.flatten(1)], minlength=b * classes**2)
+    return counts.view(b, classes, classes)
+
+
+def class_table(matrix: Tensor, names: list[str]) -> pd.DataFrame:
+    """By class: IoU, recall (accuracy on its pixels), precision, and its share of the pixels.
+
+    A class that is nowhere, in truth or prediction, has no IoU (NaN) and no part in the mean.
+    """
+    matrix = matrix.double().cpu()
+    hit, true, predicted = matrix.diag(), matrix.sum(1), matrix.sum(0)
+    columns = {"iou": hit / (true + predicted - hit), "recall": hit / true, "precision": hit / predicted}
+    columns["share"] = true / matrix.sum()
+    return pd.DataFrame({"class": names} | {name: column.numpy() for name, column in columns.items()})
+
+
+def near_edges(target: Tensor, radius: int = BAND) -> Tensor:
+    """Pixels with one of another class at most `radius` away (Euclidean), bool `[B, H, W]`.
+
+    With radius 1 these are the boundary pixels. Ignored pixels make no edges.
+    """
+    height, width = target.shape[1:]
+    near = torch.zeros_like(target, dtype=torch.bool)
+    for dy in range(min(radius, height - 1) + 1):
+        for dx in range(-min(radius, width - 1), min(radius, width - 1) + 1):
+            if dy**2 + dx**2 > radius**2 or (dy == 0 and dx <= 0):
+                continue
+            here = (slice(None), slice(0, height - dy), slice(max(0, -dx), width - max(0, dx)))
+            there = (slice(None), slice(dy, height), slice(max(0, dx), width - max(0, -dx)))
+            a, b = target[here], target[there]
+            differ = (a != b) & (a != IGNORE) & (b != IGNORE)
+            near[here] |= differ
+            near[there] |= differ
+    return near
+
+
+def fine_pixels(coarse: Tensor, patch: int, size: tuple[int, int]) -> Tensor:
+    """Which pixels lie in fine regions, bool `[B, H, W]`; the padding of the picture is cut off."""
+    fine = (~coarse).repeat_interleave(patch, 1).repeat_interleave(patch, 2)
+    return fine[:, : size[0], : size[1]]
+
+
+@torch.no_grad()
+def evaluate(
+    model: Segmenter,
+    loader: Iterable,
+    predict: Callable[[Tensor, Tensor], Result] | None = None,
+    accelerator=None,
+) -> Quality:
+    """What a model does on a loader of `msvit.data.Batch`es; it is in the same mode afterwards.
+
+    Args:
+        predict: Asked with pictures and their indices instead of `model.run`.
+        accelerator: Has prepared the loader; with several processes or autocast.
+
+    Returns:
+        miou, accuracy (of pixels), band_accuracy (of pixels within 4 px of an edge), loss, boundary_fine (the share of
+        boundary pixels that lie in fine regions) to be held against fine (the share of all pixels that do), macs (a
+        share of the all-fine model's), gmacs, tokens and coarse (a share of the regions), these four with their spread
+        over pictures (`_sd`), iou (of each class; None if it is nowhere) and pictures; for built-in scenes also
+        fine_object and fine_rest.
+    """
+    names = model.classes
+    training, device, parts = model.training, next(model.parameters()).device, []
+    scenes = getattr(getattr(loader, "dataset", None), "scenes", None)
+    predict = predict or (lambda images, indices: model.run(images))
+    model.eval()
+    for images, targets, indices in loader:
+        images, targets = images.to(device), targets.to(device)
+        with accelerator.autocast() if accelerator else contextlib.nullcontext():
+            result = predict(images, indices)
+        columns = _columns(model, result, targets)
+        if scenes:
+            columns |= _agreement(scenes.object_regions(indices.cpu().numpy(), model.coarse_patch), result.coarse)
+        columns["read"] = indices.to(device) >= 0
+        matrix = confusion(result.logits.argmax(1), targets, len(names)).flatten(1)
+        table = torch.cat([torch.stack([c.double() for c in columns.values()], 1), matrix.double()], 1)
+        parts.append((accelerator.gather_for_metrics(table) if accelerator else table).cpu())
+    model.train(training)
+    if not parts:
+        raise ValueError("the loader has no pictures to evaluate on")
+    table = torch.cat(parts)
+    counts = dict(zip(columns, table[:, : len(columns)].T, strict=True))
+    read = counts.pop("read") > 0
+    matrix = table[read, len(columns) :].sum(0).view(len(names), len(names))
+    by_class = class_table(matrix, names)
+    return Quality(_summary({name: c[read] for name, c in counts.items()}, matrix, by_class, read), by_class)
+
+
+def _columns(model: Segmenter, result: Result, targets: Tensor) -> dict[str, Tensor]:
+    """What is counted in each picture, `[B]` each."""
+    size = targets.shape[1:]
+    known, right = targets != IGNORE, result.logits.argmax(1) == targets
+    fine = fine_pixels(result.coarse, model.coarse_patch, size) & known
+    band, boundary = near_edges(targets), near_edges(targets, 1)
+    loss = F.cross_entropy(result.logits.float(), targets, ignore_index=IGNORE, reduction="none")
+    pixels = {"known": known, "fine": fine, "band": band, "band_right": band & right}
+    pixels |= {"boundary": boundary, "boundary_fine": boundary & fine, "loss": loss}
+    columns = {name: part.double().sum((1, 2)) for name, part in pixels.items()}
+    columns |= {"macs": result.macs / model.dense_macs(size), "gmacs": result.macs / 1e9, "tokens": result.tokens}
+    return columns | {"coarse": result.coarse.double().mean((1, 2))}
+
+
+def _agreement(objects, coarse: Tensor) -> dict[str, Tensor]:
+    """How many regions show the object or do not, and are fine."""
+    where, fine = torch.from_numpy(objects).to(coarse.device), ~coarse
+    parts = {"object": where, "object_fine": where & fine, "rest": ~where, "rest_fine": ~where & fine}
+    return {name: part.sum((1, 2)) for name, part in parts.items()}
+
+
+def _summary(counts: dict[str, Tensor], matrix: Tensor, by_class: pd.DataFrame, read: Tensor) -> dict[str, Any]:
+    sums = {name: column.sum().item() for name, column in counts.items()}
+    out = {"miou": float(by_class["iou"].mean()), "accuracy": (matrix.trace() / matrix.sum()).item()}
+    ratios = {"band_accuracy": ("band_right", "band"), "loss": ("loss", "known"), "fine": ("fine", "known")}
+    ratios |= {"boundary_fine": ("boundary_fine", "boundary")}
+    if "object" in sums:
+        ratios |= {"fine_object": ("object_fine", "object"), "fine_rest": ("rest_fine", "rest")}
+    out |= {name: sums[a] / sums[b] if sums[b] else float("nan") for name, (a, b) in ratios.items()}
+    for name in ("macs", "gmacs", "tokens", "coarse"):
+        out[name] = counts[name].mean().item()
+        out[f"{name}_sd"] = counts[name].std(correction=0).item()
+    out["iou"] = {
+        name: None if math.isnan(x) else x for name, x in zip(*by_class[["class", "iou"]].T.values, strict=True)
+    }
+    out["pictures"] = int(read.sum())
+    if not read.all():
+        out["unreadable"] = int((~read).sum())
+    return out

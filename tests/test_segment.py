@@ -1,0 +1,364 @@
+"""Segmentation: anchored in plain timm, one function in three executions, and every pixel in its place."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from test_model import shake
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import msvit
+from msvit.decoders import DECODERS
+from msvit.gate import straight_through
+from msvit.model import EXECUTIONS, Gating
+from msvit.reducers import make_reducer
+from msvit.segment import Segmenter, load, slide
+
+K = 5
+FORMS = [(decoder, scatter) for decoder in DECODERS for scatter in ("after", "before")]
+BACKBONES = {
+    "vit_small_patch14_reg4_dinov2": {"depth": 2, "img_size": 112},  # LayerScale, registers, patch 14
+    "deit_tiny_distilled_patch16_224": {"depth": 2, "img_size": 96},
+    "vit_medium_patch16_gap_256": {"depth": 2, "img_size": 96},  # no class token, its last norm is in the head
+    "vit_base_patch16_siglip_224": {"depth": 1, "img_size": 64},
+}
+
+
+def built(vit, decoder="mask", scatter="after", **settings):
+    """A decoder whose classes are far apart, as they are once trained: its LayerNorm divides by their spread."""
+    model = Segmenter(msvit.MSViT(shake(vit), **settings), K, decoder, scatter).eval()
+    with torch.no_grad():
+        for p in model.decoder.parameters():
+            p.add_((0.2 if p.dim() == 1 else 0.05) * torch.randn_like(p))
+        if decoder == "mask":
+            model.decoder.classes.mul_(40)
+    return model
+
+
+def on_plain_tokens(model, images):
+    """The decoder on timm's own tokens, as batches of equal length; a class embedding is a token like any other."""
+    vit, decoder, b = model.vit, model.decoder, len(images)
+    x = vit.fc_norm(vit.forward_features(images))[:, vit.num_prefix_tokens :]
+    if hasattr(decoder, "blocks"):
+        z = torch.cat([x, decoder.classes.expand(b, -1, -1)], 1)
+        z = decoder.norm(decoder.blocks[1](decoder.blocks[0](z)))
+        x, c = z[:, :-K], z[:, -K:]
+        products = torch.einsum("bnc,bkc->bnk", x, c) / x.norm(dim=2)[:, :, None] / c.norm(dim=2)[:, None]
+        logits = decoder.mask_norm(products)
+    else:
+        logits = decoder.head(x)
+    patch = vit.patch_embed.patch_size[0]
+    grid = logits.transpose(1, 2).unflatten(2, (images.shape[2] // patch, images.shape[3] // patch))
+    return F.interpolate(grid, images.shape[2:], mode="bilinear")
+
+
+@pytest.mark.parametrize(("decoder", "scatter"), FORMS)
+@pytest.mark.parametrize("size", [(64, 64), (64, 96)])
+@torch.no_grad()
+def test_all_fine_is_the_decoder_on_plain_timm_tokens(make_vit, decoder, scatter, size):
+    model = built(make_vit(dynamic_img_size=True), decoder, scatter)
+    images, fine = torch.randn(2, 3, *size), torch.zeros(model.grid(size), dtype=torch.bool)
+    expected = on_plain_tokens(model, images)
+    assert expected.shape == (2, K, *size)
+    assert expected.std() > 0.01
+    for execution in EXECUTIONS:
+        assert (model.run(images, fine, execution).logits - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+@torch.no_grad()
+def test_backbones(name):
+    """The identity, and the three executions, wherever a backbone keeps its norms and prefix tokens.
+
+    In wide models the mask decoder's products hardly differ, and its LayerNorm blows up the rounding errors of all
+    that comes before by the inverse of their spread: its identity is shown in float64.
+    """
+    vit = timm.create_model(name, num_classes=0, **BACKBONES[name])
+    size = vit.patch_embed.img_size
+    model = built(vit, "linear")
+    images, grid = torch.randn(3, 3, *size), model.grid(size)
+    fine = torch.zeros(grid, dtype=torch.bool)
+    assert (model.run(images, fine).logits - on_plain_tokens(model, images)).abs().max() <= 1e-5
+    model = built(vit).double()
+    exact = images.double()
+    assert (model.run(exact, fine).logits - on_plain_tokens(model, exact)).abs().max() <= 1e-9
+    model.float()
+    mask = torch.rand(3, *grid) < torch.tensor([0.1, 0.5, 0.9])[:, None, None]
+    masked, trimmed, packed = (model.run(images, mask, e).logits for e in EXECUTIONS)
+    assert (masked - trimmed).abs().max() <= 1e-4
+    assert (masked - packed).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize(("decoder", "scatter"), FORMS)
+@pytest.mark.parametrize("scale", [2, 4])
+@torch.no_grad()
+def test_three_executions_agree(make_vit, decoder, scatter, scale):
+    model = built(make_vit(), decoder, scatter, scale=scale)
+    images = torch.randn(5, 3, 56, 90)  # padded to 64 x 96
+    mask = torch.rand(5, *model.grid((56, 90))) < 0.5
+    mask[0], mask[1] = True, False
+    results = [model.run(images, mask, e) for e in EXECUTIONS]
+    for other in results[1:]:
+        assert (results[0].logits - other.logits).abs().max() <= 1e-4
+        assert torch.equal(results[0].macs, other.macs)
+        assert torch.equal(results[0].tokens, other.tokens)
+    for b in range(5):  # and no picture sees another
+        assert (model.run(images[b : b + 1], mask[b]).logits - results[0].logits[b]).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize(("decoder", "scatter"), FORMS)
+def test_closed_form_macs_equal_the_count(make_vit, decoder, scatter):
+    model = built(make_vit(), decoder, scatter)
+    images = torch.randn(3, 3, 56, 90)
+    model.threshold = model.run(images).gates.median().item()
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        result = model.run(images)
+    assert counter.get_total_flops() / 2 == result.macs.sum().item()
+    assert result.coarse.sum((1, 2)).unique().numel() > 1
+    assert torch.equal(model.macs_of(result.coarse.sum((1, 2)), (56, 90)), result.macs)
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model.run(images[:1], torch.zeros(model.grid((56, 90)), dtype=torch.bool))
+    assert counter.get_total_flops() / 2 == model.dense_macs((56, 90))
+
+
+class Numbered(nn.Module):
+    """A decoder that tells tokens apart: logit k of token t is digit k of t in base 16."""
+
+    def forward(self, x, weight, layout):
+        return torch.arange(len(x))[:, None] // 16 ** torch.arange(K) % 16 * 1.0
+
+    def macs(self, tokens):
+        return tokens * 0
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@pytest.mark.parametrize("size", [(64, 64), (48, 80), (41, 71), (15, 17)])
+@pytest.mark.parametrize("scale", [2, 4])
+@torch.no_grad()
+def test_a_tokens_prediction_covers_exactly_its_pixels(make_vit, execution, size, scale):
+    model = built(make_vit(), scale=scale)
+    model.decoder = Numbered()
+    images = torch.randn(2, 3, *size)
+    h, w = model.grid(size)
+    patch = 8 * scale
+    assert (h - 1) * patch < size[0] <= h * patch
+    assert (w - 1) * patch < size[1] <= w * patch
+    mask = torch.rand(2, h, w) < 0.5
+    padded = model.pad(images)
+    gating = model.decide(padded, mask)
+    grid = model.decode(model.encode(padded, gating, execution), gating)
+    number = (grid * 16 ** torch.arange(K)).sum(3).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    assert number.shape[1:] == padded.shape[2:]
+    owners = {}
+    for b in range(2):
+        for y in range(size[0]):
+            for x in range(size[1]):
+                side = patch if mask[b, y // patch, x // patch] else 8
+                owners.setdefault(number[b, y, x].item(), set()).add((b, side, y // side, x // side))
+    assert all(len(tokens) == 1 for tokens in owners.values())  # a token has one square
+    assert len(owners) == len(set.union(*owners.values()))  # and a square one token
+    logits = model.run(images, mask, execution).logits
+    assert logits.shape == (2, K, *size)
+    inner = F.interpolate(grid.permute(0, 3, 1, 2), padded.shape[2:], mode="bilinear")
+    torch.testing.assert_close(logits, inner[..., : size[0], : size[1]])
+
+
+@torch.no_grad()
+def test_padding_is_the_padded_picture_cut(make_vit):
+    model = built(make_vit())
+    images = torch.randn(2, 3, 41, 71)
+    whole = model.run(F.pad(images, (0, 9, 0, 7)))
+    result = model.run(images)
+    assert torch.equal(result.logits, whole.logits[..., :41, :71])
+    assert result.coarse.shape == (2, *model.grid((41, 71))) == (2, 3, 5)
+    assert torch.equal(result.macs, whole.macs)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@torch.no_grad()
+def test_scatter_then_gather_is_the_identity(make_vit, execution):
+    model = built(make_vit())
+    images = torch.randn(3, 3, 64, 96)
+    gating = model.decide(images, torch.rand(3, 4, 6) < 0.5)
+    tokens = model.encode(images, gating, execution)
+    grid = tokens.scatter()
+    seen = tokens.where.unique()
+    gathered = tokens.x.new_zeros(len(tokens.x), 64).index_put((tokens.where.flatten(),), grid.flatten(0, 2))
+    assert torch.equal(gathered[seen], tokens.x[seen])
+    assert len(seen) == int((tokens.active_counts() - 1).sum())
+    area = torch.bincount(tokens.where.flatten(), minlength=len(tokens.x))
+    assert torch.equal(area[seen].float(), tokens.area[seen])
+
+
+@pytest.mark.parametrize(("decoder", "scatter"), FORMS)
+def test_gate_gradient_is_the_finite_difference(make_vit, decoder, scatter):
+    """The decision m itself is moved from 0 or 1 by a little; attention and what covers a patch both follow it."""
+    model = built(make_vit(img_size=32, depth=2), decoder, scatter).double().train()
+    images, labels = torch.randn(2, 3, 32, 32).double(), torch.randint(K, (2, 32, 32))
+    soft = torch.rand(2, 2, 2).double().requires_grad_()
+
+    def loss(m):
+        gating = Gating(None, soft, m)
+        grid = model.decode(model.encode(images, gating, "masked"), gating).permute(0, 3, 1, 2)
+        return F.cross_entropy(F.interpolate(grid, (32, 32), mode="bilinear"), labels)
+
+    loss(straight_through(soft)).backward()
+    hard, eps = (soft.detach() > 0.5).double(), 1e-5
+    assert 0 < hard.sum() < hard.numel()
+    for index in range(8):
+        step = torch.zeros(8).double()
+        step[index] = eps
+        step = step.view_as(hard)
+        slope = (loss((hard + step).requires_grad_()) - loss((hard - step).requires_grad_())) / (2 * eps)
+        assert soft.grad.flatten()[index].item() == pytest.approx(slope.item(), rel=1e-4, abs=1e-9)
+
+
+def gate_gradient(model, images, labels, scores, execution):
+    scores = scores.clone().requires_grad_()
+    soft = torch.sigmoid(scores / 0.3)
+    gating = Gating(scores, soft, straight_through(soft))
+    grid = model.decode(model.encode(images, gating, execution), gating).permute(0, 3, 1, 2)
+    F.cross_entropy(F.interpolate(grid, images.shape[2:]), labels).backward()
+    return scores.grad
+
+
+@pytest.mark.parametrize(("decoder", "scatter"), FORMS)
+def test_trimming_keeps_the_gradient(make_vit, decoder, scatter):
+    """The masked one where all is kept; nearly that where only tokens near the boundary are."""
+    model = built(make_vit(), decoder, scatter).train()
+    images, labels = torch.randn(6, 3, 64, 64), torch.randint(K, (6, 64, 64))
+    scores = 2 * torch.randn(6, 4, 4) + torch.randn(6, 1, 1)
+    masked = gate_gradient(model, images, labels, scores, "masked")
+    near = gate_gradient(model, images, labels, scores, "trimmed")
+    model.slack = 9.0
+    torch.testing.assert_close(gate_gradient(model, images, labels, scores, "trimmed"), masked, rtol=1e-3, atol=1e-7)
+    assert masked.abs().max() > 1e-6
+    assert F.cosine_similarity(near.flatten(), masked.flatten(), 0) > 0.9
+
+
+@pytest.mark.parametrize(("decoder", "scatter"), FORMS)
+def test_training_reaches_every_parameter_but_the_classifier(make_vit, decoder, scatter):
+    model = Segmenter(msvit.MSViT(make_vit()), K, decoder, scatter).train()
+    result = model.run(torch.randn(4, 3, 64, 64))
+    F.cross_entropy(result.logits, torch.randint(K, (4, 64, 64))).backward()
+    missing = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
+    assert missing == {"vit.head.weight", "vit.head.bias"}
+
+
+@torch.no_grad()
+def test_windows(make_vit):
+    model = built(make_vit())
+    images = torch.randn(2, 3, 60, 120)
+    model.threshold = model.run(images).gates.median().item()
+    whole = slide(model, images, 128, 64)  # one window, larger than the picture: the rest is padding
+    padded, coarse = F.pad(images, (0, 8, 0, 68)), torch.ones(2, 8, 8, dtype=torch.bool)
+    coarse[:, :4] = whole.coarse  # and is coarse
+    torch.testing.assert_close(whole.logits, model.run(padded, coarse).logits[..., :60, :120])
+    assert torch.equal(whole.coarse, model.run(images).coarse)
+
+    halves = [model.run(padded[..., :64, x : x + 64]) for x in (0, 64)]
+    two = slide(model, images, 64, 64)
+    torch.testing.assert_close(two.logits, torch.cat([half.logits for half in halves], 3)[..., :60, :120])
+    assert torch.equal(two.macs, halves[0].macs + halves[1].macs)
+    assert torch.equal(two.tokens, halves[0].tokens + halves[1].tokens)
+    assert torch.equal(two.coarse, torch.cat([half.coarse for half in halves], 2))
+
+    seen = [model.run(padded[..., :64, x : x + 64]).logits for x in (0, 48, 64)]
+    three = slide(model, images, 64, 48).logits
+    torch.testing.assert_close(three[..., 50], (seen[0][..., :60, 50] + seen[1][..., :60, 2]) / 2)
+    torch.testing.assert_close(three[..., 70], (seen[1][..., :60, 22] + seen[2][..., :60, 6]) / 2)
+    torch.testing.assert_close(three[..., 20], seen[0][..., :60, 20])
+    mask = torch.rand(2, 4, 8) < 0.5
+    own = [model.run(padded[..., :64, 64 * i : 64 * i + 64], mask[:, :, 4 * i : 4 * i + 4]) for i in range(2)]
+    given = slide(model, images, 64, 64, mask)
+    torch.testing.assert_close(given.logits, torch.cat([half.logits for half in own], 3)[..., :60, :120])
+    assert torch.equal(given.macs, own[0].macs + own[1].macs)
+    with pytest.raises(ValueError, match=r"window=60.*16 px"):
+        slide(model, images, 60, 16)
+
+
+@pytest.mark.parametrize(("decoder", "scatter"), FORMS)
+@torch.no_grad()
+def test_saves_and_loads(tmp_path, decoder, scatter):
+    vit = timm.create_model("vit_mini_patch8_64")
+    model = Segmenter(msvit.MSViT(vit), K, decoder, scatter).eval()
+    model.threshold = 0.4
+    model.save_pretrained(tmp_path)
+    again = Segmenter.from_pretrained(tmp_path)
+    images = torch.randn(2, 3, 50, 64)
+    assert torch.equal(again(images), model(images))
+    assert again.threshold == pytest.approx(0.4)
+    assert again.settings == model.settings
+
+
+def test_a_classifiers_parts_are_taken_over(tmp_path):
+    classifier = msvit.MSViT(timm.create_model("vit_mini_patch8_64"))
+    classifier.threshold = 0.3
+    model = Segmenter(classifier, K)
+    assert model.gate is classifier.gate
+    assert model.vit is classifier.vit
+    assert model.threshold == pytest.approx(0.3)
+    classifier.save_pretrained(tmp_path / "classifier")
+    model.save_pretrained(tmp_path / "segmenter")
+    assert type(load(tmp_path / "classifier")) is msvit.MSViT
+    assert type(load(tmp_path / "segmenter")) is Segmenter
+    with pytest.raises(ValueError, match=r"holds a classifier; build Segmenter\(MSViT\.from_pretrained"):
+        Segmenter.from_pretrained(tmp_path / "classifier")
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        load(tmp_path)
+
+
+def test_calibration_meets_a_budget_that_includes_the_decoder(make_vit):
+    model = built(make_vit())
+    loader = [(torch.randn(16, 3, 60, 64), torch.zeros(16)) for _ in range(2)]
+    share = model.calibrate(loader, 0.6)
+    assert share == pytest.approx(0.6, abs=0.02)
+    with torch.no_grad():
+        macs = torch.cat([model.run(images).macs for images, _ in loader])
+    assert macs.mean().item() / model.dense_macs((60, 64)) == pytest.approx(share, abs=1e-9)
+
+
+@pytest.mark.parametrize(("name", "lossless"), [("tome", True), ("token_pooling", True), ("dynamicvit", False)])
+@torch.no_grad()
+def test_reducers_that_merge_serve_and_those_that_prune_are_refused(make_vit, name, lossless):
+    vit = shake(make_vit())
+    model = msvit.MSViT(vit, reducer=make_reducer(name, vit)).eval()
+    if not lossless:
+        with pytest.raises(ValueError, match=r"drops tokens.*a dense task must label them all"):
+            Segmenter(model, K)
+        return
+    model = Segmenter(model, K, "mask").eval()
+    images, mask = torch.randn(2, 3, 64, 96), torch.rand(2, 4, 6) < 0.5
+    masked, trimmed, packed = (model.run(images, mask, e) for e in EXECUTIONS)
+    assert (masked.logits - packed.logits).abs().max() <= 1e-4
+    assert (trimmed.logits - packed.logits).abs().max() <= 1e-4
+    assert (packed.counts[-1, 1] < packed.tokens).all()
+    assert (packed.final.where >= 0).all()
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("settings", "match"),
+        [
+            ({"decoder": "unet"}, "'unet'; use one of linear, mask"),
+            ({"scatter": "never"}, "'never'.*'after' or 'before'"),
+            ({"classes": 1}, "classes=1.*at least two"),
+        ],
+    )
+    def test_settings(self, tiny_vit, settings, match):
+        with pytest.raises(ValueError, match=match):
+            Segmenter(msvit.MSViT(tiny_vit), **{"classes": K} | settings)
+
+    def test_pictures(self, make_vit):
+        model = built(make_vit())
+        with pytest.raises(ValueError, match="1 channels, the backbone takes 3"):
+            model(torch.randn(1, 1, 64, 64))
+        with pytest.raises(ValueError, match="empty batch"):
+            model(torch.randn(0, 3, 64, 64))
+        with pytest.raises(ValueError, match=r"expected \[4, 5\]"):
+            model.run(torch.randn(1, 3, 64, 70), torch.zeros(4, 4, dtype=torch.bool))
+        with pytest.raises(ValueError, match="NaN"):
+            model.run(torch.full((1, 3, 64, 64), torch.nan), check=True)
