@@ -1,0 +1,67 @@
+"""Decoding pictures that strangers send: each becomes 8-bit RGB, or an error that says what is wrong with it."""
+
+import io
+import re
+import warnings
+
+from PIL import Image
+
+from .pictures import UNREADABLE, to_rgb
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no others: EPS, for one, would start Ghostscript
+MEGAPIXELS = 64  # decoded, that is 200 MB
+
+
+class PictureError(ValueError):
+    """A file that is no picture, or none that can be shown."""
+
+
+def read_picture(data: bytes, name: str) -> Image.Image:
+    """The picture in `data`, upright and over white; `name` is for messages.
+
+    The size is read from the header and judged before a single pixel is decoded.
+    """
+    if not data:
+        raise PictureError(f"{name} is empty; choose a picture")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL's own warning of large pictures; they are judged below
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        pixels = re.search(r"\d+", str(error))
+        raise _too_large(name, int(pixels[0]) if pixels else 2 * Image.MAX_IMAGE_PIXELS) from error
+    except UNREADABLE as error:
+        raise PictureError(
+            f"{name} is no picture that can be read here (it begins with {data[:12]!r}); "
+            f"choose one of {', '.join(FORMATS)}"
+        ) from error
+    with image:
+        if image.width * image.height > MEGAPIXELS * 1e6:
+            raise _too_large(name, image.width * image.height)
+        size = f"{image.format}, {image.width} x {image.height} px"
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of odd metadata, which spoils no pixel
+                return to_rgb(image)
+        except (*UNREADABLE, MemoryError) as error:
+            raise PictureError(
+                f"{name} ({size}) is damaged or incomplete: {error}; open it in a viewer and save it anew"
+            ) from error
+
+
+def sort_out(files: dict[str, bytes]) -> tuple[dict[str, bytes], list[str]]:
+    """The files that are pictures, and for each other one what is wrong with it."""
+    good, wrong = {}, []
+    for name, data in files.items():
+        try:
+            read_picture(data, name)
+            good[name] = data
+        except PictureError as error:
+            wrong.append(str(error))
+    return good, wrong
+
+
+def _too_large(name: str, pixels: int) -> PictureError:
+    return PictureError(
+        f"{name} has {pixels / 1e6:,.0f} megapixels and was not decoded; the limit is {MEGAPIXELS}, make it smaller"
+    )

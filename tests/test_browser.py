@@ -1,0 +1,284 @@
+"""The explorer in a real headless Chromium: as a notebook in JupyterLab, and as a Voila page.
+
+A server is started for each on 127.0.0.1 with a token, and is stopped with all that it has started. Where a test fails,
+a screenshot is kept in reports/failures/.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from test_explorer import bomb, encoded, gradient
+
+import msvit
+
+ROOT = Path(__file__).resolve().parent.parent
+FAILURES = ROOT / "reports" / "failures"
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PACKAGES = ("playwright", "jupyterlab", "voila", "anywidget")
+MISSING = [name for name in PACKAGES if not find_spec(name)] + ([] if CHROMIUM else ["chromium"])
+QUIET = ("--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
+QUIET += ("--disable-component-update", "--disable-sync", "--no-sandbox")
+TOKEN = "only-for-this-test"
+PATIENCE = 60_000  # milliseconds that a page may take on a machine that others use too
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
+    # Playwright's own event loop and sockets, and the servers' pipes, are closed by their finalizers.
+    pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with the notebook, whose parameters name two small models of random weights and a folder for files."""
+    folder = tmp_path_factory.mktemp("workplace")
+    for i, name in enumerate(("one", "two")):
+        torch.manual_seed(i)
+        model = msvit.MSViT(timm.create_model("vit_mini_patch8_64"))
+        model.vit.head.weight.data *= 20  # so that the answer depends on the tokens visibly
+        model.save_pretrained(folder / "runs" / name)
+    settings = {"model": "one", "runs": str(folder / "runs"), "out": str(folder / "out")}
+    notebook = json.loads((ROOT / "notebooks/gate_explorer.ipynb").read_text())
+    at = [cell["metadata"].get("tags") for cell in notebook["cells"]].index(["parameters"])
+    source = "\n".join(f"{name} = {value!r}" for name, value in settings.items())
+    cell = {
+        "cell_type": "code",
+        "id": "given",
+        "source": source,
+        "metadata": {},
+        "outputs": [],
+        "execution_count": None,
+    }
+    notebook["cells"].insert(at + 1, cell)
+    (folder / "explorer.ipynb").write_text(json.dumps(notebook))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def page(browser):
+    """A page that may not leave this machine."""
+    context, strangers = browser.new_context(viewport={"width": 1500, "height": 1300}), []
+
+    def only_here(route):
+        if re.match(r"(https?|wss?)://127\.0\.0\.1[:/]|data:|blob:", route.request.url):
+            route.continue_()
+        else:
+            strangers.append(route.request.url)
+            route.abort()
+
+    context.route("**/*", only_here)
+    page = context.new_page()
+    page.set_default_timeout(PATIENCE)
+    yield page
+    context.close()
+    strangers = [
+        url for url in strangers if not re.search("font-?awesome", url)
+    ]  # Voila's template asks for these icons
+    assert not strangers, f"the page asked for {strangers[:3]}"
+
+
+@contextmanager
+def kept(page, name: str):
+    """Keeps a screenshot of what went wrong, and says where."""
+    try:
+        yield
+    except Exception as error:
+        FAILURES.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=FAILURES / f"{name}.png")
+        error.add_note(f"screenshot: {(FAILURES / name).relative_to(ROOT)}.png")
+        raise
+
+
+@pytest.fixture
+def serve(workplace, tmp_path):
+    """A function that starts a server and returns its address; all of its processes end with the test."""
+    started = []
+
+    def start(module: str, *options: str) -> str:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        private = {
+            name: str(tmp_path / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")
+        }
+        quiet = tmp_path / "lab/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
+        quiet.parent.mkdir(parents=True)
+        quiet.write_text('{"fetchNews": "false"}')  # else it asks, on top of the page
+        private["OMP_WAIT_POLICY"] = "passive"  # threads that wait for a core must not burn another
+        environment = os.environ | private | {"PYTHONPATH": str(ROOT), "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "lab")}
+        options = [option.format(port=port, token=TOKEN) for option in options]
+        log = open(tmp_path / "server.log", "wb")  # noqa: SIM115 (closed below, with the server)
+        server = subprocess.Popen(
+            [sys.executable, "-m", module, *options],
+            cwd=workplace,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        started.append((server, log))
+        address = f"http://127.0.0.1:{port}"
+        end = time.monotonic() + PATIENCE / 1000
+        while not answers(address):
+            if server.poll() is not None or time.monotonic() > end:
+                pytest.fail(f"{module} did not start: {(tmp_path / 'server.log').read_text()[-2000:]}")
+            time.sleep(0.2)
+        return address
+
+    yield start
+    for server, log in started:
+        server.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(20)
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)  # its own session; kernels end by themselves when it is gone
+        log.close()
+
+
+def answers(address: str) -> bool:
+    try:
+        urllib.request.urlopen(f"{address}/api", timeout=2).close()
+    except urllib.error.HTTPError as error:
+        error.close()
+        return True  # it lives, and it asks for a token
+    except OSError:
+        return False
+    return True
+
+
+def figure(page, name: str) -> str:
+    """A figure of the first model: "tokens" or "prediction"."""
+    return page.locator(f".msvit-{name}").first.inner_text()
+
+
+def until(page, tokens: int):
+    page.wait_for_function(f"document.querySelector('.msvit-tokens')?.textContent === '{tokens}'")
+
+
+def press(page, slider: int, key: str):
+    """A key on the threshold's (0) or the budget's (1) handle."""
+    page.locator(".widget-slider .noUi-handle").nth(slider).focus()
+    page.keyboard.press(key)
+
+
+def send(page, **files: bytes):
+    """Uploads files; their names are given with an underscore for the point."""
+    with page.expect_file_chooser() as chooser:
+        page.get_by_role("button", name="Upload pictures").click()
+    chooser.value.set_files(
+        [{"name": n.replace("_", "."), "mimeType": "image/png", "buffer": data} for n, data in files.items()]
+    )
+
+
+def drive(page, out: Path):
+    """What a user does: thresholds, a brush, good and hostile files, a second model, a copy to keep."""
+    page.wait_for_selector(".msvit-tokens")
+    press(page, 0, "End")
+    until(page, 65)
+    fine = figure(page, "prediction")
+    press(page, 0, "Home")
+    until(page, 17)
+    assert figure(page, "prediction") != fine
+    press(page, 1, "End")
+    until(page, 62)  # the budget counts the gate too, so all but one region fine is nearer to 100 % than all
+    press(page, 0, "End")
+    until(page, 65)
+
+    page.locator(".msvit-canvas").first.scroll_into_view_if_needed()
+    box = page.locator(".msvit-canvas").first.bounding_box()
+    step = box["width"] / 4
+    page.mouse.move(box["x"] + step / 2, box["y"] + step / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 3.5 * step, box["y"] + step / 2, steps=12)
+    page.mouse.up()
+    until(page, 65 - 4 * 3)
+    assert figure(page, "prediction") != fine
+    assert re.match(r"row 0, column 3: score -?\d+\.\d+, m 0\.\d+, coarse, painted", page.inner_text(".msvit-said"))
+    page.get_by_role("button", name="Clear painting").click()
+    until(page, 65)
+
+    send(page, good_png=encoded(gradient()), text_png=b"no picture")
+    page.wait_for_function("document.querySelector('.msvit-figures').textContent.includes('good.png')")
+    page.wait_for_function("document.querySelector('.msvit-message')?.textContent.includes('text.png is no picture')")
+    assert figure(page, "prediction") != fine
+    send(page, bomb_png=bomb(30000))
+    page.wait_for_function("document.querySelector('.msvit-message')?.textContent.includes('900 megapixels')")
+    press(page, 0, "Home")
+    until(page, 17)
+
+    page.locator(".widget-dropdown select").nth(1).select_option("two")
+    page.wait_for_function("document.querySelectorAll('.msvit-tokens').length === 2")
+    page.get_by_role("button", name="Save PNG").click()
+    page.wait_for_selector(".msvit-good a[download]")
+    assert sorted(path.suffix for path in out.iterdir()) == [".json", ".png"]
+
+
+def run_all(page, address: str):
+    """Through the menu, once the kernel listens; the notebook's own indicator is idle before there is one."""
+    for _ in range(PATIENCE // 200):
+        sessions = page.request.get(f"{address}/api/sessions?token={TOKEN}").json()
+        kernels = [session["kernel"] for session in sessions if session["kernel"]]
+        if any(kernel["connections"] and kernel["execution_state"] == "idle" for kernel in kernels):
+            break
+        page.wait_for_timeout(200)
+    page.locator(".lm-MenuBar-itemLabel:text-is('Run')").click()
+    page.locator("li.lm-Menu-item[data-command='runmenu:run-all']").click()
+    accept = page.locator(".jp-Dialog .jp-mod-accept")
+    for _ in range(20):  # JupyterLab asks which kernel if its own part of the connection comes late
+        if re.search(r"[\d*]", page.locator(".jp-CodeCell .jp-InputPrompt").first.inner_text()):
+            return
+        if accept.count():
+            accept.click()
+        page.wait_for_timeout(200)
+
+
+def test_jupyterlab(page, serve, workplace):
+    address = serve(
+        "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", "--ServerApp.port={port}",
+        "--IdentityProvider.token={token}", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+        "--ServerApp.terminals_enabled=False",
+    )  # fmt: skip
+    with kept(page, "jupyterlab"):
+        page.goto(f"{address}/lab/tree/explorer.ipynb?token={TOKEN}")
+        page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']")
+        run_all(page, address)
+        drive(page, workplace / "out")
+        page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']")
+        assert not page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']").count()
+    shutil.rmtree(workplace / "out")
+
+
+def test_voila(page, serve, workplace):
+    address = serve(
+        "voila", "explorer.ipynb", "--no-browser", "--Voila.ip=127.0.0.1", "--port={port}", "--Voila.token={token}",
+    )  # fmt: skip
+    with kept(page, "voila"):
+        page.goto(f"{address}/?token={TOKEN}")
+        drive(page, workplace / "out")
+    shutil.rmtree(workplace / "out")
