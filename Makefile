@@ -3,6 +3,8 @@
 PYTHON ?=
 CANDIDATES := $(or $(PYTHON),python3 python3.12 python3.11)
 RUN := .venv/bin/python -m
+# Threads that wait without spinning: where other programs share the cores, spinning ones slow everything manyfold.
+export OMP_WAIT_POLICY ?= passive
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 NBVAL := $(if $(NOTEBOOKS),tests notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=600)
 INSTALL := pip install --disable-pip-version-check --no-input -c constraints.txt -e '.[all]'

@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # huggingface_hub reads it once, when it is imported
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # for the subprocesses of tests too
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads starve each other where cores are shared
 
 import pytest
 import torch

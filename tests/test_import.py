@@ -22,7 +22,16 @@ LATE = {
     "accelerate",
     "pandas",
 }  # the core's own, but slow to import: whoever trains or reads runs waits for them
-NOTEBOOK_SIDE = {"explorer", "figures", "interactive", "report", "sweep"}  # rooms that may import HEAVY, no others
+NOTEBOOK_SIDE = {
+    "explorer",
+    "figures",
+    "interactive",
+    "looks",
+    "plots",
+    "report",
+    "segstudy",
+    "sweep",
+}  # rooms that may import HEAVY, no others
 
 PROBE = """
 import importlib, json, sys, time

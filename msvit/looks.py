@@ -1,0 +1,165 @@
+"""What trained models do to pictures: decisions, token counts, speed, and other thresholds than their own."""
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from matplotlib.figure import Figure
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from . import figures, runs
+from .build import Budget, load_data
+from .gbas import make_loss
+from .model import MSViT
+
+
+@dataclass(frozen=True)
+class Look:
+    """A model and the first validation pictures as it sees them.
+
+    Attributes:
+        images: Normalised, `[B, 3, H, W]`.
+        gates: Soft decisions, `[B, h, w]`.
+        coarse: Decisions, bool `[B, h, w]`.
+        tokens: Per picture, int64 `[B]`.
+        correct: Whether the model names the class, bool `[B]`.
+        mean, std: What the pictures were normalised with.
+    """
+
+    model: MSViT
+    images: Tensor
+    gates: Tensor
+    coarse: Tensor
+    tokens: Tensor
+    correct: Tensor
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def open_run(folder: str | Path):
+    """The model of a finished run, and the loaders of its pictures."""
+    run = runs.read(folder)
+    model = MSViT.from_pretrained(folder)
+    return run, model, load_data(run.recipe, model)
+
+
+def mask_of(run: runs.Run, model: MSViT, size: tuple[int, int]) -> Tensor | None:
+    """All fine for a dense run, whose gate has learned nothing; None where the model's own gate or rule decides."""
+    return None if run.recipe.epochs else torch.zeros(model.grid(size), dtype=torch.bool)
+
+
+@torch.no_grad()
+def look(folder: str | Path, pictures: int = 512) -> Look:
+    """Runs a trained model on the first validation pictures."""
+    run, model, loaders = open_run(folder)
+    mask, seen, count = mask_of(run, model, loaders.size), [], 0
+    for batch in loaders.val:
+        images, targets = batch.images[: pictures - count], batch.targets[: pictures - count]
+        result = model.run(images, mask)
+        seen.append((images, result.gates, result.coarse, result.tokens, result.logits.argmax(1) == targets))
+        count += len(images)
+        if count >= pictures:
+            break
+    return Look(model, *(torch.cat(part) for part in zip(*seen, strict=True)), loaders.mean, loaders.std)
+
+
+def gate_maps(looks: Mapping[str, Look], count: int = 6) -> Figure:
+    """`figures.gate_maps` of several models on the same first pictures."""
+    first = next(iter(looks.values()))
+    decisions = {name: look.coarse[:count] for name, look in looks.items()}
+    model = first.model
+    return figures.gate_maps(first.images[:count], decisions, model.coarse_patch, model.scale, first.mean, first.std)
+
+
+def token_counts(looks: Mapping[str, Look]) -> Figure:
+    """`figures.token_counts` of several models of the same backbone."""
+    model, coarse = (first := next(iter(looks.values()))).model, first.coarse[0]
+    prefix = model.vit.num_prefix_tokens
+    counts = {name: look.tokens for name, look in looks.items()}
+    return figures.token_counts(counts, prefix + coarse.numel(), prefix + coarse.numel() * model.scale**2)
+
+
+def gate_loss(folder: str | Path) -> nn.Module | None:
+    """The GBaS loss of a run with the priors it has learned; None if the run was trained without."""
+    path = Path(folder) / "gate_loss.safetensors"
+    recipe = runs.read(folder).recipe
+    if recipe.loss != "gbas" or not path.exists():
+        return None
+    model = MSViT.from_pretrained(folder)
+    budget = Budget(model, (recipe.size, recipe.size), recipe)
+    loss = make_loss(recipe.loss, budget.grid, budget.rate, **recipe.loss_settings)
+    loss.load_state_dict(load_file(path))
+    return loss
+
+
+class Shaped(NamedTuple):
+    """A method that was trained with GBaS: its name, its loss with the priors, and its gates `[B, h, w]` on pictures.
+
+    The gates are samples with noise, as in training: the priors are about these.
+    """
+
+    method: str
+    loss: nn.Module
+    gates: Tensor
+
+
+def shaped(folder: Path, rows: pd.DataFrame) -> Shaped | None:
+    """The first of some runs that was trained with GBaS."""
+    for _, row in rows.iterrows():
+        if (loss := gate_loss(folder / row["run"])) is not None:
+            seen = look(folder / row["run"])
+            gate = seen.model.gate.train()
+            with torch.no_grad():
+                return Shaped(row["method"], loss, gate.soften(gate(seen.images)))
+    return None
+
+
+def speeds(folder: Path, table: pd.DataFrame, batch: int = 32, repeats: int = 5) -> list[float]:
+    """Pictures per second of each run's model on this machine, gate, tokenizer and head included.
+
+    The models are timed in turns, so that whatever else the machine does hits all of them alike; medians over turns.
+    """
+    steps = []
+    for name in table["run"]:
+        run, model, loaders = open_run(folder / name)
+        images = next(iter(loaders.val)).images[:batch]
+        mask = mask_of(run, model, loaders.size)
+        steps.append(
+            (len(images), (lambda v=model.vit, x=images: v(x)) if mask is not None else lambda m=model, x=images: m(x))
+        )
+    turns = [[_seconds(step) for _, step in steps] for _ in range(repeats + 1)][1:]
+    medians = [statistics.median(turn[i] for turn in turns) for i in range(len(steps))]
+    return [count / seconds for (count, _), seconds in zip(steps, medians, strict=True)]
+
+
+@torch.inference_mode()
+def _seconds(step) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def threshold_curves(folder: Path, table: pd.DataFrame, curves: int, points: int, pictures: int) -> pd.DataFrame:
+    """Accuracy and MACs of the most accurate learned gates at thresholds from nearly all coarse to nearly all fine."""
+    columns = ["run", "label", "threshold", "accuracy", "macs"]
+    learned = table[(table["epochs"] > 0) & (table["gating"] == "learned")]
+    rows = []
+    for _, entry in learned.sort_values("accuracy", ascending=False).drop_duplicates("label").head(curves).iterrows():
+        seen = look(folder / entry["run"], pictures)
+        _, model, loaders = open_run(folder / entry["run"])
+        targets = torch.cat([b.targets for b in loaders.val])[: len(seen.images)]
+        dense = model.dense_macs(loaders.size)
+        for share in torch.linspace(0.05, 0.95, points):
+            model.threshold = min(max(seen.gates.flatten().quantile(share).item(), 0.0), 1.0)
+            results = [model.run(part) for part in seen.images.split(128)]
+            correct = torch.cat([r.logits.argmax(1) for r in results]) == targets
+            macs = torch.cat([r.macs for r in results]).mean().item() / dense
+            rows.append((entry["run"], entry["label"], model.threshold, correct.double().mean().item(), macs))
+    return pd.DataFrame(rows, columns=columns)

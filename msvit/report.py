@@ -1,0 +1,136 @@
+"""The report: all finished runs of a folder as tables, figures and one self-contained page.
+
+Nothing here is measured: every number is read from the runs' summaries. Run twice, it writes the same bytes but for the
+date on the page.
+"""
+
+import base64
+import datetime
+import html
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from . import figures
+from .recipe import FIELDS
+from .study import finished, summarise
+
+COLUMNS = {
+    "accuracy": "accuracy (%)",
+    "macs": "MACs (% of dense)",
+    "tokens": "tokens",
+    "coarse": "coarse regions (%)",
+    "fine_object": "fine where the object is (%)",
+    "fine_rest": "fine elsewhere (%)",
+    "seconds": "training (s)",
+}
+PERCENT = ("accuracy", "macs", "coarse", "fine_object", "fine_rest")
+
+
+def method_of(run: pd.Series) -> str:
+    """What a run is called in tables and figures: what decides, what shapes it, and which parts are off."""
+    if not run["epochs"]:
+        return "dense"
+    if run["gating"] != "learned":
+        return f"{run['gating']} mask"
+    words = [f"MSViT {run['loss']}"]
+    words += [said for name, said in (("trim", "untrimmed"), ("control", "no control")) if not run[name]]
+    if not run["share_embedding"]:
+        words.append("own embedding")
+    return ", ".join(words)
+
+
+def groups(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The runs that may be compared, those on the same pictures at the same size: title -> runs with their methods."""
+    table = table.assign(method=[method_of(run) for _, run in table.iterrows()])
+    budget = table["target"].map("{:.2f}".format).where(table["epochs"] > 0, "")
+    table = table.assign(budget=budget, label=table["method"] + budget.map(lambda b: f" at {b}" if b else ""))
+    order = table.sort_values(["data", "size", "method", "budget", "seed"])
+    return {f"{data}, {size} px": part for (data, size), part in order.groupby(["data", "size"], sort=True)}
+
+
+def readable(summary: pd.DataFrame) -> pd.DataFrame:
+    """Means ± spread as text, columns named with their units."""
+    out = pd.DataFrame({"runs": summary["seeds"].astype(int)})
+    for name, title in COLUMNS.items():
+        if name not in summary:
+            continue
+        factor = 100 if name in PERCENT else 1
+        mean = (summary[name] * factor).map(lambda v: "" if pd.isna(v) else f"{v:.1f}")
+        spread = summary.get(f"{name} ±", pd.Series(index=summary.index, dtype=float)) * factor
+        out[title] = mean + spread.map(lambda v: "" if pd.isna(v) else f" ± {v:.1f}")
+    return out
+
+
+def write_tables(table: pd.DataFrame, folder: Path, name: str) -> pd.DataFrame:
+    """CSV with full precision; Markdown and LaTeX for reading. Returns the readable one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    summary = summarise(table, "label")
+    shown = readable(summary)
+    summary.to_csv(folder / f"{name}.csv")
+    head = ["method", *shown.columns]
+    lines = [[label, *map(str, row)] for label, row in zip(shown.index, shown.to_numpy(), strict=True)]
+    markdown = [head, ["---"] * len(head), *lines]
+    (folder / f"{name}.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in markdown))
+    latex = [" & ".join(map(_latex, line)) + r" \\" for line in (head, *lines)]
+    body = "\n".join(
+        [r"\begin{tabular}{l" + "r" * len(shown.columns) + "}", r"\hline", latex[0], r"\hline", *latex[1:]]
+    )
+    (folder / f"{name}.tex").write_text(body + "\n\\hline\n\\end{tabular}\n")
+    return shown
+
+
+def _latex(text: str) -> str:
+    for plain, escaped in (("%", r"\%"), ("_", r"\_"), ("&", r"\&"), ("±", r"$\pm$")):
+        text = text.replace(plain, escaped)
+    return text
+
+
+def report(runs: str | Path, out: str | Path, notebooks: list[Path] = ()) -> Path:
+    """Writes tables, figures and index.html of all finished runs under `runs` into `out`; returns the page."""
+    out, table = Path(out), finished(runs)
+    if table.empty:
+        raise ValueError(f"there is no finished run under {runs}; train something first: `make ablation`")
+    parts = []
+    for title, group in groups(table).items():
+        name = "".join(c if c.isalnum() else "-" for c in title).strip("-")
+        shown = write_tables(group, out / "tables", name)
+        figure = figures.tradeoff(group, "label")
+        figures.save(figure, out / "figures", f"tradeoff-{name}", ("png", "svg", "pdf"))
+        parts.append(_section(title, shown, out / "figures" / f"tradeoff-{name}.png", group))
+    links = "".join(f"<li><a href='{p.as_posix()}'>{html.escape(p.stem)}</a></li>" for p in notebooks)
+    page = PAGE.format(date=datetime.date.today().isoformat(), parts="\n".join(parts), links=links, runs=len(table))
+    path = out / "index.html"
+    path.write_text(page)
+    return path
+
+
+def _section(title: str, shown: pd.DataFrame, picture: Path, group: pd.DataFrame) -> str:
+    image = base64.b64encode(picture.read_bytes()).decode()
+    same = {k: group[k].iloc[0] for k in FIELDS if k in group and k not in ("data", "size") and group[k].nunique() == 1}
+    settings = html.escape(json.dumps(same, default=str))
+    return (
+        f"<h2>{html.escape(title)}</h2>{shown.to_html(border=0)}"
+        f"<img alt='accuracy against MACs, {html.escape(title)}' src='data:image/png;base64,{image}'>"
+        f"<details><summary>settings that all of these runs share</summary><code>{settings}</code></details>"
+    )
+
+
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>msvit report</title>
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+table {{ border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }}
+th, td {{ padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd }}
+th:first-child {{ text-align: left }}
+img {{ max-width: 100%; display: block; margin: 1rem 0 }}
+code {{ overflow-wrap: anywhere }}
+</style>
+<h1>msvit report</h1>
+<p>{runs} finished runs; made on {date}. Figures are means ± one standard deviation over seeds.
+MACs include the gate.</p>
+<ul>{links}</ul>
+{parts}
+</html>
+"""

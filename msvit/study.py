@@ -1,0 +1,166 @@
+"""Studies: sets of runs that answer a question. Every run is trained once and found again by its name.
+
+The dense model of a seed is trained once, and every other row of a study starts from it.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from . import runs
+from .recipe import Recipe
+
+# What each part of the method is replaced by when it is switched off.
+PARTS: dict[str, dict[str, Any]] = {
+    "gbas": {"loss": "l0"},
+    "trim": {"trim": False},
+    "learned_gate": {"gating": "random"},
+    "pretrained_dense": {},  # the row trains from scratch, for as many epochs in all
+    "share_embedding": {"share_embedding": False},
+    "budget_control": {"control": False, "calibrate": False},
+}
+MASKS = ("coarse", "random", "centre", "border", "checkerboard", "entropy")
+FULL = "MSViT"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a study's table: what it is called and which settings make it."""
+
+    label: str
+    changes: dict[str, Any]
+    dense: bool = True  # starts from the seed's dense model
+
+
+def ablation(
+    switches: Mapping[str, bool], losses: Iterable[str], masks: Iterable[str], one_by_one: bool = False
+) -> list[Row]:
+    """The rows of the ablation: the full method, the method without what is switched off, other losses, masks.
+
+    With `gbas` off no row is trained with GBaS.
+
+    Args:
+        switches: Which parts are on, by the names of PARTS.
+        losses: Gate losses; GBaS is the full method's own.
+        masks: Decisions that are not learned, at the same MACs.
+        one_by_one: A row for each part left out alone.
+    """
+    off = [name for name in PARTS if not switches[name]]
+    rows = [Row(FULL, {})] if switches["gbas"] else []
+    if off:
+        rows.append(without(off))
+    if one_by_one:
+        never = [] if switches["gbas"] else ["gbas"]
+        rows += [without([*never, name]) for name in PARTS if name not in never]
+    rows += [Row(f"{FULL}, {loss}", {"loss": loss}) for loss in losses if loss != "gbas"]
+    rows += [Row(f"{name} mask", {"gating": name}) for name in masks]
+    kinds: dict[str, Row] = {}
+    for row in rows:
+        kinds.setdefault(repr((sorted(row.changes.items()), row.dense)), row)
+    return list(kinds.values())
+
+
+def without(parts: list[str]) -> Row:
+    """The full method less some parts."""
+    changes = {k: v for name in parts for k, v in PARTS[name].items()}
+    return Row(f"without {', '.join(p.replace('_', ' ') for p in parts)}", changes, "pretrained_dense" not in parts)
+
+
+def run_rows(
+    base: Recipe, rows: Iterable[Row], seeds: Iterable[int], folder: str | Path, tell: Callable[[str], None] = print
+) -> pd.DataFrame:
+    """Trains what is not there yet and returns a table with one line per row and seed, the dense model's first.
+
+    Args:
+        base: Settings of the full method; `epochs_dense` are those of the dense model that the rows start from.
+        folder: Where the runs are; running again, after an interruption too, only trains what is missing.
+        tell: Called with a line of progress before each run.
+    """
+    plan = []
+    for seed in seeds:
+        dense = base.replace(seed=seed, epochs=0)
+        plan += [("dense", dense)] + [(row.label, recipe_of(base, row, dense, seed)) for row in rows]
+    return train_all(plan, folder, tell)
+
+
+def train_all(plan: list[tuple[str, Recipe]], folder: str | Path, tell: Callable[[str], None] = print) -> pd.DataFrame:
+    """Trains labelled recipes in turn, each in the folder of its name; their summaries as a table."""
+    from .train import train
+
+    table = []
+    for number, (label, recipe) in enumerate(plan, 1):
+        tell(f"{number}/{len(plan)}: {label}, seed {recipe.seed}")
+        run = train(recipe, Path(folder) / recipe.name, progress=False)
+        table.append({"method": label, "seed": recipe.seed, "run": recipe.name} | run.summary)
+    return pd.DataFrame(table)
+
+
+def recipe_of(base: Recipe, row: Row, dense: Recipe, seed: int) -> Recipe:
+    """The settings of a row: from the seed's dense model, or from scratch in one stage that is as long as both."""
+    if row.dense:
+        return base.replace(seed=seed, epochs_dense=0, model=f"run:{dense.name}", **row.changes)
+    return base.replace(seed=seed, epochs_dense=0, epochs=base.epochs_dense + base.epochs, **row.changes)
+
+
+def transfer(
+    base: Recipe, first: str, second: str, seeds: Iterable[int], folder: str | Path, tell=print
+) -> pd.DataFrame:
+    """The second backbone with a gate of its own, with the first one's frozen or trained on, and with a random mask."""
+    plan, source = [], []
+    for seed in seeds:
+        teacher = base.replace(model=first, seed=seed, epochs=0)
+        taught = base.replace(model=f"run:{teacher.name}", seed=seed, epochs_dense=0)
+        dense = base.replace(model=second, seed=seed, epochs=0)
+        own = base.replace(model=f"run:{dense.name}", seed=seed, epochs_dense=0)
+        source += [("first, dense", teacher), ("first", taught)]
+        plan += [
+            ("dense", dense),
+            ("own gate", own),
+            ("gate of the first, frozen", own.replace(gate=f"run:{taught.name}", gate_lr=0.0)),
+            ("gate of the first, trained on", own.replace(gate=f"run:{taught.name}")),
+            ("random mask", own.replace(gating="random")),
+        ]
+    train_all(source, folder, tell)
+    return train_all(plan, folder, tell)
+
+
+def summarise(table: pd.DataFrame, by: str = "method") -> pd.DataFrame:
+    """Mean and spread over seeds, in the order in which the methods came."""
+    columns = [c for c in ("accuracy", "macs", "tokens", "coarse", "fine_object", "fine_rest", "seconds") if c in table]
+    grouped = table.groupby(by, sort=False)[columns]
+    mean, spread = grouped.mean(), grouped.std(ddof=1)
+    out = pd.DataFrame({"seeds": grouped.size()})
+    for column in columns:
+        out[column], out[f"{column} ±"] = mean[column], spread[column]
+    return out.dropna(axis=1, how="all")
+
+
+def finished(folder: str | Path) -> pd.DataFrame:
+    """The finished runs of a folder; a run that was killed leaves no summary and is not among them."""
+    table = runs.load(folder)
+    return table[table["status"] == "finished"].reset_index(drop=True)
+
+
+def examples(folder: Path):
+    """A few small runs where there is none yet, so that a notebook that reads runs has something to show."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if finished(folder).empty:
+        base = Recipe(epochs_dense=3, epochs=2, train_n=2048, val_n=512)
+        run_rows(base, [Row(FULL, {}), Row("random mask", {"gating": "random"})], [0], folder / "examples")
+
+
+def choose(found: Mapping[str, pd.DataFrame], data: str = "") -> str:
+    """The group of comparable runs that is on `data`, or the largest."""
+    fits = {title: len(runs) for title, runs in found.items() if not data or runs["data"].iloc[0] == data}
+    if not fits:
+        raise ValueError(f"data={data!r}: no finished run is on these pictures; there are {', '.join(found)}")
+    return max(fits, key=fits.get)
+
+
+def place(path: str) -> Path:
+    """A relative path from the repository's root, or from the working folder where msvit is installed without one."""
+    root = Path(__file__).resolve().parents[1]
+    return (root if (root / "notebooks").is_dir() else Path.cwd()) / path

@@ -1,0 +1,158 @@
+"""Sweeps of the gate's training with Optuna: one study, any number of workers, in a notebook or from a shell.
+
+Trials are scored on pictures that are held out from training, never on the validation split. The score is
+
+    value = accuracy - price * MACs share
+
+so that one number can prune a trial while it trains; accuracy and MACs of every trial are recorded, and the Pareto
+front is drawn from these.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import optuna
+import pandas as pd
+from optuna.storages import RDBStorage, RetryFailedTrialCallback
+from optuna.trial import TrialState
+
+from .recipe import Recipe
+from .train import train
+
+
+class Range(NamedTuple):
+    """Where a setting is looked for; log: evenly in its logarithm."""
+
+    low: float
+    high: float
+    log: bool = False
+
+
+# Settings of the recipe, and under "loss_settings." those of the gate loss.
+SPACE = {
+    "target": Range(0.45, 0.8),
+    "loss_weight": Range(1.0, 100.0, log=True),
+    "gate_lr": Range(1e-4, 1e-2, log=True),
+    "loss_settings.sigma": Range(0.02, 0.3, log=True),
+    "loss_settings.temperature": Range(0.1, 1.0, log=True),
+    "loss_settings.hyper_weight": Range(0.1, 10.0, log=True),
+}
+PRUNERS = {
+    "asha": lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2),
+    "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1),
+    "none": optuna.pruners.NopPruner,
+}
+DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+
+
+def open_study(name: str, storage: str, pruner: str = "asha", seed: int = 0) -> optuna.Study:
+    """The study of that name in a storage, new or as other workers have left it.
+
+    Args:
+        storage: An RDB URL such as postgresql+psycopg://user@host/base, or a path, which becomes an SQLite file.
+            SQLite serves one machine; many workers on many machines want a server.
+        seed: Of the sampler; workers that run at the same time take different ones.
+    """
+    if pruner not in PRUNERS:
+        raise ValueError(f"pruner={pruner!r} is not known; there are {', '.join(PRUNERS)}")
+    if "://" not in storage:
+        Path(storage).parent.mkdir(parents=True, exist_ok=True)
+        storage = f"sqlite:///{Path(storage).absolute()}"
+    # A worker that dies stops its heartbeat; its trial is then marked as failed and queued once more.
+    backend = RDBStorage(storage, heartbeat_interval=30, failed_trial_callback=RetryFailedTrialCallback(max_retry=1))
+    sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
+    return optuna.create_study(
+        study_name=name,
+        storage=backend,
+        sampler=sampler,
+        pruner=PRUNERS[pruner](),
+        direction="maximize",
+        load_if_exists=True,
+    )
+
+
+def sweep(
+    study: optuna.Study,
+    base: Recipe,
+    folder: str | Path,
+    trials: int,
+    space: dict[str, Range] = SPACE,
+    price: float = 0.1,
+    tell: Callable[[str], None] = print,
+):
+    """Works on a study until it has `trials` finished trials, whoever ran them.
+
+    A trial that fails is recorded with its error and does not stop the rest; interrupted sweeps go on where they were.
+
+    Args:
+        base: Settings of every trial but for those in `space`; `holdout` says what share of training pictures scores.
+        folder: Where the trials' runs are kept.
+        price: Accuracy that a MAC share of one is worth.
+    """
+    if base.holdout <= 0:
+        raise ValueError("holdout=0 would tune on the validation split; set it to a share of training pictures")
+
+    def objective(trial: optuna.Trial) -> float:
+        recipe = base.replace(**suggest(trial, space, base))
+
+        def watch(line: dict[str, Any]):
+            trial.report(line["val_accuracy"] - price * line["val_macs"], line["epoch"])
+            if trial.should_prune():
+                raise optuna.TrialPruned
+
+        run = train(recipe, Path(folder) / f"trial-{trial.number:04d}", progress=False, watch=watch)
+        for name in ("accuracy", "macs", "coarse"):
+            trial.set_user_attr(name, run.summary[name])
+        return run.summary["accuracy"] - price * run.summary["macs"]
+
+    def after(study: optuna.Study, trial: optuna.trial.FrozenTrial):
+        found = trial.user_attrs
+        told = f"accuracy {found['accuracy']:.3f}, MACs {found['macs']:.1%}" if found else trial.state.name.lower()
+        tell(f"trial {trial.number}: {told}")
+        if sum(t.state in DONE for t in study.get_trials(deepcopy=False)) >= trials:
+            study.stop()
+
+    if sum(t.state in DONE for t in study.get_trials(deepcopy=False)) < trials:
+        study.optimize(objective, callbacks=[after], catch=(Exception,))
+
+
+def suggest(trial: optuna.Trial, space: dict[str, Range], base: Recipe) -> dict[str, Any]:
+    """A trial's settings, those of the gate loss gathered in one."""
+    changes: dict[str, Any] = {}
+    for name, where in space.items():
+        value = trial.suggest_float(name, where.low, where.high, log=where.log)
+        head, _, tail = name.partition(".")
+        if tail:
+            changes.setdefault(head, dict(getattr(base, head)))[tail] = value
+        else:
+            changes[name] = value
+    return changes
+
+
+def table(study: optuna.Study) -> pd.DataFrame:
+    """The trials, a row each: state, value, settings, accuracy, MACs, and whether it is on the Pareto front."""
+    rows = [
+        {"trial": t.number, "state": t.state.name.lower(), "value": t.value, **t.params, **t.user_attrs}
+        for t in study.get_trials(deepcopy=False)
+    ]
+    out = pd.DataFrame(rows, columns=None if rows else ["trial", "state", "value"])
+    for name in ("accuracy", "macs"):
+        if name not in out:
+            out[name] = float("nan")
+    return out.assign(front=pareto(out["accuracy"], out["macs"]))
+
+
+def pareto(accuracy: pd.Series, macs: pd.Series) -> pd.Series:
+    """True where no other trial is at least as good in both and better in one."""
+    better = [
+        ((accuracy >= a) & (macs <= m) & ((accuracy > a) | (macs < m))).any()
+        for a, m in zip(accuracy, macs, strict=True)
+    ]
+    return accuracy.notna() & ~pd.Series(better, index=accuracy.index, dtype=bool)
+
+
+def importance(study: optuna.Study) -> dict[str, float]:
+    """Setting -> share of the score's variance that it explains (fANOVA); empty where that cannot be told yet."""
+    scores = {t.value for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))}
+    return dict(optuna.importance.get_param_importances(study)) if len(scores) > 3 else {}

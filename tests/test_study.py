@@ -1,0 +1,144 @@
+"""Which runs a study is made of, and how their results become tables."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from msvit import figures, report, study
+from msvit.recipe import Recipe
+
+ON = dict.fromkeys(study.PARTS, True)
+
+
+def labels(**settings):
+    switches = ON | {k: v for k, v in settings.items() if k in ON}
+    rest = {"losses": ["gbas"], "masks": ["random"]} | {k: v for k, v in settings.items() if k not in ON}
+    return [row.label for row in study.ablation(switches, **rest)]
+
+
+def test_rows_of_an_ablation():
+    assert labels() == ["MSViT", "random mask"]
+    assert labels(trim=False) == ["MSViT", "without trim", "random mask"]
+    assert labels(trim=False, budget_control=False)[1] == "without trim, budget control"
+    assert labels(losses=["gbas", "l0", "bas"], masks=[]) == ["MSViT", "MSViT, l0", "MSViT, bas"]
+    every = labels(one_by_one=True, masks=[])
+    assert every == ["MSViT", *(f"without {part.replace('_', ' ')}" for part in study.PARTS)]
+
+
+def test_a_part_left_out_twice_is_one_row():
+    assert labels(gbas=False, losses=["l0"], masks=[]) == ["without gbas"]
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_without_gbas_no_row_is_trained_with_it(one_by_one):
+    base, dense = Recipe(), Recipe(epochs=0)
+    rows = study.ablation(ON | {"gbas": False}, ["gbas", "bas"], ["random"], one_by_one)
+    recipes = [study.recipe_of(base, row, dense, 0) for row in rows]
+    assert recipes
+    assert all(r.loss != "gbas" for r in recipes if r.gating == "learned")
+
+
+def test_rows_start_from_the_dense_run_of_their_seed_or_train_as_long():
+    base, dense = Recipe(epochs_dense=3, epochs=2), Recipe(epochs_dense=3, epochs=0)
+    full = study.recipe_of(base, study.Row("MSViT", {}), dense, 5)
+    assert (full.model, full.epochs_dense, full.epochs, full.seed) == (f"run:{dense.name}", 0, 2, 5)
+    scratch = study.recipe_of(base, study.without(["pretrained_dense"]), dense, 5)
+    assert (scratch.model, scratch.epochs_dense, scratch.epochs) == ("tiny", 0, 5)
+
+
+def results(seeds=(0, 1, 2)):
+    rng = np.random.default_rng(0)
+    return pd.DataFrame(
+        [
+            {
+                "run": f"{label}-{seed}", "label": label, "seed": seed, "accuracy": rng.uniform(0.8, 0.9),
+                "macs": rng.uniform(0.5, 0.6), "tokens": 35.0, "coarse": 0.6, "seconds": 3.0,
+            }
+            for label in ("dense_a", "MSViT & co")
+            for seed in seeds
+        ]
+    )  # fmt: skip
+
+
+def test_means_and_spreads_over_seeds():
+    table = results()
+    summary = study.summarise(table, "label")
+    mine = table[table["label"] == "dense_a"]["accuracy"]
+    assert summary.loc["dense_a", "accuracy"] == pytest.approx(mine.mean())
+    assert summary.loc["dense_a", "accuracy ±"] == pytest.approx(mine.std(ddof=1))
+    assert list(summary.index) == ["dense_a", "MSViT & co"]
+    assert not [c for c in study.summarise(results([0]), "label") if "±" in c]
+
+
+def test_tables_say_the_same_in_three_forms(tmp_path):
+    shown = report.write_tables(results(), tmp_path, "t")
+    value = shown.loc["dense_a", "accuracy (%)"]
+    assert value in (tmp_path / "t.md").read_text()
+    latex = (tmp_path / "t.tex").read_text()
+    assert value.replace("±", r"$\pm$") in latex
+    assert r"dense\_a" in latex
+    assert r"MSViT \& co" in latex
+    exact = pd.read_csv(tmp_path / "t.csv", index_col=0).loc["dense_a", "accuracy"]
+    assert f"{100 * exact:.1f}" == value.split(" ± ")[0]
+
+
+def write_run(folder, **settings):
+    """A finished run as training leaves it, without the training."""
+    recipe = Recipe(**settings)
+    path = folder / recipe.name
+    path.mkdir(parents=True)
+    (path / "settings.json").write_text(json.dumps(recipe.to_dict()))
+    summary = {
+        "accuracy": 0.9 - recipe.target / 10,
+        "macs": recipe.target,
+        "tokens": 30.0,
+        "coarse": 0.5,
+        "seconds": 2.0,
+    }
+    (path / "summary.json").write_text(json.dumps(summary))
+    return path
+
+
+def test_a_report_reads_finished_runs_and_is_the_same_every_time(tmp_path):
+    for seed in (0, 1):
+        write_run(tmp_path / "runs", seed=seed)
+        write_run(tmp_path / "runs", seed=seed, loss="l0", trim=False)
+    killed = write_run(tmp_path / "runs", seed=9, loss="bas")
+    (killed / "summary.json").unlink()
+    pages = []
+    for out in ("one", "two"):
+        page = report.report(tmp_path / "runs", tmp_path / out)
+        pages.append({p.relative_to(tmp_path / out): p.read_bytes() for p in sorted((tmp_path / out).rglob("*.*"))})
+    assert pages[0] == pages[1]
+    text = page.read_text()
+    assert "MSViT gbas at 0.58" in text
+    assert "MSViT l0, untrimmed at 0.58" in text
+    assert "bas at" not in text.replace("gbas at", "")
+    assert "http" not in text
+    assert "4 finished runs" in text
+
+
+def test_reports_and_choices_without_runs_say_so(tmp_path):
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(ValueError, match="no finished run"):
+        report.report(tmp_path / "runs", tmp_path / "out")
+    write_run(tmp_path / "runs")
+    found = report.groups(study.finished(tmp_path / "runs"))
+    assert study.choose(found) == "scenes:easy, 64 px"
+    with pytest.raises(ValueError, match="scenes:hard.*there are scenes:easy, 64 px"):
+        study.choose(found, "scenes:hard")
+
+
+def test_the_pixels_that_the_model_sees():
+    import torch
+
+    image, coarse = torch.randn(3, 32, 32), torch.tensor([[True, False], [False, False]])
+    seen = figures.as_the_model_sees(image, coarse, 2)
+    assert torch.equal(seen[:, 16:], image[:, 16:])
+    assert torch.equal(seen[:, :16, 16:], image[:, :16, 16:])
+    for y in range(0, 16, 2):
+        for x in range(0, 16, 2):
+            block = image[:, y : y + 2, x : x + 2].mean((1, 2))
+            torch.testing.assert_close(seen[:, y : y + 2, x : x + 2], block[:, None, None].expand(3, 2, 2))
