@@ -1,4 +1,4 @@
-"""The command line: `msvit train`, `msvit eval`, `msvit runs`.
+"""The command line: `msvit train`, `eval`, `runs`, `sweep` and `methods`.
 
 Exit codes: 0 done, 1 failed, 2 a setting that does not exist or cannot be, 130 interrupted.
 """
@@ -99,6 +99,25 @@ def _runs(arguments: argparse.Namespace):
         print(table[columns].to_string(index=False, float_format="{:.4g}".format, na_rep=""))
 
 
+def _sweep(arguments: argparse.Namespace):
+    try:
+        from . import sweep
+    except ModuleNotFoundError as error:
+        raise RunError(f"{error.name} is not installed; pip install 'msvit[sweeps]'") from None
+    base = Recipe.from_dict(_settings(arguments))
+    try:
+        study = sweep.open_study(arguments.study, arguments.storage, arguments.pruner, arguments.sampler_seed)
+        sweep.sweep(study, base, arguments.runs, arguments.trials, price=arguments.price, tell=_say)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    table = sweep.table(study)
+    if arguments.json:
+        print(table.to_json(orient="records", indent=2))
+    else:
+        columns = ["trial", "state", "value", "accuracy", "macs", "front"]
+        print(table[columns].to_string(index=False, float_format="{:.4g}".format, na_rep=""))
+
+
 def _methods(arguments: argparse.Namespace):
     from .reducers import METHODS
 
@@ -140,6 +159,22 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("gating", "data", "val_n", "workers", "device"):
         _add_setting(evaluate, name, default=None)
 
+    sweep = _command(
+        commands, _sweep, "sweep", "search settings of the gate and its loss, alone or as one of many workers",
+        "Works on an Optuna study until it has so many finished trials. Start it as often as there are machines, with "
+        "the same --study and --storage. Trials are scored on pictures held out of the training split.",
+    )  # fmt: skip
+    sweep.add_argument("--study", default="gbas", help="a study of that name goes on where it was (default: gbas)")
+    sweep.add_argument(
+        "--storage", default="runs/sweep/study.db", help="SQLite file, or URL of a database (default: %(default)s)"
+    )
+    sweep.add_argument("--trials", type=int, default=20, help="finished trials, of all workers (default: 20)")
+    sweep.add_argument("--pruner", default="asha", help="ends trials that fall behind: asha, median, none")
+    sweep.add_argument("--price", type=float, default=0.1, help="accuracy that a MACs share of one is worth")
+    sweep.add_argument("--sampler-seed", type=int, default=0, help="another for each worker")
+    sweep.add_argument("--runs", default="runs/sweep", help="where the trials' runs are kept (default: %(default)s)")
+    _add_settings(sweep, holdout=0.2)
+
     _command(
         commands, _methods, "methods", "list the methods on this bench",
         "Every method with its paper, what of it is learned, what it costs, and the tasks that it can serve.",
@@ -161,13 +196,13 @@ def _command(commands, run: Callable, name: str, about: str, description: str) -
     return parser
 
 
-def _add_settings(parser: argparse.ArgumentParser):
-    """All fields of the recipe."""
+def _add_settings(parser: argparse.ArgumentParser, **defaults: Any):
+    """All fields of the recipe, with its defaults or others."""
     group: Any = parser
     for name in FIELDS:
         if name in GROUPS:
             group = parser.add_argument_group(GROUPS[name])
-        _add_setting(group, name, getattr(Recipe(), name))
+        _add_setting(group, name, defaults.get(name, getattr(Recipe(), name)))
 
 
 def _add_setting(parser: Any, name: str, default: Any):

@@ -37,6 +37,10 @@ class RunError(RuntimeError):
     """A run that cannot be started, continued or read."""
 
 
+class RunBusy(RunError):
+    """A run that another process is training."""
+
+
 class RunWarning(UserWarning):
     """A damaged file of a run that could be done without."""
 
@@ -281,5 +285,5 @@ def _locked(path: Path) -> io.BufferedWriter:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.close()
-            raise RunError(f"another process is training in {path.parent}; wait for it, or stop it") from None
+            raise RunBusy(f"another process is training in {path.parent}; wait for it, or stop it") from None
     return file

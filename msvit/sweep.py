@@ -8,16 +8,20 @@ so that one number can prune a trial while it trains; accuracy and MACs of every
 front is drawn from these.
 """
 
+import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import optuna
 import pandas as pd
-from optuna.storages import RDBStorage, RetryFailedTrialCallback
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
 
 from .recipe import Recipe
+from .runs import RunBusy
 from .train import train
 
 
@@ -59,9 +63,12 @@ def open_study(name: str, storage: str, pruner: str = "asha", seed: int = 0) -> 
     if "://" not in storage:
         Path(storage).parent.mkdir(parents=True, exist_ok=True)
         storage = f"sqlite:///{Path(storage).absolute()}"
-    # A worker that dies stops its heartbeat; its trial is then marked as failed and queued once more.
-    backend = RDBStorage(storage, heartbeat_interval=30, failed_trial_callback=RetryFailedTrialCallback(max_retry=1))
-    sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats and the two options of the sampler
+        # A worker that dies stops its heartbeat; its trial is then marked as failed and queued once more.
+        again = RetryHeartbeatStaleTrialCallback(max_retry=1)
+        backend = RDBStorage(storage, heartbeat_interval=30, heartbeat_stale_trial_callback=again)
+        sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
     return optuna.create_study(
         study_name=name,
         storage=backend,
@@ -93,6 +100,9 @@ def sweep(
     if base.holdout <= 0:
         raise ValueError("holdout=0 would tune on the validation split; set it to a share of training pictures")
 
+    folder = Path(folder)
+    base = from_dense(base, folder)
+
     def objective(trial: optuna.Trial) -> float:
         recipe = base.replace(**suggest(trial, space, base))
 
@@ -101,7 +111,7 @@ def sweep(
             if trial.should_prune():
                 raise optuna.TrialPruned
 
-        run = train(recipe, Path(folder) / f"trial-{trial.number:04d}", progress=False, watch=watch)
+        run = train(recipe, folder / f"{study.study_name}-{trial.number:04d}", progress=False, watch=watch)
         for name in ("accuracy", "macs", "coarse"):
             trial.set_user_attr(name, run.summary[name])
         return run.summary["accuracy"] - price * run.summary["macs"]
@@ -115,6 +125,19 @@ def sweep(
 
     if sum(t.state in DONE for t in study.get_trials(deepcopy=False)) < trials:
         study.optimize(objective, callbacks=[after], catch=(Exception,))
+
+
+def from_dense(base: Recipe, folder: Path) -> Recipe:
+    """The same settings from a dense model on; it is trained by whichever worker comes first."""
+    if not base.epochs_dense:
+        return base
+    dense = base.replace(epochs=0)
+    while True:
+        try:
+            train(dense, folder / dense.name, progress=False)
+            return base.replace(epochs_dense=0, model=f"run:{dense.name}")
+        except RunBusy:
+            time.sleep(1)
 
 
 def suggest(trial: optuna.Trial, space: dict[str, Range], base: Recipe) -> dict[str, Any]:
