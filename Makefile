@@ -72,8 +72,8 @@ explorer: .venv/.installed ## open the gate explorer as a page, for this machine
 report: .venv/.installed ## make reports/ anew from the runs
 	$(call execute,report)
 
-bench: .venv/.installed ## measure speed against dense timm and the other methods
-	$(RUN) msvit.cli bench $(ARGS)
+bench: .venv/.installed ## measure packed execution against dense timm
+	.venv/bin/python benchmarks/packed.py $(ARGS)
 
 lint: .venv/.installed ## check style, format, and that notebooks are stored without outputs
 	$(RUN) ruff check

@@ -49,6 +49,7 @@ class Segmenter(MSViT):
     def __init__(self, model: MSViT, classes: int | list[str], decoder: str = "linear", scatter: str = "after"):
         check_lossless(model.reducer)
         super().__init__(model.vit, model.scale, model.gate, model.slack, model.reducer)
+        self.coarse_embed = model.coarse_embed
         self.cut.copy_(model.cut)
         if decoder not in DECODERS:
             raise ValueError(f"decoder={decoder!r}; use one of {', '.join(DECODERS)}")

@@ -283,14 +283,19 @@ def test_windows(make_vit):
 @pytest.mark.parametrize(("decoder", "scatter"), FORMS)
 @torch.no_grad()
 def test_saves_and_loads(tmp_path, decoder, scatter):
-    vit = timm.create_model("vit_mini_patch8_64")
-    model = Segmenter(msvit.MSViT(vit), K, decoder, scatter).eval()
+    classifier = msvit.MSViT(timm.create_model("vit_mini_patch8_64"), share_embedding=scatter == "after")
+    model = Segmenter(classifier, K, decoder, scatter).eval()
+    if scatter == "before":
+        model.coarse_embed[0].bias.add_(1)
     model.threshold = 0.4
     model.save_pretrained(tmp_path)
     again = Segmenter.from_pretrained(tmp_path)
     images = torch.randn(2, 3, 50, 64)
     assert torch.equal(again(images), model(images))
     assert again.threshold == pytest.approx(0.4)
+    coarse = torch.ones(4, 4, dtype=torch.bool)
+    expected = model.run(images[..., :48, :], coarse[:3]).logits
+    assert torch.equal(again.run(images[..., :48, :], coarse[:3]).logits, expected)
     assert again.settings == model.settings
 
 

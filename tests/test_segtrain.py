@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -153,6 +154,35 @@ def test_every_gating_and_a_reducer_that_merges(tmp_path):
     assert run.summary["gmacs_sd"] == 0
     run = train(SMALL.replace(gating="fine", reducer="tome", epochs_dense=0), tmp_path / "tome", progress=False)
     assert run.summary["macs"] < 1
+
+
+def test_the_study_shows_what_its_runs_recorded(finished, tmp_path):
+    segstudy = pytest.importorskip("msvit.segstudy", exc_type=ImportError)
+    from matplotlib import pyplot as plt
+
+    rows = segstudy.rows([0.5, 0.7], ["random"])
+    assert [row.label for row in rows] == [
+        "all fine", "all coarse", "gate at 50%", "random at 50%", "gate at 70%", "random at 70%",
+    ]  # fmt: skip
+    better = finished.summary | {"miou": finished.summary["miou"] + 0.1, "iou": {"a": 0.5, "b": None}}
+    first = finished.summary | {"iou": {"a": 0.3, "b": None}}
+    table = pd.DataFrame([{"method": "gate at 50%", "seed": s} | x for s, x in enumerate((first, better))])
+    summary = segstudy.summarise(table).loc["gate at 50%"]
+    assert summary["seeds"] == 2
+    assert summary["miou"] == pytest.approx(finished.summary["miou"] + 0.05)
+    assert summary["miou ±"] == pytest.approx(0.1 / 2**0.5)
+    assert segstudy.class_ious(table).loc["gate at 50%", "a"] == pytest.approx(0.4)
+    assert segstudy.class_ious(table)["b"].isna().all()
+    assert len(segstudy.quality(table).axes) == 3
+    figure = segstudy.pictures(finished.folder, 3)
+    assert [axes.get_ylabel() for axes in figure.axes[::3]] == ["tokens", "truth", "prediction", "error"]
+    model, scenes = Segmenter.from_pretrained(finished.folder), Scenes(24, 32, 0, "easy", "val")
+    with torch.no_grad():
+        result = model.run(scenes.batch([0, 1, 2])[0])
+    wrong = (result.logits.argmax(1).numpy() != scenes.masks([0, 1, 2])).mean((1, 2)) * 100
+    assert [axes.get_xlabel() for axes in figure.axes[9:]] == [f"{share:.1f} % wrong" for share in wrong]
+    assert [axes.get_xlabel() for axes in figure.axes[:3]] == [f"{n} tokens" for n in result.tokens.tolist()]
+    plt.close("all")
 
 
 class TestBadInput:

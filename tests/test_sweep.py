@@ -73,5 +73,7 @@ def test_pictures_of_a_sweep():
     trials["front"] = sweep.pareto(trials["accuracy"], trials["macs"])
     assert "MACs" in figures.front(trials).axes[0].get_xlabel()
     assert len(interactive.front(trials).data[1].x) == 2
-    assert [d.label for d in interactive.parallel(trials, ["target"]).data[0].dimensions] == ["target", "macs", "accuracy"]
-    assert figures.importance({"target": 0.9, "loss_settings.sigma": 0.1}).axes[0].get_yticklabels()[0].get_text() == "sigma"
+    lines = interactive.parallel(trials, ["target"]).data[0].dimensions
+    assert [line.label for line in lines] == ["target", "macs", "accuracy"]
+    bars = figures.importance({"target": 0.9, "loss_settings.sigma": 0.1}).axes[0]
+    assert bars.get_yticklabels()[0].get_text() == "sigma"

@@ -1,0 +1,59 @@
+"""The notebooks as papermill runs them, with other parameters than their defaults."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.notebook
+SMALL = {"train_n": 256, "epochs": 1, "epochs_dense": 1}
+
+
+def papermill(name, out, *typed, **parameters):
+    words = [word for key, value in parameters.items() for word in ("-p", key, str(value))]
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        "--no-progress-bar",
+        str(ROOT / "notebooks" / f"{name}.ipynb"),
+        str(out),
+    ]
+    return subprocess.run([*command, *words, *typed], capture_output=True, text=True, timeout=400, cwd=out.parent)
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        (("-p", "typo", "1"), "no parameter 'typo'"),
+        (("-p", "gbas", "maybe"), "gbas='maybe' is no truth value; write true or false"),
+        (("-p", "target", "1.5"), r"target=1.5 lies outside \(0, 1\)"),
+        (("-y", "losses: [gbas, l1]"), "the nearest is 'l0'"),
+    ],
+)
+def test_what_cannot_be_meant_fails_before_anything_is_trained(tmp_path, typed, said):
+    done = papermill("ablation", tmp_path / "out.ipynb", *typed, runs=tmp_path / "runs", out=tmp_path / "out")
+    assert done.returncode != 0
+    assert re.search(said, done.stderr)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_ablation_without_gbas_is_really_without(tmp_path):
+    losses = ("-y", "losses: [gbas, bas]", "-y", "masks: [random]")
+    folders = {"runs": tmp_path / "runs", "out": tmp_path / "out"}
+    done = papermill("ablation", tmp_path / "out.ipynb", *losses, gbas="false", seeds=2, **SMALL, **folders)
+    assert done.returncode == 0, done.stderr[-2000:]
+    recipes = [json.loads(p.read_text()) for p in (tmp_path / "runs").rglob("settings.json")]
+    learned = [r["loss"] for r in recipes if r["epochs"] and r["gating"] == "learned"]
+    assert sorted(learned) == ["bas", "bas", "l0", "l0"]
+    table = pd.read_json(tmp_path / "out" / "ablation.json")
+    assert table.groupby("method", sort=False).size().to_dict() == dict.fromkeys(
+        ["dense", "without gbas", "MSViT, bas", "random mask"], 2
+    )
+    for name in ("tradeoff.png", "gate_maps.svg", "token_counts.png", "ablation.csv", "ablation.tex"):
+        assert (tmp_path / "out" / name).stat().st_size > 100
