@@ -15,6 +15,7 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -142,7 +143,10 @@ def choose_trimmed(active: Tensor, soft: Tensor, slack: float) -> tuple[Tensor, 
     Every picture gets as many rows as the one with the most active tokens has, and the share `slack` more. The gate's
     gradient is only lost where an inactive token is left out, and there the derivative of its sigmoid is smallest.
     """
-    most = int(active.sum(1).max())
+    most = active.sum(1).max()
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(most, dist.ReduceOp.MAX)  # processes cut where one process with all of the batch would
+    most = int(most)
     room = min(active.shape[1], most + math.ceil(slack * most))
     rank = active + soft.detach().clamp(0, 1)
     kept = rank.topk(room, dim=1).indices.sort(1).values

@@ -18,8 +18,7 @@ from msvit.train import train
 
 ROOT = Path(__file__).parent.parent
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-# The masked step: how far trimming cuts depends on the pictures that a process sees.
-RECIPE = Recipe(train_n=64, val_n=50, batch=16, epochs_dense=2, epochs=2, trim=False, device="cpu")
+RECIPE = Recipe(train_n=64, val_n=50, batch=16, epochs_dense=2, epochs=2, device="cpu")
 
 
 def options(recipe: Recipe) -> list[str]:
