@@ -19,6 +19,7 @@ import pandas as pd
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
+from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from .recipe import Recipe
 from .runs import RunBusy
@@ -67,7 +68,7 @@ def open_study(name: str, storage: str, pruner: str = "asha", seed: int = 0) -> 
         warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats and the two options of the sampler
         # A worker that dies stops its heartbeat; its trial is then marked as failed and queued once more.
         again = RetryHeartbeatStaleTrialCallback(max_retry=1)
-        backend = RDBStorage(storage, heartbeat_interval=30, heartbeat_stale_trial_callback=again)
+        backend = _connect(storage, heartbeat_interval=30, heartbeat_stale_trial_callback=again)
         sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
     return optuna.create_study(
         study_name=name,
@@ -77,6 +78,16 @@ def open_study(name: str, storage: str, pruner: str = "asha", seed: int = 0) -> 
         direction="maximize",
         load_if_exists=True,
     )
+
+
+def _connect(storage: str, **options: Any) -> RDBStorage:
+    """The database; where several workers come first at once, one makes the tables and the others come again."""
+    for pause in (0.5, 1, 2, 4):
+        try:
+            return RDBStorage(storage, **options)
+        except (IntegrityError, ProgrammingError):
+            time.sleep(pause)
+    return RDBStorage(storage, **options)
 
 
 def sweep(
