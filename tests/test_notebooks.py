@@ -14,7 +14,7 @@ pytestmark = pytest.mark.notebook
 SMALL = {"train_n": 256, "epochs": 1, "epochs_dense": 1}
 
 
-def papermill(name, out, *typed, **parameters):
+def papermill(name, to, /, *typed, **parameters):
     words = [word for key, value in parameters.items() for word in ("-p", key, str(value))]
     command = [
         sys.executable,
@@ -22,9 +22,9 @@ def papermill(name, out, *typed, **parameters):
         "papermill",
         "--no-progress-bar",
         str(ROOT / "notebooks" / f"{name}.ipynb"),
-        str(out),
+        str(to),
     ]
-    return subprocess.run([*command, *words, *typed], capture_output=True, text=True, timeout=400, cwd=out.parent)
+    return subprocess.run([*command, *words, *typed], capture_output=True, text=True, timeout=400, cwd=to.parent)
 
 
 @pytest.mark.parametrize(
