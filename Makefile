@@ -57,7 +57,7 @@ else
 endif
 
 test: .venv/.installed ## run the tests (minutes)
-	@echo "Running the tests: a few minutes on two cores"
+	@echo "Running the tests and every notebook: ten minutes or so on two cores"
 	$(RUN) pytest $(NBVAL) $(ARGS)
 
 test-slow: .venv/.installed ## run the tests that take longer than the suite can afford
