@@ -150,22 +150,28 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
             check: Look for NaN and infinite pixels (costs a pass over the pictures).
         """
         check_images(images, self.vit.patch_embed.proj.in_channels, self.coarse_patch, finite=check)
-        gating = self.decide(images, mask)
-        coarse = gating.decisions.detach() > 0.5
+        return self._result(images, self.decide(images, mask), execution, gated=mask is None)
+
+    def _result(self, images: Tensor, gating: Gating, execution: str | None, gated: bool) -> Result:
+        """From checked pictures and decisions to all that `run` returns."""
         tokens = self.tokenize(images, gating, execution)
-        entering = tokens.active_counts()
+        entering, coarse = tokens.active_counts(), gating.decisions.detach() > 0.5
         final, counts, stages = pass_blocks(self.vit, tokens, self.reducer, self._steps)
         return Result(
-            logits=backbone.pooled_logits(self.vit, final),
+            logits=self._read_out(final, gating),
             gates=gating.soft,
             scores=gating.scores,
             coarse=coarse,
             tokens=entering,
-            macs=self._macs(entering, coarse[0].numel(), mask is None, counts),
+            macs=self._macs(entering, coarse[0].numel(), gated, counts),
             counts=counts,
             stages=stages,
             final=final,
         )
+
+    def _read_out(self, tokens: Tokens, gating: Gating) -> Tensor:
+        """Logits from the tokens after the last norm."""
+        return backbone.pooled_logits(self.vit, tokens)
 
     def decide(self, images: Tensor, mask: Tensor | None = None) -> Gating:
         """The decisions of the gate, of a rule in its place, or of a mask."""

@@ -21,7 +21,6 @@ from .decoders import DECODERS
 from .hub import CONFIG, load_folder, save_folder
 from .layout import Layout
 from .model import Gating, MSViT, Result
-from .passage import pass_blocks
 from .reducers import check_lossless
 from .tokens import Tokens
 
@@ -81,23 +80,14 @@ class Segmenter(MSViT):
         check_images(images, self.vit.patch_embed.proj.in_channels, 1, finite=check)
         height, width = images.shape[-2:]
         images = self.pad(images)
-        gating = self.decide(images, mask)
-        tokens = self.tokenize(images, gating, execution)
-        entering, coarse = tokens.active_counts(), gating.decisions.detach() > 0.5
-        final, counts, stages = pass_blocks(self.vit, tokens, self.reducer, self._steps)
-        grid = self.decode(final, gating).permute(0, 3, 1, 2)
-        logits = F.interpolate(grid, images.shape[-2:], mode="bilinear", align_corners=False)
-        return Result(
-            logits=logits[..., :height, :width],
-            gates=gating.soft,
-            scores=gating.scores,
-            coarse=coarse,
-            tokens=entering,
-            macs=self._macs(entering, coarse[0].numel(), mask is None, counts),
-            counts=counts,
-            stages=stages,
-            final=final,
-        )
+        result = self._result(images, self.decide(images, mask), execution, gated=mask is None)
+        return result._replace(logits=result.logits[..., :height, :width])
+
+    def _read_out(self, tokens: Tokens, gating: Gating) -> Tensor:
+        """The decoder's logits on the pixels of the padded picture, `[B, K, H, W]`."""
+        grid = self.decode(tokens, gating).permute(0, 3, 1, 2)
+        size = [side * backbone.patch_size(self.vit) for side in grid.shape[-2:]]
+        return F.interpolate(grid, size, mode="bilinear", align_corners=False)
 
     def decode(self, tokens: Tokens, gating: Gating) -> Tensor:
         """What the decoder makes of the tokens of `encode`: logits on the fine grid, `[B, H_f, W_f, K]`."""
