@@ -19,10 +19,10 @@ def gate_macs(gate: nn.Module | None, regions: int) -> int:
     return regions * linear_macs(gate) if gate is not None else 0
 
 
-def attention_macs(block: nn.Module, tokens: Tensor) -> Tensor:
-    """MACs of the attention branch of a timm block on so many tokens, attention's two products included."""
-    rows = linear_macs(block) - linear_macs(block.mlp)
-    return tokens * rows + 2 * tokens**2 * block.attn.num_heads * block.attn.head_dim
+def _costs(block: nn.Module) -> tuple[int, int, int]:
+    """MACs of a timm block: for a row of its attention branch, for a pair of rows there, for a row of its MLP."""
+    mlp = linear_macs(block.mlp)
+    return linear_macs(block) - mlp, 2 * block.attn.num_heads * block.attn.head_dim, mlp
 
 
 def head_macs(vit: nn.Module, tokens: Tensor) -> Tensor:
@@ -64,9 +64,10 @@ def path_macs(vit: nn.Module, entering: Tensor, counts: Tensor, reducer: nn.Modu
 
     The work of a reducer itself is included, clustering and predictors too.
     """
-    macs = embedding_macs(vit, entering) + head_macs(vit, counts[-1, 1])
-    for block, (attended, mixed) in zip(vit.blocks, counts, strict=True):
-        macs = macs + attention_macs(block, attended) + mixed * linear_macs(block.mlp)
+    attended, mixed = counts[:, 0], counts[:, 1]
+    rows, keys, mlp = torch.tensor([_costs(block) for block in vit.blocks], device=counts.device).T[..., None]
+    blocks = attended * rows + attended**2 * keys + mixed * mlp
+    macs = embedding_macs(vit, entering) + head_macs(vit, counts[-1, 1]) + blocks.sum(0)
     for layer in () if reducer is None else reducer.layers:
         before = counts[layer - 1, 1] if layer else entering
         macs = macs + reducer.macs(layer, before)

@@ -14,6 +14,7 @@ from .checks import check_images, check_mask
 from .gate import Gate, straight_through
 from .hub import load_folder, save_folder
 from .layout import Layout
+from .linear import fast_linear
 from .masks import Rule
 from .passage import STEPS, Stage, pass_blocks
 from .reducers.reducer import check_backbone
@@ -154,11 +155,13 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
 
     def _result(self, images: Tensor, gating: Gating, execution: str | None, gated: bool) -> Result:
         """From checked pictures and decisions to all that `run` returns."""
-        tokens = self.tokenize(images, gating, execution)
+        with fast_linear():
+            tokens = self.tokenize(images, gating, execution)
+            final, counts, stages = pass_blocks(self.vit, tokens, self.reducer, self._steps)
+            logits = self._read_out(final, gating)
         entering, coarse = tokens.active_counts(), gating.decisions.detach() > 0.5
-        final, counts, stages = pass_blocks(self.vit, tokens, self.reducer, self._steps)
         return Result(
-            logits=self._read_out(final, gating),
+            logits=logits,
             gates=gating.soft,
             scores=gating.scores,
             coarse=coarse,

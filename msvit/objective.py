@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .budget import BudgetController
 from .build import Budget
 from .gbas import make_loss
+from .linear import fast_linear
 from .model import MSViT, Result
 from .recipe import Recipe
 from .reducers import Teacher
@@ -79,7 +80,8 @@ class Objective(nn.Module):
             return self._run(model, images, fine.bool(), "packed")
         tokens = torch.full((b,), model.vit.num_prefix_tokens + h * w * model.scale**2, device=images.device)
         macs = torch.full((b,), self.budget.dense, dtype=torch.float64, device=images.device)
-        return Result(model.vit(images), fine, None, fine.bool(), tokens, macs)
+        with fast_linear():
+            return Result(model.vit(images), fine, None, fine.bool(), tokens, macs)
 
     def _run(self, model: MSViT, images: Tensor, mask: Tensor | None, execution: str | None) -> Result:
         """Whole pictures; in evaluation, on request, windows of the training size that overlap by a third."""
@@ -192,8 +194,9 @@ class Gated(Objective):
     @torch.no_grad()
     def _teach(self, images: Tensor) -> Teacher:
         """What the dense backbone says, its patch tokens on the fine grid."""
-        tokens = self.teacher.forward_features(images)
         h, w = (side * self.model.scale for side in self.budget.grid)
+        with fast_linear():
+            tokens = self.teacher.forward_features(images)
         patches = tokens[:, self.teacher.num_prefix_tokens :].unflatten(1, (h, w))
         return Teacher(self.teacher.forward_head(tokens), patches)
 

@@ -1,0 +1,72 @@
+"""Linear layers on a CPU: through oneDNN, whatever BLAS this PyTorch was built with.
+
+PyTorch hands float32 linear layers to its BLAS. Its x86 builds bring MKL, which on CPUs of other makers than Intel is
+far from the machine's speed, and which packs the weights anew at every call: costly where a picture is few tokens.
+oneDNN is in the same build. The results agree to rounding.
+"""
+
+import platform
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.flop_counter import register_flop_formula
+
+AVAILABLE = (
+    platform.machine() in ("x86_64", "AMD64")
+    and torch.backends.mkldnn.is_available()
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class _Linear(torch.autograd.Function):
+    """y = x Wᵀ + b, and the two products of its gradient, all by the same kernel."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        rows, needs = grad.reshape(-1, grad.shape[-1]), ctx.needs_input_grad
+        return (
+            _product(rows, weight.t()).view_as(x) if needs[0] else None,
+            _product(rows.t(), x.reshape(-1, x.shape[-1]).t()) if needs[1] else None,
+            rows.sum(0) if len(needs) > 2 and needs[2] else None,
+        )
+
+
+class _OneDNN(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is not F.linear or kwargs or not _suits(*args[:2]):
+            return function(*args, **(kwargs or {}))
+        return _Linear.apply(*args) if torch.is_grad_enabled() else _product(*args)
+
+
+def _suits(x: Tensor, weight: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() > 0
+
+
+def fast_linear() -> AbstractContextManager:
+    """Within it, `F.linear` and nn.Linear take the fast way where there is one.
+
+    Methods that are compared on the clock are all timed within it, dense ones too.
+    """
+    off = torch.is_autocast_enabled("cpu") or torch.jit.is_tracing() or torch.compiler.is_compiling()
+    return _OneDNN() if AVAILABLE and not off else nullcontext()
+
+
+if AVAILABLE:
+
+    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+    def _flops(x: torch.Size, weight: torch.Size, *rest, **options) -> int:
+        return 2 * x.numel() * weight[0]

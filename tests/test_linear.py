@@ -1,0 +1,75 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from msvit import linear
+
+pytestmark = pytest.mark.skipif(not linear.AVAILABLE, reason="this PyTorch has no oneDNN on x86")
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """How many linear layers took the fast way."""
+    calls = []
+    suits = linear._suits
+    monkeypatch.setattr(linear, "_suits", lambda *args: suits(*args) and calls.append(args[0].shape) is None)
+    return calls
+
+
+@pytest.mark.parametrize("shape", [(1, 24), (197, 24), (2, 5, 24), (2, 3, 4, 24)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_fast_way_is_the_same_function(shape, bias, used):
+    torch.manual_seed(0)
+    layer, x = nn.Linear(24, 40, bias=bias), torch.randn(shape)
+    strided = torch.randn(*shape[:-1], 48)[..., ::2]
+    with torch.no_grad():
+        for rows in (x, strided):
+            expected = layer(rows)
+            with linear.fast_linear():
+                torch.testing.assert_close(layer(rows), expected, atol=1e-5, rtol=1e-5)
+                torch.testing.assert_close(F.linear(rows, layer.weight), rows @ layer.weight.T, atol=1e-5, rtol=1e-5)
+    assert len(used) == 4
+
+
+def test_no_rows_and_other_precisions_go_the_usual_way(used):
+    layer = nn.Linear(8, 3)
+    with torch.no_grad(), linear.fast_linear():
+        assert layer(torch.empty(0, 8)).shape == (0, 3)
+        assert layer.double()(torch.ones(2, 8).double()).dtype == torch.float64
+        assert layer.bfloat16()(torch.ones(2, 8).bfloat16()).dtype == torch.bfloat16
+    assert not used
+
+
+@pytest.mark.parametrize("shape", [(1, 24), (197, 24), (2, 3, 24)])
+@pytest.mark.parametrize("frozen", ["nothing", "rows", "weight"])
+def test_the_gradients_are_the_same(shape, frozen, used):
+    torch.manual_seed(0)
+    layer, x = nn.Linear(24, 40), torch.randn(shape, requires_grad=frozen != "rows")
+    layer.weight.requires_grad_(frozen != "weight")
+    inputs = [t for t in (x, layer.weight, layer.bias) if t.requires_grad]
+    out = torch.randn(*shape[:-1], 40)
+    expected = torch.autograd.grad((layer(x) * out).sum(), inputs)
+    with linear.fast_linear():
+        y = layer(x)
+    torch.testing.assert_close(torch.autograd.grad((y * out).sum(), inputs), expected, atol=1e-4, rtol=1e-4)
+    assert len(used) == 1
+
+
+def test_autocast_goes_the_usual_way(used):
+    layer, x = nn.Linear(8, 3), torch.ones(2, 8)
+    with torch.autocast("cpu", torch.bfloat16), linear.fast_linear():
+        assert layer(x).dtype == torch.bfloat16
+    assert not used
+
+
+def test_hooks_still_run_and_macs_are_still_counted(used):
+    layer, x, seen = nn.Linear(8, 3), torch.ones(5, 8), []
+    layer.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), linear.fast_linear(), counter:
+        layer(x)
+    assert seen == [(5, 3)]
+    assert len(used) == 1
+    assert counter.get_total_flops() == 2 * 5 * 8 * 3
