@@ -20,7 +20,7 @@ FINE, COARSE = "#56B4E9", "#E69F00"
 
 def style(index: int) -> dict:
     """Colour and marker of the index-th method, the same in every figure of a report."""
-    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]}
 
 
 def save(figure: Figure, folder: str | Path, name: str, kinds: tuple[str, ...] = ("png", "svg")) -> Figure:

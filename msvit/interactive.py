@@ -6,7 +6,7 @@ Each has a static twin in `msvit.figures`; what must be on record is that one.
 import pandas as pd
 import plotly.graph_objects as go
 
-from .figures import COLOURS, COSTS, MARKERS
+from .figures import COLOURS, COSTS, MARKERS, style
 
 SYMBOLS = dict(
     zip(
@@ -29,7 +29,8 @@ def tradeoff(table: pd.DataFrame, curves: pd.DataFrame | None = None, x: str = "
     figure = go.Figure()
     factor, title = COSTS[x]
     for index, (method, runs) in enumerate(table.groupby(by, sort=False)):
-        colour, symbol = COLOURS[index % len(COLOURS)], SYMBOLS[MARKERS[index % len(MARKERS)]]
+        look = style(index)
+        colour, symbol = look["color"], SYMBOLS[look["marker"]]
         cost, accuracy = runs[x] * factor, runs["accuracy"] * 100
         figure.add_scatter(
             x=cost,

@@ -4,6 +4,7 @@ import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +16,12 @@ from torch import Tensor, nn
 
 from . import figures, runs
 from .build import Budget, load_data
+from .data import Loaders
 from .gbas import make_loss
+from .linear import fast_linear
+from .metrics import object_finder
 from .model import MSViT
+from .segment import load
 
 
 @dataclass(frozen=True)
@@ -45,23 +50,27 @@ class Look:
 def open_run(folder: str | Path):
     """The model of a finished run, and the loaders of its pictures."""
     run = runs.read(folder)
-    model = MSViT.from_pretrained(folder)
+    model = load(folder)
     return run, model, load_data(run.recipe, model)
 
 
-def mask_of(run: runs.Run, model: MSViT, size: tuple[int, int]) -> Tensor | None:
-    """All fine for a dense run, whose gate has learned nothing; None where the model's own gate or rule decides."""
-    return None if run.recipe.epochs else torch.zeros(model.grid(size), dtype=torch.bool)
+def mask_of(run: runs.Run, model: MSViT, loaders: Loaders, indices: Tensor) -> Tensor | None:
+    """All fine for a dense run, whose gate has learned nothing; the oracle's; None where the model decides."""
+    if not run.recipe.epochs:
+        return torch.zeros(model.grid(loaders.size), dtype=torch.bool)
+    if run.recipe.gating == "oracle":
+        return ~object_finder(loaders.val)(indices, model.coarse_patch)
+    return None
 
 
 @torch.no_grad()
 def look(folder: str | Path, pictures: int = 512) -> Look:
     """Runs a trained model on the first validation pictures."""
     run, model, loaders = open_run(folder)
-    mask, seen, count = mask_of(run, model, loaders.size), [], 0
+    seen, count = [], 0
     for batch in loaders.val:
-        images, targets = batch.images[: pictures - count], batch.targets[: pictures - count]
-        result = model.run(images, mask)
+        images, targets, indices = (part[: pictures - count] for part in batch)
+        result = model.run(images, mask_of(run, model, loaders, indices))
         seen.append((images, result.gates, result.coarse, result.tokens, result.logits.argmax(1) == targets))
         count += len(images)
         if count >= pictures:
@@ -91,7 +100,7 @@ def gate_loss(folder: str | Path) -> nn.Module | None:
     recipe = runs.read(folder).recipe
     if recipe.loss != "gbas" or not path.exists():
         return None
-    model = MSViT.from_pretrained(folder)
+    model = load(folder)
     budget = Budget(model, (recipe.size, recipe.size), recipe)
     loss = make_loss(recipe.loss, budget.grid, budget.rate, **recipe.loss_settings)
     loss.load_state_dict(load_file(path))
@@ -128,14 +137,23 @@ def speeds(folder: Path, table: pd.DataFrame, batch: int = 32, repeats: int = 5)
     steps = []
     for name in table["run"]:
         run, model, loaders = open_run(folder / name)
-        images = next(iter(loaders.val)).images[:batch]
-        mask = mask_of(run, model, loaders.size)
+        images, _, indices = (part[:batch] for part in next(iter(loaders.val)))
+        mask = mask_of(run, model, loaders, indices)
         steps.append(
-            (len(images), (lambda v=model.vit, x=images: v(x)) if mask is not None else lambda m=model, x=images: m(x))
+            (
+                len(images),
+                partial(MSViT.run, model, images, mask) if run.recipe.epochs else partial(_plain, model, images),
+            )
         )
     turns = [[_seconds(step) for _, step in steps] for _ in range(repeats + 1)][1:]
     medians = [statistics.median(turn[i] for turn in turns) for i in range(len(steps))]
     return [count / seconds for (count, _), seconds in zip(steps, medians, strict=True)]
+
+
+def _plain(model: MSViT, images: Tensor) -> Tensor:
+    """The backbone alone, with the linear layers that all methods have."""
+    with fast_linear():
+        return model.vit(images)
 
 
 @torch.inference_mode()

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import re
 import types
 from collections.abc import Mapping
 from typing import Any, Self, get_args
@@ -151,9 +152,9 @@ def parse(name: str, text: str) -> Any:
     if kind is str:
         value = text
     elif kind is dict:
-        pairs = [pair.partition("=") for pair in text.replace(",", " ").split()]
+        pairs = [pair.partition("=") for pair in re.findall(r"(?:\[[^]]*]|[^\s,])+", text)]
         if bad := next((key + equals + value for key, equals, value in pairs if not (key and value)), None):
-            raise RecipeError(f"{name}={text!r}: {bad!r} is no name=value; write it as sigma=0.1 temperature=0.3")
+            raise RecipeError(f"{name}={text!r}: {bad!r} is no name=value; write it as sigma=0.1 layers=[3,6]")
         value = {key: _literal(value) for key, _, value in pairs}
     else:
         value = _literal(text)
@@ -161,7 +162,7 @@ def parse(name: str, text: str) -> Any:
 
 
 def _literal(text: str) -> Any:
-    """A number, true, false or none; what is none of these stays text."""
+    """A number, a list of numbers, true, false or none; what is none of these stays text."""
     word = text.strip()
     if word.lower() in ("true", "false", "none"):
         return {"true": True, "false": False, "none": None}[word.lower()]
@@ -169,7 +170,8 @@ def _literal(text: str) -> Any:
         value = ast.literal_eval(word)
     except (ValueError, SyntaxError):
         return text
-    return value if isinstance(value, int | float) else text
+    numbers = value if isinstance(value, list) else [value]
+    return value if all(isinstance(number, int | float) for number in numbers) else text
 
 
 def _field(name: str) -> dataclasses.Field:
@@ -208,7 +210,7 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
         value = float(value)
     good = type(value) is kind and (not choices or value in choices) and (not within or _inside(value, within))
     if kind is dict and good:
-        good = all(isinstance(k, str) and isinstance(v, str | int | float | None) for k, v in value.items())
+        good = all(isinstance(k, str) and isinstance(v, str | int | float | list | None) for k, v in value.items())
     if not good:
         near = difflib.get_close_matches(str(value), choices, 1)
         hint = f"; the nearest is {near[0]!r}" if near else ""

@@ -23,6 +23,7 @@ COLUMNS = {
     "coarse": "coarse regions (%)",
     "fine_object": "fine where the object is (%)",
     "fine_rest": "fine elsewhere (%)",
+    "pictures_per_s": "pictures/s",
     "seconds": "training (s)",
 }
 PERCENT = ("accuracy", "macs", "coarse", "fine_object", "fine_rest")
@@ -32,13 +33,16 @@ def method_of(run: pd.Series) -> str:
     """What a run is called in tables and figures: what decides, what shapes it, and which parts are off."""
     if not run["epochs"]:
         return "dense"
+    after = f" + {run['reducer']}" if run["reducer"] else ""
+    if run["gating"] == "fine" and after:
+        return run["reducer"]
     if run["gating"] != "learned":
-        return f"{run['gating']} mask"
+        return f"{run['gating']} mask{after}"
     words = [f"MSViT {run['loss']}"]
     words += [said for name, said in (("trim", "untrimmed"), ("control", "no control")) if not run[name]]
     if not run["share_embedding"]:
         words.append("own embedding")
-    return ", ".join(words)
+    return ", ".join(words) + after
 
 
 def groups(table: pd.DataFrame) -> dict[str, pd.DataFrame]:

@@ -11,7 +11,10 @@ from typing import Any
 import pandas as pd
 
 from . import runs
+from .build import build
 from .recipe import Recipe
+from .reducers import REDUCERS, pick
+from .reducers.fit import fit
 
 # What each part of the method is replaced by when it is switched off.
 PARTS: dict[str, dict[str, Any]] = {
@@ -22,8 +25,10 @@ PARTS: dict[str, dict[str, Any]] = {
     "share_embedding": {"share_embedding": False},
     "budget_control": {"control": False, "calibrate": False},
 }
-MASKS = ("coarse", "random", "centre", "border", "checkerboard", "entropy")
+MASKS = ("coarse", "random", "centre", "border", "checkerboard", "entropy", "oracle")
 FULL = "MSViT"
+# Reducers alone, and after the gate. How many tokens a grid leaves is not known beforehand: no gate can budget for it.
+METHODS = (*REDUCERS, *(f"gate+{name}" for name in REDUCERS if name != "grid"))
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,11 @@ class Row:
 
 
 def ablation(
-    switches: Mapping[str, bool], losses: Iterable[str], masks: Iterable[str], one_by_one: bool = False
+    switches: Mapping[str, bool],
+    losses: Iterable[str],
+    masks: Iterable[str],
+    one_by_one: bool = False,
+    reduced: Iterable[Row] = (),
 ) -> list[Row]:
     """The rows of the ablation: the full method, the method without what is switched off, other losses, masks.
 
@@ -47,6 +56,7 @@ def ablation(
         losses: Gate losses; GBaS is the full method's own.
         masks: Decisions that are not learned, at the same MACs.
         one_by_one: A row for each part left out alone.
+        reduced: The rows of `methods`.
     """
     off = [name for name in PARTS if not switches[name]]
     rows = [Row(FULL, {})] if switches["gbas"] else []
@@ -57,10 +67,32 @@ def ablation(
         rows += [without([*never, name]) for name in PARTS if name not in never]
     rows += [Row(f"{FULL}, {loss}", {"loss": loss}) for loss in losses if loss != "gbas"]
     rows += [Row(f"{name} mask", {"gating": name}) for name in masks]
+    rows += reduced
     kinds: dict[str, Row] = {}
     for row in rows:
         kinds.setdefault(repr((sorted(row.changes.items()), row.dense)), row)
     return list(kinds.values())
+
+
+def methods(names: Iterable[str], base: Recipe, settings: Mapping[str, Mapping[str, Any]] | None = None) -> list[Row]:
+    """A row for each reducer, with the setting whose MACs are nearest to the recipe's target.
+
+    Args:
+        names: Of METHODS. After a gate, "gate+tome", the reducer saves half of what is to be saved and the gate, whose
+            budget counts the reducer, the rest.
+        settings: Others of a reducer, by its name.
+    """
+    names = list(names)
+    for name in names:
+        pick("method", name, dict.fromkeys(METHODS))
+    vit, rows = build(base, Path()).vit if names else None, []
+    for name in names:
+        gate, _, reducer = name.rpartition("+")
+        own = dict((settings or {}).get(reducer, {}))
+        own = fit(reducer, vit, (1 + base.target) / 2 if gate else base.target, **own)
+        gating = {} if gate else {"gating": "fine"}
+        rows.append(Row(name.replace("gate+", f"{FULL} + "), gating | {"reducer": reducer, "reducer_settings": own}))
+    return rows
 
 
 def without(parts: list[str]) -> Row:
@@ -129,7 +161,11 @@ def transfer(
 
 def summarise(table: pd.DataFrame, by: str = "method") -> pd.DataFrame:
     """Mean and spread over seeds, in the order in which the methods came."""
-    columns = [c for c in ("accuracy", "macs", "tokens", "coarse", "fine_object", "fine_rest", "seconds") if c in table]
+    columns = [
+        c
+        for c in ("accuracy", "macs", "tokens", "coarse", "fine_object", "fine_rest", "pictures_per_s", "seconds")
+        if c in table
+    ]
     grouped = table.groupby(by, sort=False)[columns]
     mean, spread = grouped.mean(), grouped.std(ddof=1)
     out = pd.DataFrame({"seeds": grouped.size()})

@@ -37,7 +37,7 @@ def test_a_recipe_survives_json_and_is_frozen():
         ({"lr": -1e-3}, r"lr=-0.001: expected a number in \[0, inf\)"),
         ({"ema": 1.0}, r"ema=1.0: expected a number in \[0, 1\)"),
         ({"gating": "lerned"}, r"gating='lerned': expected learned or fine .*; the nearest is 'learned'"),
-        ({"loss_settings": {"sigma": [1]}}, r"loss_settings=.*expected name=value pairs"),
+        ({"loss_settings": {"sigma": {"a": 1}}}, r"loss_settings=.*expected name=value pairs"),
         ({"epochs": 0, "epochs_dense": 0}, r"train nothing"),
         ({"lr": 0.0, "gate_lr": 0.0}, r"leave nothing to train"),
         ({"lr": 0.0, "gating": "random"}, r"leave nothing to train"),
@@ -68,6 +68,7 @@ def test_replace_checks_too():
         ("loss_weight", "4", 4.0),
         ("data", "none", "none"),
         ("loss_settings", "sigma=0.1, prior=beta ok=true", {"sigma": 0.1, "prior": "beta", "ok": True}),
+        ("reducer_settings", "layers=[1, 2],keep=0.5", {"layers": [1, 2], "keep": 0.5}),
     ],
 )  # fmt: skip
 def test_parse_reads_what_is_typed(name, text, value):

@@ -1,0 +1,38 @@
+import pytest
+import torch
+
+from msvit import MSViT, make_reducer, make_rule, study
+from msvit.recipe import Recipe
+from msvit.reducers import REDUCERS
+from msvit.reducers.fit import fit
+
+
+@pytest.mark.parametrize("name", REDUCERS)
+@pytest.mark.parametrize("share", [0.6, 0.75])
+def test_the_model_that_runs_costs_what_was_asked(name, share, tiny_vit):
+    vit = tiny_vit.eval()
+    model = MSViT(vit, gate=make_rule("fine"), reducer=make_reducer(name, vit, **fit(name, vit, share))).eval()
+    images = torch.randn(3, 3, *vit.patch_embed.img_size)
+    found = model.run(images).macs / model.dense_macs(vit.patch_embed.img_size)
+    rough = {"tome": 0.05, "grid": 0.25}  # whole tokens in every block, and whole blocks
+    assert (found - share).abs().max() <= rough.get(name, 0.02)
+
+
+def test_the_other_settings_stay(tiny_vit):
+    settings = fit("token_pooling", tiny_vit, 0.7, method="kmedoids")
+    assert settings["method"] == "kmedoids"
+    assert 0 < settings["keep"] < 1
+
+
+def test_rows_of_methods():
+    base = Recipe(target=0.6)
+    rows = {row.label: row.changes for row in study.methods(["evit", "gate+tome"], base)}
+    assert rows["evit"]["gating"] == "fine"
+    assert rows["MSViT + tome"].keys() == {"reducer", "reducer_settings"}
+    alone = study.methods(["tome"], base)[0].changes["reducer_settings"]["r"]
+    assert rows["MSViT + tome"]["reducer_settings"]["r"] < alone  # the gate saves the rest
+    for row in study.methods(study.METHODS, base):
+        base.replace(**row.changes)
+    assert study.methods([], base) == []
+    with pytest.raises(ValueError, match="nearest is 'tome'"):
+        study.methods(["tomme"], base)
