@@ -56,7 +56,7 @@ def build(recipe: Recipe, runs: Path) -> MSViT:
         gate = None  # a rule, or one for another scale
     try:
         reducer = make_reducer(recipe.reducer, vit, **recipe.reducer_settings) if recipe.reducer else None
-        model = MSViT(vit, recipe.scale, gate, recipe.slack, reducer, recipe.share_embedding)
+        model = MSViT(vit, recipe.scale, gate, recipe.margin, reducer, recipe.share_embedding)
         if recipe.task == "segment" and isinstance(start, Segmenter):
             model = Segmenter(model, **start.settings)
             model.decoder.load_state_dict(start.decoder.state_dict())

@@ -64,7 +64,7 @@ def save_folder(model: nn.Module, folder: Path):
     config = {
         "backbone": describe_backbone(model.vit),
         "scale": model.scale,
-        "slack": model.slack,
+        "margin": model.margin,
         "gate": described,
         "share_embedding": model.coarse_embed is None,
     }
@@ -89,7 +89,7 @@ def load_folder(cls, model_id: str, map_location: str = "cpu", strict: bool = Tr
     config = json.loads(fetch(CONFIG).read_text())
     vit = timm.create_model(config["backbone"]["name"], pretrained=False, **config["backbone"]["args"])
     gate = (make_rule if "name" in config["gate"] else Gate)(**config["gate"])
-    parts = {"scale": config["scale"], "gate": gate, "slack": config["slack"]}
+    parts = {"scale": config["scale"], "gate": gate, "margin": config["margin"]}
     parts["share_embedding"] = config["share_embedding"]
     if "reducer" in config:
         settings = dict(config["reducer"])

@@ -79,7 +79,7 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
         vit: The backbone; it is used as it is, not copied.
         scale: Fine patches along the side of a coarse one.
         gate: A trained gate, or a rule of `msvit.masks`; None makes a new gate.
-        slack: Room for inactive tokens in a trimmed sequence, as a share of the largest active count.
+        margin: An inactive token stays in a trimmed sequence if its soft activity is at least this; 0 keeps them all.
         reducer: What drops or merges tokens inside the network, after the gate; from `msvit.reducers.make_reducer`.
         share_embedding: Coarse patches go through the backbone's own embedding; False gives them a copy of it that
             trains on its own (an ablation).
@@ -90,7 +90,7 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
         vit: nn.Module,
         scale: int = 2,
         gate: nn.Module | None = None,
-        slack: float = 0.1,
+        margin: float = 0.1,
         reducer: nn.Module | None = None,
         share_embedding: bool = True,
     ):
@@ -104,11 +104,11 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
                 f"the gate looks at coarse patches of {gate.patch} px, but scale={scale} on patches of {patch} px "
                 f"makes {patch * scale} px; use another scale or train a gate for this backbone"
             )
-        if slack < 0:
-            raise ValueError(f"slack={slack}: the room for inactive tokens is a share >= 0")
+        if not 0 <= margin <= 0.5:
+            raise ValueError(f"margin={margin}: inactive tokens have a soft activity in [0, 0.5]; 0 keeps them all")
         if reducer is not None:
             check_backbone(reducer, vit)
-        self.vit, self.scale, self.slack, self.reducer = vit, scale, slack, reducer
+        self.vit, self.scale, self.margin, self.reducer = vit, scale, margin, reducer
         self.gate = gate if gate is not None else Gate(patch * scale, vit.patch_embed.proj.in_channels)
         self.coarse_embed = None if share_embedding else backbone.copy_embedding(vit)
         self.register_buffer("cut", torch.tensor(0.5))
@@ -209,9 +209,9 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
             rows, lengths = tk.choose_all(active)
         else:
             soft = tk.candidate_activity(gating.soft.detach(), scale, prefix, blocks)
-            # Room for inactive tokens is for their gradient.
-            slack = self.slack if gating.decisions.requires_grad else 0.0
-            rows, lengths = tk.choose_trimmed(active, soft, slack)
+            # Inactive tokens are there for their gradient.
+            margin = self.margin if gating.decisions.requires_grad else 1.0
+            rows, lengths = tk.choose_trimmed(active, soft, margin)
 
         b, n = active.shape
         base = backbone.bases(vit, grid, scale)

@@ -5,6 +5,7 @@ whatever scalars are worth recording, its parameters are what trains, and its st
 """
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -119,8 +120,12 @@ class Gated(Objective):
 
         L = L_task + weight L_gate(m) + penalty(m) + L_reducer + distill KL(dense || this)
 
-    The penalty is the budget controller's. A frozen gate decides without noise. The dense teacher, of distillation and
-    of reducers that need one, is the backbone as it enters this stage.
+    The penalty is the budget controller's. A picture's label hangs on each of its regions, a pixel's on its own alone:
+    in dense tasks, whose loss is a mean over pixels, the task pulls at a gate less by as much as there are regions.
+    So do the gate loss, unless `loss_weight` says otherwise, and the controller.
+
+    A frozen gate decides without noise. The dense teacher, of distillation and of reducers that need one, is the
+    backbone as it enters this stage.
     """
 
     def __init__(self, model: MSViT, recipe: Recipe, budget: Budget, objects: dict[str, Objects] | None = None):
@@ -131,7 +136,8 @@ class Gated(Objective):
         self.loss, self.controller = None, None
         if self.learned:
             self.loss = make_loss(recipe.loss, grid=budget.grid, target=budget.rate, **recipe.loss_settings)
-            self.weight = self.loss.weight if recipe.loss_weight is None else recipe.loss_weight
+            self.pull = 1 / math.prod(budget.grid) if isinstance(model, Segmenter) else 1.0
+            self.weight = self.loss.weight * self.pull if recipe.loss_weight is None else recipe.loss_weight
             if recipe.control:
                 self.controller = BudgetController(target=recipe.target, kind=recipe.budget)
 
@@ -172,7 +178,7 @@ class Gated(Objective):
         if self.learned:
             extra["gate"] = self.weight * self.loss(result.gates)
         if self.controller is not None:
-            extra["penalty"] = self.controller.penalty(result.gates)
+            extra["penalty"] = self.pull * self.controller.penalty(result.gates)
         teacher = self._teach(images) if self.teacher is not None else None
         if self.model.reducer is not None:
             extra |= self.model.reducer.loss(result, teacher)

@@ -74,7 +74,9 @@ class Recipe:
 
     gating: str = setting("learned", "who decides: the gate, or a rule in its place", choices=GATINGS)
     loss: str = setting("gbas", "the gate loss, by msvit.gbas's names")
-    loss_weight: float | None = setting(None, "weight of the gate loss; none = the loss's own", "[0, inf)")
+    loss_weight: float | None = setting(
+        None, "weight of the gate loss; none = the loss's own, segmentation: over the regions", "[0, inf)"
+    )
     loss_settings: dict = setting({}, "settings of the gate loss, as in sigma=0.1 temperature=0.3")
     budget: str = setting(
         "macs", "what target is a share of: dense MACs, or coarse regions", choices=("macs", "coarse")
@@ -86,7 +88,7 @@ class Recipe:
     temperature_end: float = setting(0.3, "and in the last; between them it moves geometrically", "(0, inf)")
     share_embedding: bool = setting(True, "coarse patches go through the same embedding as fine ones")
     trim: bool = setting(True, "cut training sequences to what is active; false = all tokens, masked")
-    slack: float = setting(0.1, "room for inactive tokens in a cut sequence, a share of the active", "[0, inf)")
+    margin: float = setting(0.1, "inactive tokens with this soft activity stay in cut sequences", "[0, 0.5]")
 
     reducer: str = setting("", "what drops or merges tokens in the network, by msvit.reducers' names")
     reducer_settings: dict = setting({}, "its settings, as in keep=0.7")

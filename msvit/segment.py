@@ -47,7 +47,7 @@ class Segmenter(MSViT):
 
     def __init__(self, model: MSViT, classes: int | list[str], decoder: str = "linear", scatter: str = "after"):
         check_lossless(model.reducer)
-        super().__init__(model.vit, model.scale, model.gate, model.slack, model.reducer)
+        super().__init__(model.vit, model.scale, model.gate, model.margin, model.reducer)
         self.coarse_embed = model.coarse_embed
         self.cut.copy_(model.cut)
         if decoder not in DECODERS:
@@ -119,7 +119,7 @@ class Segmenter(MSViT):
         rows = torch.arange(active.numel(), device=active.device)
         if len(tokens.x) < len(rows):
             soft = tk.candidate_activity(gating.soft.detach(), scale, prefix)
-            rows, _ = tk.choose_trimmed(active, soft, self.slack)
+            rows, _ = tk.choose_trimmed(active, soft, self.margin)
         seats = rows.new_full((active.numel(),), -1)
         seats[rows] = torch.arange(len(rows), device=rows.device)
         start = torch.arange(len(active), device=rows.device)[:, None, None] * active.shape[1]

@@ -15,7 +15,6 @@ import math
 from dataclasses import dataclass, replace
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -137,21 +136,13 @@ def choose_active(active: Tensor) -> tuple[Tensor, list[int]]:
     return active.flatten().nonzero()[:, 0], active.sum(1).tolist()
 
 
-def choose_trimmed(active: Tensor, soft: Tensor, slack: float) -> tuple[Tensor, list[int]]:
-    """Trimmed execution: all active candidates, and the inactive ones nearest to the decision boundary.
+def choose_trimmed(active: Tensor, soft: Tensor, margin: float) -> tuple[Tensor, list[int]]:
+    """Trimmed execution: all active candidates, and the inactive ones with a soft activity `[B, N]` of `margin` or more.
 
-    Every picture gets as many rows as the one with the most active tokens has, and the share `slack` more. The gate's
-    gradient is only lost where an inactive token is left out, and there the derivative of its sigmoid is smallest.
+    The gate's gradient is only lost where an inactive token is left out, and there it has the factor m (1 - m) of the
+    sigmoid's derivative, which is less than the margin.
     """
-    most = active.sum(1).max()
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        dist.all_reduce(most, dist.ReduceOp.MAX)  # processes cut where one process with all of the batch would
-    most = int(most)
-    room = min(active.shape[1], most + math.ceil(slack * most))
-    rank = active + soft.detach().clamp(0, 1)
-    kept = rank.topk(room, dim=1).indices.sort(1).values
-    start = torch.arange(len(active), device=active.device)[:, None] * active.shape[1]
-    return (kept + start).flatten(), [room] * len(active)
+    return choose_active(active | (soft.detach() >= margin))
 
 
 def pixels_of(

@@ -169,14 +169,14 @@ def test_gate_gradient_is_the_finite_difference(make_vit, variant):
 
 
 def test_trimmed_gradients_are_masked_ones_where_everything_is_kept(tiny_vit):
-    model = msvit.MSViT(shake(tiny_vit), slack=9.0).train()
+    model = msvit.MSViT(shake(tiny_vit), margin=0.0).train()
     images, labels, scores = torch.randn(4, 3, 64, 64), torch.arange(4), torch.randn(4, 4, 4)
     masked, trimmed = (gate_gradient(model, images, labels, scores, 0.0, e) for e in ("masked", "trimmed"))
     assert masked.abs().max() > 1e-6
     torch.testing.assert_close(trimmed, masked, rtol=1e-4, atol=1e-8)
 
 
-def test_trimming_keeps_the_gate_gradient_at_the_default_slack():
+def test_trimming_keeps_the_gate_gradient_at_the_default_margin():
     """Boundary first: what is left out of a trimmed sequence hardly moves the gate."""
     vit = timm.create_model("deit_tiny_patch16_224", num_classes=8, depth=6)
     model = msvit.MSViT(vit).train()

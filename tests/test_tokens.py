@@ -92,11 +92,11 @@ def test_selecting_rows_keeps_the_map_and_drops_the_rest(make_vit):
 def test_trimming_keeps_the_active_and_those_next_to_the_boundary():
     soft = torch.tensor([[1.0, 0.9, 0.8, 0.1, 0.4, 0.3], [1.0, 0.7, 0.2, 0.45, 0.1, 0.0]])
     active = soft > 0.5
-    rows, lengths = choose_trimmed(active, soft, slack=0.0)
-    assert lengths == [3, 3]
-    assert rows.tolist() == [0, 1, 2, 6, 7, 9]
-    rows, lengths = choose_trimmed(active, soft, slack=0.3)
-    assert lengths == [4, 4]
-    assert rows.tolist() == [0, 1, 2, 4, 6, 7, 8, 9]
-    rows, lengths = choose_trimmed(active, soft, slack=9.0)
+    rows, lengths = choose_trimmed(active, soft, margin=0.5)
+    assert lengths == [3, 2]
+    assert rows.tolist() == [0, 1, 2, 6, 7]
+    rows, lengths = choose_trimmed(active, soft, margin=0.25)
+    assert lengths == [5, 3]
+    assert rows.tolist() == [0, 1, 2, 4, 5, 6, 7, 9]
+    rows, lengths = choose_trimmed(active, soft, margin=0.0)
     assert rows.tolist() == list(range(12))
