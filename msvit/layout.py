@@ -194,38 +194,35 @@ class WeightedAttention(torch.autograd.Function):
     active tokens only.
     """
 
-    # An inactive key may score far above all active ones; beyond e^30 times their sum its gradient is cut off.
-    LIMIT = 30.0
+    @staticmethod
+    def _limit(dtype: torch.dtype) -> float:
+        """An inactive key may score far above all active ones; beyond e^30 times their sum its gradient is cut off."""
+        return 5.0 if dtype == torch.float16 else 30.0  # float16 ends at e^11
 
     @staticmethod
-    def _excess(q: Tensor, k: Tensor, weight: Tensor, total: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """u, and log sum_k w_k exp(s_ik) (computed if not given), in float32 or better."""
+    def _scores(q: Tensor, k: Tensor) -> Tensor:
+        """s, in float32 or better."""
         s = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        s = s if s.dtype == torch.float64 else s.float()
-        w = weight[:, None, None, :]
-        if total is None:
-            top = s.masked_fill(w <= 0, -torch.inf).amax(-1, keepdim=True)
-            e = (s - top).clamp_(max=WeightedAttention.LIMIT).exp_()
-            total = top + (e * w).sum(-1, keepdim=True).log()
-        return s.sub_(total).clamp_(max=WeightedAttention.LIMIT).exp_(), total
+        return s if s.dtype == torch.float64 else s.float()
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
-        u, total = WeightedAttention._excess(q, k, weight)
-        out = u.mul_(weight[:, None, None, :]).to(v.dtype) @ v
-        ctx.save_for_backward(q, k, v, weight, total, out)
+        s, w = WeightedAttention._scores(q, k), weight[:, None, :, None]
+        top = s.masked_fill(w.transpose(-2, -1) <= 0, -torch.inf).amax(-1, keepdim=True)
+        e = s.sub_(top).clamp_(max=WeightedAttention._limit(v.dtype)).exp_()
+        sums = e @ w.to(e.dtype)
+        out = (e.to(v.dtype) @ (v * w).to(v.dtype)) / sums.to(v.dtype)
+        ctx.save_for_backward(q, k, v, weight, top + sums.log(), out)
         return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         q, k, v, weight, total, out = ctx.saved_tensors
-        u, _ = WeightedAttention._excess(q, k, weight, total)
-        w = weight[:, None, None, :]
-        r = grad @ v.transpose(-2, -1) - (grad * out).sum(-1, keepdim=True)
-        r = r.to(u.dtype).mul_(u)
-        grad_v = u.mul_(w).to(grad.dtype).transpose(-2, -1) @ grad
+        w = weight[:, None, :, None].to(v.dtype)
+        u = WeightedAttention._scores(q, k).sub_(total).clamp_(max=WeightedAttention._limit(v.dtype)).exp_()
+        grad_v = (u.to(grad.dtype).transpose(-2, -1) @ grad) * w
+        r = (grad @ v.transpose(-2, -1)).sub_((grad * out).sum(-1, keepdim=True)).to(u.dtype).mul_(u)
         grad_weight = r.sum((1, 2)).to(weight.dtype)
-        r = r.mul_(w).to(q.dtype)
-        scale = q.shape[-1] ** -0.5
-        return r @ k * scale, r.transpose(-2, -1) @ q * scale, grad_v, grad_weight
+        r, scale = r.to(q.dtype), q.shape[-1] ** -0.5
+        return r @ (k * w) * scale, (r.transpose(-2, -1) @ q) * (w * scale), grad_v, grad_weight

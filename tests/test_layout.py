@@ -42,14 +42,16 @@ def test_gradients_of_weighted_attention_zero_weights_included():
     assert torch.autograd.gradcheck(WeightedAttention.apply, (q, k, v, weight))
 
 
-def test_a_hidden_key_that_scores_far_above_the_rest_leaves_finite_gradients():
-    q = torch.full((1, 1, 2, 4), 30.0)
-    k = torch.stack([torch.full((4,), -30.0), torch.full((4,), 30.0)])[None, None]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_hidden_key_that_scores_far_above_the_rest_leaves_finite_gradients(dtype):
+    q = torch.full((1, 1, 2, 4), 30.0, dtype=dtype, requires_grad=True)
+    k = torch.stack([torch.full((4,), -30.0), torch.full((4,), 30.0)])[None, None].to(dtype).requires_grad_()
+    v = torch.randn(1, 1, 2, 4, dtype=dtype, requires_grad=True)
     weight = torch.tensor([[1.0, 0.0]], requires_grad=True)
-    out = WeightedAttention.apply(q, k, torch.randn(1, 1, 2, 4), weight)
+    out = WeightedAttention.apply(q, k, v, weight)
+    torch.testing.assert_close(out, v[:, :, :1].expand_as(out), rtol=1e-2, atol=1e-2)
     out.sum().backward()
-    assert out.isfinite().all()
-    assert weight.grad.isfinite().all()
+    assert all(x.grad.isfinite().all() for x in (q, k, v, weight))
 
 
 @pytest.mark.parametrize("lengths", [[3, 3], [2, 5, 1]])
