@@ -2,7 +2,7 @@
 
     python benchmarks/explorer.py [--model deit_tiny_patch16_224] [--steps 20]
 
-The browser's own part (decoding three small pictures) comes on top.
+The browser's own part (decoding a few small pictures) comes on top.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The command line: `msvit train`, `eval`, `runs`, `sweep` and `methods`.
+"""The command line: `msvit train`, `eval`, `runs`, `sweep`, `methods` and `bench`.
 
 Exit codes: 0 done, 1 failed, 2 a setting that does not exist or cannot be, 130 interrupted.
 """
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
+from .bench.settings import add_options, from_options
 from .recipe import FIELDS, Recipe, RecipeError, parse
 from .runs import Folder, Run, RunError, RunWarning
 
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     words = [_dashed(word) for word in (sys.argv[1:] if argv is None else argv)]
     arguments, unknown = _parser().parse_known_args(words)
     if unknown:
-        near = difflib.get_close_matches(unknown[0], ["--" + _dash(name) for name in FIELDS], 1)
+        near = difflib.get_close_matches(unknown[0], ["--" + _dash(name) for name in vars(arguments)], 1)
         hint = f"the nearest is {near[0]}" if near else "--help lists what there is"
         return _say(f"{unknown[0]} is unknown here; {hint}", 2)
     shown = warnings.showwarning
@@ -53,8 +54,8 @@ def main(argv: list[str] | None = None) -> int:
         return _say(error, 2)
     except RunError as error:
         return _say(error, 1)
-    except KeyboardInterrupt:
-        return _say("interrupted; the same command continues after the last whole epoch", 130)
+    except KeyboardInterrupt as stopped:
+        return _say(str(stopped) or "interrupted; the same command continues after the last whole epoch", 130)
     finally:
         warnings.showwarning = shown
     return 0
@@ -127,6 +128,14 @@ def _methods(arguments: argparse.Namespace):
     _put(rows, "\n".join("  ".join(line).rstrip() for line in zip(*padded, strict=True)), arguments.json)
 
 
+def _bench(arguments: argparse.Namespace):
+    from .bench.report import stem, summary
+    from .bench.run import bench
+
+    report = bench(from_options(vars(arguments)), tell=lambda line: print(line, file=sys.stderr, flush=True))
+    _put(report, f"{summary(report)}\nWrote {stem(report)}.* in {arguments.out}", arguments.json)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "msvit",
@@ -179,6 +188,12 @@ def _parser() -> argparse.ArgumentParser:
         commands, _methods, "methods", "list the methods on this bench",
         "Every method with its paper, what of it is learned, what it costs, and the tasks that it can serve.",
     )  # fmt: skip
+
+    clock = _command(
+        commands, _bench, "bench", "time MSViT and reducers against dense timm",
+        "Times every row in turns, and sets its gain on the clock beside the one that its MACs promise.",
+    )  # fmt: skip
+    add_options(clock)
 
     listing = _command(
         commands, _runs, "runs", "list runs and their results",

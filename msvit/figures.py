@@ -165,3 +165,64 @@ def importance(shares: Mapping[str, float]) -> Figure:
     axes.barh([n.removeprefix("loss_settings.") for n in names], [100 * shares[n] for n in names], color=COLOURS[0])
     axes.set_xlabel("share of the score's variance (%), by fANOVA")
     return figure
+
+
+def bench(rows: list[dict]) -> Figure:
+    """Pictures per second against MACs, a panel per model and batch, and the speed that MACs promise through dense."""
+    timed = [row for row in rows if row["kind"] == "model" and "ms" in row]
+    names = list(dict.fromkeys(row["label"] for row in timed))
+    panels = list(dict.fromkeys((row["model"], row["size"], row["batch"]) for row in timed))
+    columns = max(sum(panel[:2] == other[:2] for other in panels) for panel in panels)
+    figure, grid = plt.subplots(
+        -(-len(panels) // columns), columns, figsize=(4.2 * columns + 2, 3.4 * -(-len(panels) // columns)),
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
+    for axes in grid.flat[len(panels) :]:
+        axes.remove()
+    for axes, (model, size, batch) in zip(grid.flat, panels, strict=False):
+        shown = [row for row in timed if (row["model"], row["size"], row["batch"]) == (model, size, batch)]
+        for row in shown:
+            speeds = [1e3 * row["batch"] / row[f"ms{end}"] for end in ("", "_high", "_low")]
+            spread = [[max(speeds[0] - speeds[1], 0)], [max(speeds[2] - speeds[0], 0)]]
+            look = style(names.index(row["label"])) | {"label": row["label"]}
+            axes.errorbar(row["macs"] / 1e9, speeds[0], yerr=spread, linestyle="", markersize=6, **look)
+        x = np.linspace(min(row["macs"] for row in shown), max(row["macs"] for row in shown), 50)
+        for row in (row for row in shown if row["row"] in ("dense", "dense-linear")):
+            line, promised = "--" if row["row"] == "dense" else ":", row["pictures_per_s"] * row["macs"] / x
+            axes.plot(x / 1e9, promised, line, color="#666666", zorder=0, label=f"what MACs promise, by {row['label']}")
+        axes.set(xlabel="GMACs per picture", ylabel="pictures per second", xlim=(0, None), ylim=(0, None))
+        axes.set_title(f"{model}, {size} px, batch {batch}", fontsize=9)
+        axes.grid(alpha=0.3)
+    handles = {text: line for axes in figure.axes for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside right upper", fontsize=8, frameon=False)
+    return figure
+
+
+def scaling(rows: list[dict]) -> Figure:
+    """The gain of packed execution by picture size, batch and share of coarse regions, beside what MACs promise."""
+    packed = [row for row in rows if row["row"] == "packed" and "ms" in row]
+    titles = {"size": "side of the pictures (pixels)", "batch": "pictures at once", "coarse": "share coarse"}
+    axis_names = [name for name in titles if any(row["axis"] == name for row in packed)]
+    models = list(dict.fromkeys(row["model"] for row in packed))
+    figure, grid = plt.subplots(
+        1, len(axis_names), figsize=(4.2 * len(axis_names), 3.6), squeeze=False, sharey=True, layout="constrained"
+    )
+    for axes, name in zip(grid[0], axis_names, strict=True):
+        for index, model in enumerate(models):
+            shown = [row for row in packed if (row["axis"], row["model"]) == (name, model)]
+            x = [row[name] for row in shown]
+            gains = np.array([[row["vs_dense"], row["vs_dense_low"], row["vs_dense_high"]] for row in shown]).T
+            spread = np.abs(gains[1:] - gains[0])
+            axes.errorbar(x, gains[0], yerr=spread, markersize=6, capsize=3, label=model, **style(index))
+            promised = [row["promised"] for row in shown]
+            axes.plot(x, promised, "--", color=style(index)["color"], label=f"{model}, promised by MACs")
+        axes.axhline(1, color="#666666", linewidth=0.8)
+        axes.set(xlabel=titles[name])
+        if name != "coarse":
+            ticks = sorted({row[name] for row in packed if row["axis"] == name})
+            axes.set_xscale("log", base=2)
+            axes.set_xticks(ticks, ticks)
+        axes.grid(alpha=0.3)
+    grid[0, 0].set_ylabel("times the speed of dense timm")
+    grid[0, 0].legend(fontsize=7, frameon=False)
+    return figure

@@ -47,7 +47,7 @@ class _Linear(torch.autograd.Function):
 
 class _OneDNN(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is not F.linear or kwargs or not _suits(*args[:2]):
+        if function is not F.linear or kwargs or torch.compiler.is_compiling() or not _suits(*args[:2]):
             return function(*args, **(kwargs or {}))
         return _Linear.apply(*args) if torch.is_grad_enabled() else _product(*args)
 
@@ -61,7 +61,7 @@ def fast_linear() -> AbstractContextManager:
 
     Methods that are compared on the clock are all timed within it, dense ones too.
     """
-    off = torch.is_autocast_enabled("cpu") or torch.jit.is_tracing() or torch.compiler.is_compiling()
+    off = torch.is_autocast_enabled("cpu") or torch.jit.is_tracing()
     return _OneDNN() if AVAILABLE and not off else nullcontext()
 
 

@@ -33,7 +33,7 @@ class Look:
         gates: Soft decisions, `[B, h, w]`.
         coarse: Decisions, bool `[B, h, w]`.
         tokens: Per picture, int64 `[B]`.
-        correct: Whether the model names the class, bool `[B]`.
+        predicted, targets: Numbers of the classes, int64 `[B]`.
         mean, std: What the pictures were normalised with.
     """
 
@@ -42,9 +42,15 @@ class Look:
     gates: Tensor
     coarse: Tensor
     tokens: Tensor
-    correct: Tensor
+    predicted: Tensor
+    targets: Tensor
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    @property
+    def correct(self) -> Tensor:
+        """Whether the model names the class, bool `[B]`."""
+        return self.predicted == self.targets
 
 
 def open_run(folder: str | Path):
@@ -71,7 +77,7 @@ def look(folder: str | Path, pictures: int = 512) -> Look:
     for batch in loaders.val:
         images, targets, indices = (part[: pictures - count] for part in batch)
         result = model.run(images, mask_of(run, model, loaders, indices))
-        seen.append((images, result.gates, result.coarse, result.tokens, result.logits.argmax(1) == targets))
+        seen.append((images, result.gates, result.coarse, result.tokens, result.logits.argmax(1), targets))
         count += len(images)
         if count >= pictures:
             break

@@ -137,7 +137,7 @@ def choose_active(active: Tensor) -> tuple[Tensor, list[int]]:
 
 
 def choose_trimmed(active: Tensor, soft: Tensor, margin: float) -> tuple[Tensor, list[int]]:
-    """Trimmed execution: all active candidates, and the inactive ones with a soft activity `[B, N]` of `margin` or more.
+    """Trimmed execution: all active candidates, and inactive ones with a soft activity `[B, N]` of `margin` or more.
 
     The gate's gradient is only lost where an inactive token is left out, and there it has the factor m (1 - m) of the
     sigmoid's derivative, which is less than the margin.

@@ -37,3 +37,17 @@ def vit_cifar_patch4_32(pretrained: bool = False, **kwargs) -> VisionTransformer
     """4.8 M parameters, for pictures of 32 px: 64 fine tokens, or 16 coarse ones."""
     size = {"img_size": 32, "patch_size": 4, "embed_dim": 256, "depth": 6, "num_heads": 4, "num_classes": 10}
     return _build("vit_cifar_patch4_32", size, kwargs)
+
+
+@register_model
+def vit_photo_patch16_128(pretrained: bool = False, **kwargs) -> VisionTransformer:
+    """The same for photographs of 128 px with 64 fine tokens."""
+    size = {"img_size": 128, "patch_size": 16, "embed_dim": 256, "depth": 6, "num_heads": 4}
+    return _build("vit_photo_patch16_128", size, kwargs)
+
+
+@register_model
+def vit_photo_patch8_128(pretrained: bool = False, **kwargs) -> VisionTransformer:
+    """And with 256 fine tokens."""
+    size = {"img_size": 128, "patch_size": 8, "embed_dim": 256, "depth": 6, "num_heads": 4}
+    return _build("vit_photo_patch8_128", size, kwargs)

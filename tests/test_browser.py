@@ -25,6 +25,9 @@ import torch
 from test_explorer import bomb, encoded, gradient
 
 import msvit
+from msvit.reducers import make_reducer
+from msvit.scenes import Scenes
+from msvit.segment import Segmenter
 
 ROOT = Path(__file__).resolve().parent.parent
 FAILURES = ROOT / "reports" / "failures"
@@ -34,6 +37,10 @@ MISSING = [name for name in PACKAGES if not find_spec(name)] + ([] if CHROMIUM e
 QUIET = ("--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
 QUIET += ("--disable-component-update", "--disable-sync", "--no-sandbox")
 TOKEN = "only-for-this-test"
+# Voila's template asks another host for icons, which the page does without: the browser is told to ask none.
+ONLY_HERE = {
+    "Content-Security-Policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
+}
 PATIENCE = 60_000  # milliseconds that a page may take on a machine that others use too
 
 pytestmark = [
@@ -53,6 +60,10 @@ def workplace(tmp_path_factory):
         model = msvit.MSViT(timm.create_model("vit_mini_patch8_64"))
         model.vit.head.weight.data *= 20  # so that the answer depends on the tokens visibly
         model.save_pretrained(folder / "runs" / name)
+    vit = timm.create_model("vit_mini_patch8_64", num_classes=0)
+    pixels = Segmenter(msvit.MSViT(vit, reducer=make_reducer("tome", vit)), Scenes(1).regions)
+    pixels.decoder.head.weight.data.normal_()
+    pixels.save_pretrained(folder / "runs" / "pixels")
     settings = {"model": "one", "runs": str(folder / "runs"), "out": str(folder / "out")}
     notebook = json.loads((ROOT / "notebooks/gate_explorer.ipynb").read_text())
     at = [cell["metadata"].get("tags") for cell in notebook["cells"]].index(["parameters"])
@@ -97,9 +108,6 @@ def page(browser):
     page.set_default_timeout(PATIENCE)
     yield page
     context.close()
-    strangers = [
-        url for url in strangers if not re.search("font-?awesome", url)
-    ]  # Voila's template asks for these icons
     assert not strangers, f"the page asked for {strangers[:3]}"
 
 
@@ -132,7 +140,7 @@ def serve(workplace, tmp_path):
         quiet.write_text('{"fetchNews": "false"}')  # else it asks, on top of the page
         private["OMP_WAIT_POLICY"] = "passive"  # threads that wait for a core must not burn another
         environment = os.environ | private | {"PYTHONPATH": str(ROOT), "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "lab")}
-        options = [option.format(port=port, token=TOKEN) for option in options]
+        options = [option.format(port=port, token=TOKEN, headers={"headers": ONLY_HERE}) for option in options]
         log = open(tmp_path / "server.log", "wb")  # noqa: SIM115 (closed below, with the server)
         server = subprocess.Popen(
             [sys.executable, "-m", module, *options],
@@ -182,7 +190,7 @@ def until(page, tokens: int):
 
 
 def press(page, slider: int, key: str):
-    """A key on the threshold's (0) or the budget's (1) handle."""
+    """A key on the threshold's (0), the budget's (1) or the layer's (2) handle."""
     page.locator(".widget-slider .noUi-handle").nth(slider).focus()
     page.keyboard.press(key)
 
@@ -239,6 +247,20 @@ def drive(page, out: Path):
     assert sorted(path.suffix for path in out.iterdir()) == [".json", ".png"]
 
 
+def label_pixels(page):
+    """A segmenter with a reducer in the first row: its figures, its panels, and its tokens at another block."""
+    page.locator(".widget-dropdown select").nth(1).select_option("nothing")
+    page.locator(".widget-dropdown select").nth(2).select_option("scenes: easy")
+    page.locator(".widget-dropdown select").nth(0).select_option("pixels")
+    page.wait_for_function("document.querySelector('.msvit-prediction')?.textContent.includes('of pixels right')")
+    titles = page.locator(".msvit-title:visible")
+    assert titles.all_inner_texts()[4:] == ["Where each pixel's token ended", "Prediction", "Ground truth", "Error"]
+    ended = page.locator(".widget-vbox:has(> .widget-html .msvit-title:text('token ended')) img").first
+    before = ended.get_attribute("src")
+    press(page, 2, "Home")
+    page.wait_for_function("([image, before]) => image.src !== before", arg=[ended.element_handle(), before])
+
+
 def run_all(page, address: str):
     """Through the menu, once the kernel listens; the notebook's own indicator is idle before there is one."""
     for _ in range(PATIENCE // 200):
@@ -277,8 +299,10 @@ def test_jupyterlab(page, serve, workplace):
 def test_voila(page, serve, workplace):
     address = serve(
         "voila", "explorer.ipynb", "--no-browser", "--Voila.ip=127.0.0.1", "--port={port}", "--Voila.token={token}",
+        "--Voila.tornado_settings={headers}",
     )  # fmt: skip
     with kept(page, "voila"):
         page.goto(f"{address}/?token={TOKEN}")
         drive(page, workplace / "out")
+        label_pixels(page)
     shutil.rmtree(workplace / "out")

@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 
 import msvit
-from msvit import gallery, panels, view
-from msvit.gallery import ModelError, Shot
-from msvit.uploads import MEGAPIXELS, PictureError, read_picture
+from msvit.explorer import drawing, gallery, panels, sheet, sources, view
+from msvit.explorer.gallery import ModelError
+from msvit.explorer.sources import Shot
+from msvit.explorer.uploads import MEGAPIXELS, PictureError, read_picture
+from msvit.scenes import Scenes
 
 GREY = (120, 130, 140)
 
@@ -33,7 +35,7 @@ def subject():
 
 @pytest.fixture
 def look(subject):
-    return view.look(subject, gallery.SceneSource("easy").shot("#1 rows", subject.size))
+    return view.look(subject, sources.SceneSource("easy").shot("#1 rows", subject.size))
 
 
 # ---- what is computed
@@ -104,24 +106,33 @@ def test_a_picture_that_is_not_square():
     state = view.see(view.look(subject, Shot("grey", Image.new("RGB", (96, 48), GREY))), 0.5)
     assert subject.size == (48, 96)
     assert state.coarse.shape == (3, 6)
-    assert panels.picture_panel(state).size == (panels.SIDE, panels.SIDE // 2)
-    assert panels.as_png([state])
+    assert panels.picture_panel(state).size == (drawing.SIDE, drawing.SIDE // 2)
+    assert sheet.as_png([state])
 
 
 # ---- what is drawn
 
 
-@pytest.mark.parametrize("title", panels.PANELS)
-def test_panels_have_one_width_and_show_the_state(look, title):
-    draw = panels.PANELS[title]
-    pictures = [draw(view.see(look, threshold)) for threshold in (0.0, 1.0)]
-    assert {picture.width for picture in pictures} == {panels.SIDE}
-    same = np.array_equal(*map(np.asarray, pictures))
-    assert same == (draw in panels.FIXED)
+def check_panels(look, titles):
+    """All of one width, and different at two thresholds but for those that promise to stay."""
+    shown = panels.shown(look.subject)
+    assert list(shown) == titles
+    states = [view.see(look, threshold) for threshold in (0.0, 1.0)]
+    for title, panel in shown.items():
+        pictures = [panel.draw(state) for state in states]
+        assert {picture.width for picture in pictures} == {drawing.SIDE}
+        assert np.array_equal(*map(np.asarray, pictures)) == panel.fixed, title
+
+
+COMMON = ["Picture", "Gate: probability of coarse", "Mixed-scale tokens", "Pixels in the tokens"]
+
+
+def test_panels_have_one_width_and_show_the_state(look):
+    check_panels(look, [*COMMON, "Class probabilities"])
 
 
 def test_colours_grow_lighter_from_fine_to_coarse():
-    colours = panels.colours(np.linspace(0, 1, 64)).astype(int)
+    colours = drawing.colours(np.linspace(0, 1, 64)).astype(int)
     lightness = colours @ [0.2126, 0.7152, 0.0722]
     assert (np.diff(lightness) > 0).all()
     assert colours[0, 2] > 2 * colours[0, 0]
@@ -130,27 +141,27 @@ def test_colours_grow_lighter_from_fine_to_coarse():
 
 def test_a_file_says_what_the_screen_says(look, tmp_path):
     states = [view.see(look, 0.3), view.see(look, 0.7)]
-    files = {path.suffix: path for path in panels.save(states, tmp_path / "new", "two")}
+    files = {path.suffix: path for path in sheet.save(states, tmp_path / "new", "two")}
     assert files.keys() == {".png", ".svg", ".json"}
-    with Image.open(files[".png"]) as sheet:
-        assert sheet.width > 5 * panels.SIDE
-    drawing = files[".svg"].read_text()
+    with Image.open(files[".png"]) as picture:
+        assert picture.width > 5 * drawing.SIDE
+    text = files[".svg"].read_text()
     for state in states:
-        assert f"{state.tokens} of 65 tokens" in drawing
-        assert f">{state.tokens}</b> of 65 tokens" in panels.figures_html(state)
-    assert drawing.count("<image") == 10
+        assert f"{state.tokens} of 65 tokens" in text
+        assert f">{state.tokens}</b> of 65 tokens" in sheet.figures_html(state)
+    assert text.count("<image") == 10
 
 
 def test_names_cannot_carry_html(subject):
     look = view.look(subject, Shot("<img src=x onerror=alert(1)>.png", Image.new("RGB", (64, 64), GREY)))
     state = view.see(look, 0.5)
-    assert "<img" not in panels.figures_html(state)
-    assert "<img" not in panels.as_svg([state])
+    assert "<img" not in sheet.figures_html(state)
+    assert "<img" not in sheet.as_svg([state])
 
 
 @pytest.mark.parametrize(("macs", "text"), [(1.2537e9, "1.25 GMACs"), (13.4e6, "13.4 MMACs")])
 def test_macs_are_said_as_macs(macs, text):
-    assert panels.macs_text(macs) == text
+    assert sheet.macs_text(macs) == text
 
 
 # ---- pictures from strangers
@@ -219,7 +230,7 @@ def test_what_is_no_picture_is_refused_with_a_reason(name, data, said):
          "3000 x 1", "WEBP", "BMP"],
 )  # fmt: skip
 def test_odd_pictures_are_shown_right(tmp_path, data, pixel):
-    shot = gallery.Source({"odd": data}).shot("odd", (48, 64))
+    shot = sources.Source({"odd": data}).shot("odd", (48, 64))
     assert shot.image.size == (64, 48)
     assert shot.image.mode == "RGB"
     assert {tuple(p) for p in np.asarray(shot.image).reshape(-1, 3).tolist()} == {pixel}
@@ -272,10 +283,10 @@ def test_a_run_brings_its_classes_and_its_normalisation(tmp_path):
     records.close()
     subject = gallery.load_model("run", tmp_path)
     assert subject.classes[4] == "wide rows"
-    scenes = gallery.Scenes(4, difficulty="middle", split="val")
-    name = gallery.SceneSource("middle").names()[2]
-    shot = gallery.SceneSource("middle").shot(name, (64, 64))
-    assert torch.allclose(view.look(subject, shot).pixels[0], scenes[2][0], atol=1e-5)
+    middle = Scenes(4, difficulty="middle", split="val")
+    name = sources.SceneSource("middle").names()[2]
+    shot = sources.SceneSource("middle").shot(name, (64, 64))
+    assert torch.allclose(view.look(subject, shot).pixels[0], middle[2][0], atol=1e-5)
     assert name == f"#2 {shot.truth}"
     assert "untrained" in gallery.load_model("run/dense", tmp_path).note
 
@@ -293,7 +304,7 @@ def test_the_demo_is_trained_once_and_anew_if_it_is_torn(tmp_path, monkeypatch):
 
 
 def test_photographs_come_with_packages():
-    source = gallery.sources().get("photographs")
+    source = sources.sources().get("photographs")
     if source is None:
         pytest.skip("neither scikit-learn nor matplotlib is installed")
     for name in source.names():
@@ -306,15 +317,15 @@ def test_a_folder_of_pictures(tmp_path):
     (tmp_path / "inner").mkdir()
     Image.new("RGB", (9, 9), GREY).save(tmp_path / "inner/a.png")
     (tmp_path / "notes.txt").write_text("no picture")
-    source = gallery.folder_source(tmp_path)
+    source = sources.folder_source(tmp_path)
     assert source.names() == ["inner/a.png"]
     (tmp_path / "inner/a.png").unlink()
     with pytest.raises(PictureError, match="inner/a.png cannot be read"):
         source.shot("inner/a.png", (8, 8))
     with pytest.raises(PictureError, match="holds no picture"):
-        gallery.folder_source(tmp_path)
+        sources.folder_source(tmp_path)
     with pytest.raises(PictureError, match="there is no folder"):
-        gallery.folder_source(tmp_path / "none")
+        sources.folder_source(tmp_path / "none")
 
 
 # ---- the page, driven by its traits as a browser drives it
@@ -336,13 +347,14 @@ def files_of(**files):
 
 def test_a_slider_moves_everything_and_the_other_slider(explorer):
     row = explorer.rows[0]
-    first, images = row.state, [image.value for image in row.images.values()]
+    shown = [row.images[title] for title in panels.shown(row.look.subject) if title in row.images]
+    first, images = row.state, [image.value for image in shown]
     explorer.threshold.value = 0.99
     assert row.state.tokens == 65
     assert ">65</b> of 65 tokens" in row.figures.value
     assert not any(row.painter.coarse)
     assert explorer.budget.value == 100
-    changed = [a != image.value for a, image in zip(images, row.images.values(), strict=True)]
+    changed = [a != image.value for a, image in zip(images, shown, strict=True)]
     assert changed == [False, True, first.tokens != 65, True]
     explorer.budget.value = 30
     assert row.state.numbers()["macs_share"] == pytest.approx(0.3, abs=0.05)

@@ -28,6 +28,7 @@ NOTEBOOK_SIDE = {
     "interactive",
     "looks",
     "plots",
+    "protocol",
     "report",
     "segstudy",
     "sweep",

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import msvit
 from msvit import linear
 
 pytestmark = pytest.mark.skipif(not linear.AVAILABLE, reason="this PyTorch has no oneDNN on x86")
@@ -73,3 +74,13 @@ def test_hooks_still_run_and_macs_are_still_counted(used):
     assert seen == [(5, 3)]
     assert len(used) == 1
     assert counter.get_total_flops() == 2 * 5 * 8 * 3
+
+
+@pytest.mark.slow
+def test_compiled_layers_go_the_compiler_s_way(tiny_vit):
+    model = msvit.MSViT(tiny_vit).eval()
+    images = torch.randn(3, 3, 64, 64)
+    with torch.no_grad():
+        expected = model(images)
+        model.compile_blocks()
+        torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)

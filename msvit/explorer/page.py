@@ -1,10 +1,4 @@
-"""The gate explorer: choose a model and a picture, move the threshold or the budget, paint regions, and watch.
-
-    from msvit.explorer import Explorer
-    Explorer(model="demo")
-
-It works in JupyterLab and as a Voila page. What it shows is computed in `view` and drawn in `panels`.
-"""
+"""The page: its controls, and a row of panels for each of one or two models."""
 
 import base64
 import html
@@ -14,85 +8,17 @@ from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 
-import anywidget
 import ipywidgets as widgets
-import numpy as np
-import traitlets
 
-from . import gallery, panels, view
-from .gallery import ModelError, Source, Subject
+from . import gallery, sheet, sources, view
+from .gallery import ModelError, Subject
+from .rows import WRAP, Row
+from .sources import Source
 from .uploads import PictureError, sort_out
 
-STEPS = (
-    256  # of the threshold: sums of 0.01 are not exact, and a browser sends back what it rounds as if a hand had moved
-)
-WRAP = {"flex_flow": "row wrap"}
+# Of the threshold: sums of 0.01 are not exact, and a browser sends back what it rounds as if a hand had moved.
+STEPS = 256
 BRUSHES = {"paint coarse": 1, "paint fine": 0, "as the gate says": view.FREE}
-
-
-class Painter(anywidget.AnyWidget):
-    """A canvas on which regions are painted; lists hold a value per region, row by row."""
-
-    _esm = Path(__file__).with_name("painter.js")
-    picture = traitlets.Bytes().tag(sync=True)
-    grid = traitlets.List([1, 1]).tag(sync=True)
-    scale = traitlets.Int(2).tag(sync=True)
-    scores = traitlets.List([0.0]).tag(sync=True)
-    soft = traitlets.List([0.0]).tag(sync=True)
-    coarse = traitlets.List([0]).tag(sync=True)
-    painted = traitlets.List([view.FREE]).tag(sync=True)
-    brush = traitlets.Int(1).tag(sync=True)
-
-    def set_look(self, look: view.Look):
-        """Another picture or model: the painting is gone."""
-        with self.hold_sync():
-            self.painted = [view.FREE] * look.soft.size
-            self.coarse = [0] * look.soft.size
-            self.scores, self.soft = look.scores.ravel().tolist(), look.soft.ravel().tolist()
-            self.grid, self.scale = list(look.soft.shape), look.subject.model.scale
-            self.picture = panels.png(look.shot.image)
-
-    def painting(self) -> np.ndarray:
-        """What is painted, `[h, w]`; what a browser sends counts only if it fits."""
-        painted = np.array(self.painted, dtype=int).ravel()
-        if painted.size != self.grid[0] * self.grid[1] or not np.isin(painted, (view.FREE, 0, 1)).all():
-            return np.full(self.grid, view.FREE)
-        return painted.reshape(self.grid)
-
-
-class Row:
-    """One model's row: its figures, and a panel beside the other; `act` is what does the work that a brush asks for."""
-
-    def __init__(self, act: Callable[[Callable[[], None]], None]):
-        self.look: view.Look | None = None
-        self.state: view.State | None = None
-        self.figures, self.painter = widgets.HTML(), Painter()
-        self.painter.observe(lambda _: act(lambda: self.see(self.state.threshold)), "painted")
-        # On the screen the painter stands in place of the panel that draws the grid.
-        self.images = {t: widgets.Image() for t, draw in panels.PANELS.items() if draw is not panels.grid_panel}
-        shape = {"flex": "1 1 170px", "max_width": "300px", "margin": "0 12px 0 0"}
-        boxes = [
-            widgets.VBox([widgets.HTML(f'<div class="msvit-title">{t}</div>'), inside], layout=shape)
-            for t, inside in ((t, self.images.get(t, self.painter)) for t in panels.PANELS)
-        ]
-        self.box = widgets.VBox([self.figures, widgets.HBox(boxes, layout=WRAP)])
-
-    def set_look(self, look: view.Look | None):
-        """Another picture or model; None hides the row."""
-        self.look, self.state = look, None
-        self.box.layout.display = "none" if look is None else None
-        if look is not None:
-            self.painter.set_look(look)
-
-    def see(self, threshold: float):
-        """Runs the model under the threshold and the painting, and shows what changed."""
-        new, last = view.see(self.look, threshold, self.painter.painting()), self.state
-        self.painter.coarse = (self.look.soft > np.float32(threshold)).astype(int).ravel().tolist()
-        for title, image in self.images.items():
-            if last is None or panels.PANELS[title] not in panels.FIXED:
-                image.value = panels.png(panels.PANELS[title](new))
-        self.figures.value = panels.figures_html(new)
-        self.state = new
 
 
 class Explorer:
@@ -124,9 +50,9 @@ class Explorer:
         self._quiet = False
         self._subjects = {given.name: given for given in (model, second) if isinstance(given, Subject)}
         self._shown = tuple(given.name if isinstance(given, Subject) else given for given in (model, second))
-        self.sources = gallery.sources()
+        self.sources = sources.sources()
         if source not in self.sources:
-            self.sources[source] = gallery.folder_source(source)
+            self.sources[source] = sources.folder_source(source)
         self.rows = [Row(self._act) for _ in range(2)]
         self._build(*self._shown, source)
         self.budget.value = round(100 * budget)
@@ -152,6 +78,10 @@ class Explorer:
         self.threshold.tooltip = "a region is coarse where its m lies above"
         self.budget = widgets.IntSlider(50, min=0, max=100, description="Budget (%)", **look)
         self.budget.tooltip = "share of the dense model's MACs that the threshold is set for"
+        self.layer = widgets.SelectionSlider(
+            options=[("after the tokenizer", view.TOKENIZER)], description="Layer", **look
+        )
+        self.layer.tooltip = "the block at which to show where each pixel's token is"
         self.brush = widgets.ToggleButtons(options=BRUSHES, style={"button_width": "126px"})
         self.clear, self.save_png, self.save_svg = (
             widgets.Button(description=name, layout={"width": "120px"})
@@ -159,9 +89,14 @@ class Explorer:
         )
         self.message = widgets.HTML()
         pairs = (self.model, self.second), (self.source, self.picture), (self.folder, self.upload)
-        lines = *pairs, (self.threshold, self.budget), (self.brush, self.clear, self.save_png, self.save_svg)
+        lines = (
+            *pairs,
+            (self.threshold, self.budget),
+            (self.layer,),
+            (self.brush, self.clear, self.save_png, self.save_svg),
+        )
         controls = [widgets.HBox(line, layout=WRAP) for line in lines]
-        self.page = widgets.VBox([widgets.HTML(panels.STYLE), *controls, self.message, *(row.box for row in self.rows)])
+        self.page = widgets.VBox([widgets.HTML(sheet.STYLE), *controls, self.message, *(row.box for row in self.rows)])
         self.page.add_class("msvit")
 
     def _wire(self):
@@ -175,6 +110,7 @@ class Explorer:
             self.upload: self._take_uploads,
             self.threshold: partial(self._step, "threshold"),
             self.budget: partial(self._step, "budget"),
+            self.layer: self._choose_layer,
             self.brush: self._take_brush,
         }
         clicks = {
@@ -189,7 +125,7 @@ class Explorer:
 
     def _repr_mimebundle_(self, **options) -> dict:
         """The page, and its picture for copies in which no kernel lives."""
-        still = base64.b64encode(panels.as_png(self.states)).decode()
+        still = base64.b64encode(sheet.as_png(self.states)).decode()
         return self.page._repr_mimebundle_(**options) | {"image/png": still}
 
     @property
@@ -199,7 +135,7 @@ class Explorer:
 
     def save(self, name: str = "", kinds: tuple[str, ...] = ("png", "svg")) -> list[Path]:
         """Writes the view as it is, and its figures as JSON beside it, into the folder `out`."""
-        return panels.save(self.states, self.out, name, kinds)
+        return sheet.save(self.states, self.out, name, kinds)
 
     # ---- what the controls do
 
@@ -256,7 +192,22 @@ class Explorer:
         with self._silently():
             for row, look in zip_longest(self.rows, looks):
                 row.set_look(look)
+            self._set_layers(subjects)
         self._step()
+
+    def _set_layers(self, subjects: list[Subject]):
+        """The stages that the layer slider can choose: those of all reducers shown; it begins with the last."""
+        reducers = [subject.model.reducer for subject in subjects if subject.model.reducer is not None]
+        self.layer.layout.display = None if reducers else "none"
+        blocks = sorted({layer for reducer in reducers for layer in reducer.layers})
+        layers = {"after the tokenizer": view.TOKENIZER} | {f"at block {n}": n for n in blocks}
+        chosen = self.layer.value
+        if dict(self.layer.options) != layers:
+            self.layer.options = list(layers.items())
+            chosen = list(layers.values())[-1]
+        self.layer.value = chosen
+        for row in self.rows:
+            row.layer = chosen
 
     def _step(self, knob: str = ""):
         """Runs the models under the knob and the painting, and moves the other slider to where that leads."""
@@ -278,7 +229,7 @@ class Explorer:
 
     def _open_folder(self):
         if self.folder.value:
-            self._add_source(self.folder.value, gallery.folder_source(self.folder.value))
+            self._add_source(self.folder.value, sources.folder_source(self.folder.value))
 
     def _take_uploads(self):
         """Shows the last good one of the files; each bad one is named, with what is wrong with it."""
@@ -298,6 +249,10 @@ class Explorer:
             self.source.options, self.source.value = list(self.sources), name
             self.picture.options, self.picture.value = source.names(), picture or source.names()[0]
         self._choose_picture()
+
+    def _choose_layer(self):
+        for row in self.rows:
+            row.show_stage(self.layer.value)
 
     def _take_brush(self):
         for row in self.rows:

@@ -1,4 +1,4 @@
-"""What the explorer can show: models on disk, by name or made on the spot, and pictures that need no download."""
+"""Models that the explorer can show: on disk, by name or made on the spot. Their pictures are in `sources`."""
 
 import json
 import os
@@ -6,7 +6,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -14,46 +13,36 @@ from typing import Any, NamedTuple
 import numpy as np
 import timm
 import torch
-from PIL import Image, ImageOps
+import torch.nn.functional as F
+from PIL import Image
 from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
 
-from .data import SCENES
-from .model import MSViT
-from .recipe import Recipe
-from .runs import RunError, read_recipe
-from .scenes import DIFFICULTIES, Scenes
-from .uploads import FORMATS, PictureError, read_picture
+from .. import backbone
+from ..data import SCENES
+from ..layout import Layout
+from ..linear import fast_linear
+from ..masks import Rule
+from ..model import MSViT
+from ..recipe import Recipe
+from ..runs import RunError, read_recipe
+from ..scenes import DIFFICULTIES, Scenes
+from ..segment import Segmenter, load
 
 DEMO = "demo"
 # The smallest that names nearly all easy scenes; the controller brings it near to its budget at a threshold of 0.5.
 DEMO_RECIPE = Recipe(train_n=4096, val_n=512, epochs_dense=2, epochs=4, lr=2e-3, calibrate=False)
 # What comes of folders that are no model, or one of another version.
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-SHIPPED = {  # photographs that come with packages which a workbench has anyway: package, path inside it
-    "a temple": ("sklearn", "datasets/images/china.jpg"),
-    "a flower": ("sklearn", "datasets/images/flower.jpg"),
-    "Grace Hopper": ("matplotlib", "mpl-data/sample_data/grace_hopper.jpg"),
-}
-SCENES_SHOWN = 48
 
 
 class ModelError(ValueError):
     """A model that is not there or cannot be built."""
 
 
-class Shot(NamedTuple):
-    """A picture of the size that a model takes, and the name of its class where that is known."""
-
-    name: str
-    image: Image.Image
-    truth: str = ""
-
-
 @dataclass(frozen=True)
 class Subject:
-    """A model under a name, with what it takes to feed it and to read its answer."""
+    """A model under a name, with what it takes to feed it and to read its answer; a `Segmenter` labels pixels."""
 
     name: str
     model: MSViT
@@ -61,6 +50,27 @@ class Subject:
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
     note: str = ""
+
+    def __post_init__(self):
+        if getattr(self.model.gate, "scales", 2) > 2:
+            raise ModelError(
+                f"{self.name} has a rule of three scales, {self.model.gate}: the explorer shows and paints regions "
+                "that are coarse or fine, no blocks of regions; choose a model with two scales"
+            )
+
+    @property
+    def segments(self) -> bool:
+        """Whether its answer is a class for each pixel."""
+        return isinstance(self.model, Segmenter)
+
+    @cached_property
+    def closed(self) -> bool:
+        """Whether MACs follow from the number of coarse regions alone, which a reducer can prevent."""
+        try:
+            self.model.macs_of(torch.tensor([0]), self.size)
+        except ValueError:
+            return False
+        return True
 
     @property
     def size(self) -> tuple[int, int]:
@@ -71,11 +81,11 @@ class Subject:
 
     @cached_property
     def dense_ms(self) -> float:
-        """Milliseconds of the plain backbone on one picture."""
+        """Milliseconds of the plain backbone on one picture, with the same linear layers as the model itself."""
         pixels = torch.zeros(1, 3, *self.model.vit.patch_embed.img_size)
-        with torch.inference_mode():
-            self.model.vit(pixels)  # the first call is slower than all later ones
-            return timed(lambda: self.model.vit(pixels)).ms
+        with torch.inference_mode(), fast_linear():
+            run_dense(self.model, pixels)  # the first call is slower than all later ones
+            return timed(lambda: run_dense(self.model, pixels)).ms
 
     def normalise(self, image: Image.Image) -> torch.Tensor:
         """`[1, 3, H, W]` as the backbone wants it."""
@@ -99,6 +109,17 @@ def timed(function: Callable[[], Any], patience: float = 40.0) -> Timed:
         ms = 1e3 * (perf_counter() - start)
         best, spent = min(best, ms), spent + ms
     return Timed(result, best)
+
+
+def run_dense(model: MSViT, images: torch.Tensor) -> torch.Tensor:
+    """The plain backbone's logits; a segmenter's decoder reads all of its patch tokens."""
+    vit = model.vit
+    if not isinstance(model, Segmenter):
+        return vit(images)
+    x = vit.fc_norm(vit.forward_features(images))[:, backbone.prefix_count(vit) :]
+    logits = model.decoder(x.flatten(0, 1), None, Layout([x.shape[1]] * len(x), x.device))
+    grid = logits.view(len(x), *(side // backbone.patch_size(vit) for side in images.shape[-2:]), -1)
+    return F.interpolate(grid.permute(0, 3, 1, 2), images.shape[-2:], mode="bilinear", align_corners=False)
 
 
 # ---- models
@@ -128,18 +149,25 @@ def load_model(name: str, runs: str | Path) -> Subject:
         return describe(name, model, note="random weights: good for tokens, MACs and time only")
     try:
         return _subject_of(name, folder)
+    except ModelError:
+        raise
     except UNREADABLE as error:
         raise ModelError(f"{folder} holds no model that can be read ({error}); name another, or delete it") from error
 
 
 def describe(name: str, model: MSViT, note: str = "") -> Subject:
-    """A subject from a model alone: timm's normalisation, and ImageNet's classes where there are a thousand."""
+    """A subject from a model alone: timm's normalisation, and ImageNet's classes where there are a thousand.
+
+    Without a note, it is said if a rule stands in the gate's place.
+    """
     config, count = model.vit.pretrained_cfg or {}, model.vit.num_classes
-    classes = [f"class {i}" for i in range(count)]
-    if count == 1000:
+    classes = model.classes if isinstance(model, Segmenter) else [f"class {i}" for i in range(count)]
+    if count == 1000 and not isinstance(model, Segmenter):
         info = ImageNetInfo()
         classes = [info.index_to_description(i).partition(",")[0] for i in range(count)]
     mean, std = config.get("mean", IMAGENET_DEFAULT_MEAN), config.get("std", IMAGENET_DEFAULT_STD)
+    if not note and isinstance(model.gate, Rule):
+        note = f"no gate: the rule {model.gate} decides"
     return Subject(name, model, tuple(classes), tuple(mean), tuple(std), note)
 
 
@@ -150,7 +178,7 @@ def train_demo() -> Path:
     try:
         MSViT.from_pretrained(folder)
     except UNREADABLE:
-        from .train import train  # imports accelerate, which whoever only looks need not wait for
+        from ..train import train  # imports accelerate, which whoever only looks need not wait for
 
         shutil.rmtree(folder, ignore_errors=True)  # of another version, or torn
         train(DEMO_RECIPE, folder)
@@ -159,20 +187,30 @@ def train_demo() -> Path:
 
 def _subject_of(name: str, folder: Path) -> Subject:
     """The model of a folder, with the classes and the normalisation of the data that its run was trained on."""
-    subject = describe(name, MSViT.from_pretrained(folder).eval())
+    subject = describe(name, load(folder).eval())
     home = folder.parent if folder.name == "dense" else folder
     try:
-        data = read_recipe(home).data
+        recipe = read_recipe(home)
     except RunError:  # a checkpoint without a run
         return subject
-    note = "the dense stage: its gate is untrained" if home != folder else ""
-    if data in SCENES:
-        classes, mean, std = DIFFICULTIES[data.partition(":")[2]].classes, Scenes.mean, Scenes.std
-    else:
-        classes, mean, std = _saved_classes(home, data), subject.mean, subject.std
-    if len(classes) != subject.model.vit.num_classes:
-        classes = subject.classes
+    classes, mean, std = subject.classes, subject.mean, subject.std
+    if recipe.data in SCENES:
+        mean, std = Scenes.mean, Scenes.std
+    if not subject.segments:
+        kind = recipe.data.partition(":")[2]
+        known = DIFFICULTIES[kind].classes if recipe.data in SCENES else _saved_classes(home, recipe.data)
+        classes = known if len(known) == len(classes) else classes
+    note = subject.note or _untrained(recipe, dense=home != folder)
     return Subject(name, subject.model, tuple(classes), mean, std, note)
+
+
+def _untrained(recipe: Recipe, dense: bool) -> str:
+    """Why the gate of a run's model has learned nothing; empty if it has."""
+    if dense or not recipe.epochs:
+        return "the dense stage: its gate is untrained"
+    if recipe.gating == "oracle":
+        return "trained with the oracle's masks, which know where the object is: the gate shown here is untrained"
+    return ""
 
 
 def _saved_classes(home: Path, data: str) -> list[str]:
@@ -183,66 +221,3 @@ def _saved_classes(home: Path, data: str) -> list[str]:
     parts = [Path(data.partition(":")[2]) / split for split in ("train", "training")]
     part = next((p for p in parts if data.startswith("folder:") and p.is_dir()), None)
     return sorted(p.name for p in part.iterdir() if p.is_dir()) if part else []
-
-
-# ---- pictures
-
-
-class Source:
-    """Pictures under names; `shot(name, size)` gives one as a model takes it."""
-
-    def __init__(self, files: dict[str, Path | bytes]):
-        self.files = files
-
-    def names(self) -> list[str]:
-        return list(self.files)
-
-    def shot(self, name: str, size: tuple[int, int]) -> Shot:
-        """The middle of the picture, as large as it goes, at this height and width."""
-        file = self.files[name]
-        if isinstance(file, Path):
-            try:
-                file = file.read_bytes()
-            except OSError as error:
-                raise PictureError(f"{name} cannot be read: {error.strerror}") from error
-        return Shot(name, ImageOps.fit(read_picture(file, name), size[::-1], Image.Resampling.BICUBIC))
-
-
-class SceneSource(Source):
-    """Validation scenes of one difficulty, made at the size that is asked for: resized, they would lose the class."""
-
-    def __init__(self, difficulty: str):
-        self.difficulty = difficulty
-        labels = Scenes(SCENES_SHOWN, difficulty=difficulty, split="val").labels(range(SCENES_SHOWN))
-        classes = DIFFICULTIES[difficulty].classes
-        super().__init__({f"#{i} {classes[label]}": b"" for i, label in enumerate(labels)})
-
-    def shot(self, name: str, size: tuple[int, int]) -> Shot:
-        i = self.names().index(name)
-        scenes = Scenes(i + 1, size, difficulty=self.difficulty, split="val")
-        pixels, label = scenes[i]
-        image = Image.fromarray((pixels * 64 + 128).byte().permute(1, 2, 0).numpy())
-        return Shot(f"{self.difficulty} scene #{i}", image, scenes.classes[label])
-
-
-def sources() -> dict[str, Source]:
-    """The pictures that are there without asking for any."""
-    found = {f"scenes: {name}": SceneSource(name) for name in DIFFICULTIES}
-    photographs = {}
-    for title, (package, inside) in SHIPPED.items():
-        spec = find_spec(package)  # finds the folder without importing the package
-        path = Path(spec.submodule_search_locations[0]) / inside if spec else None
-        if path and path.is_file():
-            photographs[title] = path
-    return found | ({"photographs": Source(photographs)} if photographs else {})
-
-
-def folder_source(folder: str | Path) -> Source:
-    """The pictures of a folder and of the folders in it."""
-    root = Path(folder).expanduser()
-    if not root.is_dir():
-        raise PictureError(f"there is no folder {root}; name one that holds {', '.join(FORMATS)} files")
-    files = {p.relative_to(root).as_posix(): p for p in sorted(root.rglob("*")) if p.suffix.lower() in SUFFIXES}
-    if not files:
-        raise PictureError(f"{root} holds no picture; looked for {', '.join(SUFFIXES)}")
-    return Source(files)

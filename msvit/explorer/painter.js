@@ -43,8 +43,9 @@ function render({ model, el }) {
       }
       if (i === hovered) { g.strokeStyle = "white"; g.lineWidth = 4; g.strokeRect(x + 5, y + 5, sx - 10, sy - 10); }
     }
+    const score = model.get("scores")[hovered];  // a rule has none
     said.textContent = hovered < 0 ? "Click or drag to paint. Orange hatch: one coarse token; blue: fine ones."
-      : `row ${Math.floor(hovered / w)}, column ${hovered % w}: score ${model.get("scores")[hovered].toFixed(2)}, ` +
+      : `row ${Math.floor(hovered / w)}, column ${hovered % w}: ` + (score === undefined ? "" : `score ${score.toFixed(2)}, `) +
         `m ${model.get("soft")[hovered].toFixed(3)}, ${coarse(hovered) ? "coarse" : "fine"}` +
         (model.get("painted")[hovered] >= 0 ? ", painted" : "");
   }

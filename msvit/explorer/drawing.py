@@ -1,0 +1,134 @@
+"""Small tools for drawing panels: colours, letters, frames, strips of explanations, and PNG files."""
+
+import io
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+Colour = tuple[int, int, int]
+SIDE = 448  # of a panel in pixels; on a screen it is shown at half of that
+FINE, COARSE = (86, 180, 233), (230, 159, 0)  # Okabe and Ito's sky blue and orange, told apart by any eye
+WRONG = (213, 94, 0)  # their vermilion
+INK = (34, 34, 34)
+# Nine anchors of cividis (Nuñez, Anderton and Renslow 2018): blue to yellow, ever lighter, to the colour-blind too.
+CIVIDIS = np.array([
+    (0, 34, 78), (26, 56, 111), (67, 78, 108), (97, 101, 111), (125, 124, 120), (155, 148, 118), (188, 174, 108),
+    (222, 201, 88), (254, 232, 56),
+])  # fmt: skip
+
+
+def png(image: Image.Image) -> bytes:
+    """A PNG file, compressed fast rather than small."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def colours(values: np.ndarray) -> np.ndarray:
+    """Values in [0, 1] as cividis, uint8 `[..., 3]`."""
+    at = np.linspace(0, 1, len(CIVIDIS))
+    return np.stack([np.interp(values, at, channel) for channel in CIVIDIS.T], -1).round().astype(np.uint8)
+
+
+@cache
+def font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which has every sign that class names need, from the system or from matplotlib; else PIL's own."""
+    spec = find_spec("matplotlib")
+    inside = "mpl-data/fonts/ttf/DejaVuSans.ttf"
+    places = [Path(root) / inside for root in spec.submodule_search_locations] if spec else []
+    for place in ["DejaVuSans.ttf", *map(str, places)]:
+        try:
+            return ImageFont.truetype(place, size)
+        except OSError:
+            continue
+    return ImageFont.load_default(size)
+
+
+def ink_on(colour: Colour) -> str:
+    """What can be read on a colour."""
+    return "black" if np.dot(colour, (0.299, 0.587, 0.114)) > 140 else "white"
+
+
+def shortened(text: str, width: float, size: int) -> str:
+    """The text, or as much of its beginning as is no wider."""
+    if font(size).getlength(text) <= width:
+        return text
+    while text and font(size).getlength(text + "…") > width:
+        text = text[:-1].rstrip()
+    return text + "…"
+
+
+def enlarged(image: Image.Image, like: tuple[int, int] | None = None) -> Image.Image:
+    """At the panels' width, in the proportions of `like`, every pixel a sharp block."""
+    width, height = like or image.size
+    return image.resize((SIDE, round(SIDE * height / width)), Image.Resampling.NEAREST)
+
+
+def frame(canvas: ImageDraw.ImageDraw, box: tuple[float, float, float, float], colour: Colour):
+    """A thin frame just inside of a box, with a dark seam that sets it off from light pixels."""
+    x, y, w, h = box
+    canvas.rectangle([x, y, x + w - 1, y + h - 1], None, (0, 0, 0, 120), 1)
+    canvas.rectangle([x + 1, y + 1, x + w - 2, y + h - 2], None, (*colour, 255), 2)
+
+
+def hatched(panel: Image.Image, where: np.ndarray, colour: Colour, line: Colour) -> Image.Image:
+    """The panel with a hatch in place of what lies under the cells `[h, w]`."""
+    if not where.any():
+        return panel
+    y, x = np.mgrid[: panel.height, : panel.width]
+    hatch = np.where(((x + y) % 14 < 4)[..., None], np.uint8(line), np.uint8(colour))
+    mask = Image.fromarray(where.astype(np.uint8) * 255).resize(panel.size, Image.Resampling.NEAREST)
+    return Image.composite(Image.fromarray(hatch), panel, mask)
+
+
+def stacked(panels: list[Image.Image]) -> Image.Image:
+    """One below the other."""
+    whole = Image.new("RGB", (max(p.width for p in panels), sum(p.height for p in panels)), "white")
+    y = 0
+    for panel in panels:
+        whole.paste(panel, (0, y))
+        y += panel.height
+    return whole
+
+
+def strip(*lines: str) -> Image.Image:
+    """Lines of explanation, to stand below a panel."""
+    panel = Image.new("RGB", (SIDE, 12 + 28 * len(lines)), "white")
+    for row, text in enumerate(lines):
+        at = (SIDE / 2, 22 + 28 * row)
+        ImageDraw.Draw(panel).text(at, shortened(text, SIDE - 8, 20), INK, font(20), anchor="mm")
+    return panel
+
+
+def legend(entries: list[tuple[Colour, str, str]]) -> Image.Image:
+    """Swatches, each a colour, a sign on it and a name beside it, as many in a line as fit."""
+    places, x, y = [], 4, 10
+    for colour, sign, name in entries:
+        swatch = max(28, font(16).getlength(sign) + 8)
+        name = shortened(name, SIDE - swatch - 16, 20)
+        wide = swatch + 8 + font(20).getlength(name)
+        if x > 4 and x + wide > SIDE - 4:
+            x, y = 4, y + 34
+        places.append((x, y, swatch, colour, sign, name))
+        x += wide + 18
+    panel = Image.new("RGB", (SIDE, y + 34), "white")
+    canvas = ImageDraw.Draw(panel)
+    for x, y, swatch, colour, sign, name in places:
+        canvas.rectangle([x, y, x + swatch, y + 24], colour, INK, 1)
+        canvas.text((x + swatch / 2, y + 13), sign, ink_on(colour), font(16), anchor="mm")
+        canvas.text((x + swatch + 8, y + 13), name, INK, font(20), anchor="lm")
+    return panel
+
+
+def notice(lines: list[str], size: tuple[int, int]) -> Image.Image:
+    """A panel in place of a picture of this size, that says why there is none."""
+    width, height = SIDE, round(SIDE * size[1] / size[0])
+    panel = Image.new("RGB", (width, height), (245, 245, 245))
+    canvas = ImageDraw.Draw(panel)
+    for row, text in enumerate(lines):
+        y = height / 2 + (row - (len(lines) - 1) / 2) * 34
+        canvas.text((width / 2, y), text, INK, font(22), anchor="mm")
+    return panel

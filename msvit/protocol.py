@@ -1,0 +1,96 @@
+"""Results on real pictures: the rows of the protocol, and where gates look and what they get wrong.
+
+Every row but the dense model starts from the seed's dense model and is trained on for as many epochs as the others.
+`reports/real/protocol.md` says what is run, and why.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import pandas as pd
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+
+from . import measure
+from .build import build
+from .figures import as_the_model_sees, draw_grid, to_pixels
+from .looks import Look
+from .recipe import Recipe
+from .study import FULL, Row, methods, run_rows
+
+REDUCED = ("dense, trained on", f"{FULL}, gbas", f"{FULL}, l0", "random mask", "dynamicvit", "tome")
+BUDGETS = (0.5, 0.75)
+COMPARED = ("dynamicvit", "token_pooling", "evit", "tome", "gate+dynamicvit", "gate+tome")
+
+
+def rows(base: Recipe, full: bool, lr: float) -> list[Row]:
+    """The rows of the full protocol, or those of the reduced one; all with the learning rate of the second stage."""
+    size = smaller(base)
+    found = [
+        Row("dense, trained on", {"gating": "fine"}),
+        Row("dense, all coarse", {"gating": "coarse"}),
+        Row(f"dense at {size} px", {"gating": "fine", "size": size}, dense=False),
+        *(Row(f"{FULL}, {loss}", {"loss": loss}) for loss in ("gbas", "bas", "l0", "ratio")),
+        Row(f"{FULL}, gbas, untrimmed", {"trim": False}),
+        *(Row(f"{FULL}, gbas at {budget:g}", {"target": budget}) for budget in BUDGETS),
+        *(Row(f"{mask} mask", {"gating": mask}) for mask in ("random", "centre", "entropy")),
+        *methods(COMPARED, base),
+    ]
+    if not full:
+        found = [row for row in found if row.label in REDUCED]
+    return [Row(row.label, row.changes | ({"lr": lr} if row.dense else {}), row.dense) for row in found]
+
+
+def smaller(base: Recipe) -> int:
+    """The side of the pictures on which the dense model's MACs are nearest to the target."""
+    model = build(base, Path())
+    patch, vit = model.coarse_patch, model.vit
+    sides = torch.arange(patch, base.size + 1, patch)
+    tokens = vit.num_prefix_tokens + (sides // vit.patch_embed.patch_size[0]) ** 2
+    shares = measure.vit_macs(vit, tokens) / model.dense_macs((base.size, base.size))
+    return int(sides[(shares - base.target).abs().argmin()])
+
+
+def run(base: Recipe, full: bool, lr: float, seeds: Iterable[int], folder: Path) -> pd.DataFrame:
+    """Trains what is not there yet; MACs of all rows as shares of the dense model's at the full picture size."""
+    table = run_rows(base, rows(base, full, lr), seeds, folder)
+    dense = table.loc[table["method"] == "dense", "dense_macs"].iloc[0]
+    for column in ("macs", "macs_sd"):
+        table[column] *= table["dense_macs"] / dense
+    return table
+
+
+def positions(looks: Mapping[str, Look]) -> Figure:
+    """How often each place of a picture is fine, a panel per method: where the tokens go on average."""
+    figure, grid = plt.subplots(
+        1, len(looks), figsize=(2.6 * len(looks) + 0.8, 2.9), squeeze=False, layout="constrained"
+    )
+    for axes, (name, look) in zip(grid[0], looks.items(), strict=True):
+        fine = (~look.coarse).double().mean(0)
+        shown = axes.imshow(fine.numpy() * 100, vmin=0, vmax=100, cmap="cividis")
+        axes.set(xticks=[], yticks=[], title=name, xlabel=f"{100 * fine.mean():.0f} % fine")
+    figure.colorbar(shown, ax=grid, label="pictures in which the region is fine (%)", shrink=0.9)
+    return figure
+
+
+def lost(dense: Look, gated: Look, classes: list[str], count: int = 12) -> Figure:
+    """The first pictures that the dense model names and the gated one does not: picture, and what the latter saw."""
+    wrong = (dense.correct & ~gated.correct).nonzero()[:, 0]
+    shown, model = wrong[:count].tolist(), gated.model
+    columns = max(len(shown), 1)
+    figure, grid = plt.subplots(2, columns, figsize=(1.5 * columns, 3.6), squeeze=False, layout="constrained")
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+    for column, i in enumerate(shown):
+        image, coarse = dense.images[i], gated.coarse[i]
+        seen = as_the_model_sees(image, coarse, model.scale)
+        for axes, pixels in zip(grid[:, column], (image, seen), strict=True):
+            axes.imshow(to_pixels(pixels, dense.mean, dense.std), interpolation="nearest")
+        draw_grid(grid[1, column], coarse, model.coarse_patch, model.scale)
+        grid[0, column].set_xlabel(f"#{i}: {classes[dense.predicted[i]]}", fontsize=7)
+        grid[1, column].set_xlabel(f"said: {classes[gated.predicted[i]]}", fontsize=7)
+    back = int((gated.correct & ~dense.correct).sum())
+    told = f"{len(wrong)} of {len(dense.correct)} pictures are lost, {back} won"
+    figure.suptitle(told + (f"; the first {len(shown)} of the lost" if shown else ""), fontsize=9)
+    return figure
