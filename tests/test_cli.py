@@ -28,7 +28,14 @@ def folder(tmp_path_factory):
 
 
 def test_help_names_every_setting_with_its_default(capsys):
-    for words in (["--help"], ["train", "--help"], ["eval", "--help"], ["runs", "--help"], ["methods", "--help"], ["bench", "--help"]):
+    for words in (
+        ["--help"],
+        ["train", "--help"],
+        ["eval", "--help"],
+        ["runs", "--help"],
+        ["methods", "--help"],
+        ["bench", "--help"],
+    ):
         with pytest.raises(SystemExit) as ended:
             cli.main(words)
         assert ended.value.code == 0
