@@ -1,68 +1,63 @@
-"""Holding a gate at its budget while it trains, whatever the weight of its loss."""
+"""Holding a gate at its budget while it trains, whatever its losses pull."""
 
-import math
-
-from torch import Tensor
-
-KINDS = {"coarse": 1, "macs": -1}  # does more of it mean more coarse regions (1) or fewer (-1)?
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
 
 class BudgetController:
-    """A signed force on the mean gate that brings the measured coarse rate, or MACs share, to the target.
+    """The constraint "so many regions are coarse" on a gate that trains: gradients along it, and a step back onto it.
 
-    It adds −u · mean(m) to the training loss: the Lagrangian term of the constraint "mean rate = target", with the
-    multiplier u found by a PI controller. With the relative error e = (target − measured) / target (the other way round
-    for MACs), after each step
+    With soft gates m and their slopes d = m (1 − m), by which a change of the scores moves the rate:
 
-        I ← I + 0.5 [e]_0.1        u = sinh(I + 15 [e]_0.3)        [e]_c: e cut to ±c
-
-    * **Signed**, because the task pulls towards fine, but a gate loss that holds the rate of noisy gates can be too
-      coarse once the noise is gone: measure the decisions *without* noise, which are what evaluation takes.
-    * **sinh**, because nobody knows beforehand how hard the task pulls and how stiff the gate loss is: near zero
-      the force is linear, and further out a constant error changes it by a constant factor per step. Decades are
-      crossed in tens of steps, without a weight to tune.
-    * **[e]_0.1** keeps I from winding up in the first steps, when hardly trained scores flip all at once.
-
-    The learning rate should decay: at a constant one the force and the gate can chase each other in small circles.
+    * **Along it.** A loss moves the scores by −η d g, where g = ∂L/∂m, and with them the rate by −η Σ d² g. The
+      controller takes the common force u = Σ d² g / Σ d² out of the gradient, so that to first order the rate stays:
+      what is left of the task's pull towards fine says only *which* regions want to be fine more than others. u is the
+      Lagrangian multiplier of the constraint, in closed form for each batch: there is nothing to tune or to wait for.
+    * **Back onto it.** After each step the gate's bias moves by a part of the score at which decisions *without* noise,
+      which are what evaluation takes, would meet the rate.
 
     Args:
-        target: The coarse rate, or the share of dense MACs, to be met.
-        kind: What is measured, "coarse" or "macs".
+        rate: Share of regions that are to be coarse.
     """
 
-    def __init__(self, target: float = 0.6, kind: str = "coarse"):
-        if kind not in KINDS:
-            raise ValueError(
-                f"kind={kind!r}; expected 'coarse' (share of coarse regions) or 'macs' (share of dense MACs)"
-            )
-        if not 0 < target < 1:
-            raise ValueError(f"target={target:g}; expected a share in (0, 1)")
-        self.target, self.kind = float(target), kind
-        self.integral = self.force = 0.0
+    STEP = 0.3  # of the way back; one batch says only roughly how far it is
 
-    def penalty(self, gates: Tensor) -> Tensor:
-        """−u · mean(m), to be added to the loss as it is; soft gates of any shape."""
-        return -self.force * (gates.float() if gates.itemsize < 4 else gates).mean()
+    def __init__(self, rate: float):
+        if not 0 < rate < 1:
+            raise ValueError(f"rate={rate:g}; expected a share in (0, 1)")
+        self.rate = float(rate)
 
-    def update(self, measured: float):
-        """Take in what the step's decisions without noise came to, as a mean over all processes."""
-        measured = float(measured)
-        if not 0 <= measured < math.inf:
-            raise ValueError(
-                f"measured={measured:g}; expected the share of {self.kind} that the step came to, 0 or more"
-            )
-        error = KINDS[self.kind] * (self.target - measured) / self.target
-        self.integral = _cut(self.integral + 0.5 * _cut(error, 0.1), 8)
-        self.force = math.sinh(self.integral + 15 * _cut(error, 0.3))
+    def hold(self, gates: Tensor):
+        """Takes the common force out of the gradient that will come to these soft gates."""
+        if gates.requires_grad:
+            m = gates.detach().double()
+            slopes = (m * (1 - m)).square()
+            total = _summed(slopes).clamp(min=1e-12)
+            gates.register_hook(lambda grad: grad - (_summed(grad * slopes) / total).to(grad))
 
-    def state_dict(self) -> dict[str, float]:
-        """What a resumed run needs."""
-        return {"integral": self.integral, "force": self.force}
+    def error(self, scores: Tensor) -> Tensor:
+        """How far the scores of a batch, of all processes together, lie above those that meet the rate."""
+        scores = scores.detach().float().flatten()
+        if _several():
+            parts = [torch.empty_like(scores) for _ in range(dist.get_world_size())]
+            dist.all_gather(parts, scores.contiguous())
+            scores = torch.cat(parts)
+        return scores.quantile(1 - self.rate)
 
-    def load_state_dict(self, state: dict[str, float]):
-        """Go on from `state_dict()`."""
-        self.integral, self.force = float(state["integral"]), float(state["force"])
+    @torch.no_grad()
+    def correct(self, bias: nn.Parameter, error: float):
+        """Moves the bias of the scores towards the rate."""
+        bias -= self.STEP * error
 
 
-def _cut(value: float, limit: float) -> float:
-    return max(-limit, min(limit, value))
+def _several() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _summed(values: Tensor) -> Tensor:
+    """The sum over all processes."""
+    total = values.double().sum()
+    if _several():
+        dist.all_reduce(total)
+    return total

@@ -66,4 +66,4 @@ class Gate(nn.Module, PyTorchModelHubMixin):
 def straight_through(soft: Tensor, threshold: float | Tensor = 0.5) -> Tensor:
     """1 where soft > threshold, else 0; the gradient is that of soft (Bengio et al. 2013)."""
     hard = (soft > threshold).to(soft.dtype)
-    return hard + soft - soft.detach() if soft.requires_grad else hard
+    return hard + (soft - soft.detach()) if soft.requires_grad else hard  # exactly 0 or 1

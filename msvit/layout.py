@@ -4,6 +4,7 @@ Everything in a transformer block but attention works row by row. So the rows of
 other in one matrix `[T, C]`, and only this file knows where a picture begins and ends.
 """
 
+import math
 from functools import cached_property
 from typing import NamedTuple
 
@@ -191,13 +192,12 @@ class WeightedAttention(torch.autograd.Function):
         dL/dw_j = sum_i r_ij,   dL/ds_ij = w_j r_ij,   dL/dv_j = w_j sum_i u_ij G_i
 
     A bias log(max(w, eps)) in a plain softmax loses dL/dw_j where w_j = 0: a gate that trains through it learns from
-    active tokens only.
+    active tokens only. A hidden key that scores above all active ones together has u > 1, without a bound: its share
+    would be at most 1 if it were there, but the tangent at zero can be a million times steeper, and a few such keys
+    drown all other gradients of a batch. So u_ij of hidden keys is cut to MOST, which is the most of an active one.
     """
 
-    @staticmethod
-    def _limit(dtype: torch.dtype) -> float:
-        """An inactive key may score far above all active ones; beyond e^30 times their sum its gradient is cut off."""
-        return 5.0 if dtype == torch.float16 else 30.0  # float16 ends at e^11
+    MOST = 1.0
 
     @staticmethod
     def _scores(q: Tensor, k: Tensor) -> Tensor:
@@ -209,7 +209,7 @@ class WeightedAttention(torch.autograd.Function):
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
         s, w = WeightedAttention._scores(q, k), weight[:, None, :, None]
         top = s.masked_fill(w.transpose(-2, -1) <= 0, -torch.inf).amax(-1, keepdim=True)
-        e = s.sub_(top).clamp_(max=WeightedAttention._limit(v.dtype)).exp_()
+        e = s.sub_(top).clamp_(max=10).exp_()  # hidden keys count for nothing, but must be finite in float16
         sums = e @ w.to(e.dtype)
         out = (e.to(v.dtype) @ (v * w).to(v.dtype)) / sums.to(v.dtype)
         ctx.save_for_backward(q, k, v, weight, top + sums.log(), out)
@@ -220,7 +220,8 @@ class WeightedAttention(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         q, k, v, weight, total, out = ctx.saved_tensors
         w = weight[:, None, :, None].to(v.dtype)
-        u = WeightedAttention._scores(q, k).sub_(total).clamp_(max=WeightedAttention._limit(v.dtype)).exp_()
+        limit = torch.full_like(weight, math.log(WeightedAttention.MOST)).masked_fill_(weight > 0, torch.inf)
+        u = WeightedAttention._scores(q, k).sub_(total).clamp_(max=limit[:, None, None].to(total.dtype)).exp_()
         grad_v = (u.to(grad.dtype).transpose(-2, -1) @ grad) * w
         r = (grad @ v.transpose(-2, -1)).sub_((grad * out).sum(-1, keepdim=True)).to(u.dtype).mul_(u)
         grad_weight = r.sum((1, 2)).to(weight.dtype)

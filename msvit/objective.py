@@ -118,11 +118,11 @@ class Objective(nn.Module):
 class Gated(Objective):
     """Stage two: a gate, a rule or a reducer saves tokens, and the backbone learns to live with it.
 
-        L = L_task + weight L_gate(m) + penalty(m) + L_reducer + distill KL(dense || this)
+        L = L_task + weight L_gate(m) + L_reducer + distill KL(dense || this)
 
-    The penalty is the budget controller's. A picture's label hangs on each of its regions, a pixel's on its own alone:
-    in dense tasks, whose loss is a mean over pixels, the task pulls at a gate less by as much as there are regions.
-    So do the gate loss, unless `loss_weight` says otherwise, and the controller.
+    A picture's label hangs on each of its regions, a pixel's on its own alone: in dense tasks, whose loss is a mean
+    over pixels, the task pulls at a gate less by as much as there are regions, and so does the gate loss unless
+    `loss_weight` says otherwise. The budget is the controller's to hold.
 
     A frozen gate decides without noise. The dense teacher, of distillation and of reducers that need one, is the
     backbone as it enters this stage.
@@ -136,10 +136,10 @@ class Gated(Objective):
         self.loss, self.controller = None, None
         if self.learned:
             self.loss = make_loss(recipe.loss, grid=budget.grid, target=budget.rate, **recipe.loss_settings)
-            self.pull = 1 / math.prod(budget.grid) if isinstance(model, Segmenter) else 1.0
-            self.weight = self.loss.weight * self.pull if recipe.loss_weight is None else recipe.loss_weight
+            pull = 1 / math.prod(budget.grid) if isinstance(model, Segmenter) else 1.0
+            self.weight = self.loss.weight * pull if recipe.loss_weight is None else recipe.loss_weight
             if recipe.control:
-                self.controller = BudgetController(target=recipe.target, kind=recipe.budget)
+                self.controller = BudgetController(budget.rate)
 
     def parts(self) -> list[tuple[nn.Module, float, float]]:
         recipe, parts = self.recipe, super().parts()
@@ -169,7 +169,7 @@ class Gated(Objective):
 
     def update(self, seen: dict[str, float]):
         if self.controller is not None:
-            self.controller.update(seen[self.recipe.budget])
+            self.controller.correct(self.model.gate.mlp[-1].bias, seen["error"])
 
     def forward(self, images: Tensor, targets: Tensor, indices: Tensor) -> dict[str, Tensor]:
         result = self.predict(self.model, images, indices)
@@ -178,7 +178,8 @@ class Gated(Objective):
         if self.learned:
             extra["gate"] = self.weight * self.loss(result.gates)
         if self.controller is not None:
-            extra["penalty"] = self.pull * self.controller.penalty(result.gates)
+            self.controller.hold(result.gates)
+            out["error"] = self.controller.error(result.scores)
         teacher = self._teach(images) if self.teacher is not None else None
         if self.model.reducer is not None:
             extra |= self.model.reducer.loss(result, teacher)
@@ -205,10 +206,3 @@ class Gated(Objective):
             tokens = self.teacher.forward_features(images)
         patches = tokens[:, self.teacher.num_prefix_tokens :].unflatten(1, (h, w))
         return Teacher(self.teacher.forward_head(tokens), patches)
-
-    def get_extra_state(self) -> dict[str, Any]:
-        return {} if self.controller is None else self.controller.state_dict()
-
-    def set_extra_state(self, state: dict[str, Any]):
-        if self.controller is not None:
-            self.controller.load_state_dict(state)

@@ -1,5 +1,6 @@
 """What every test may rely on: no network, no more threads than cores, one seed, one tiny backbone."""
 
+import math
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # huggingface_hub reads it once, when it is imported
@@ -9,6 +10,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads starve e
 import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
+
+from msvit.layout import WeightedAttention
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 if not torch.cuda.is_available():  # several CUDA kernels, attention's among them, have no deterministic form
@@ -46,3 +49,10 @@ def make_vit():
 def tiny_vit(make_vit):
     """The default of `make_vit`: 64 fine tokens of width 64 and a class token."""
     return make_vit()
+
+
+@pytest.fixture
+def unbounded(monkeypatch):
+    """The tangent of hidden keys as it is, however steep: what finite differences see."""
+    monkeypatch.setattr(WeightedAttention, "MOST", math.inf)
+    return monkeypatch

@@ -59,3 +59,12 @@ def test_costs_less_than_a_hundredth_of_the_backbone(name):
     vit = timm.create_model(name)
     dense = measure.vit_macs(vit, torch.tensor([197])).item()
     assert measure.gate_macs(Gate(32), 49) < 0.01 * dense
+
+
+def test_decisions_are_exactly_0_or_1_with_a_gradient_too():
+    """A weight of 1e-8 in place of 0 is a key that counts where it should be hidden."""
+    soft = torch.rand(100_000, requires_grad=True)
+    hard = straight_through(soft, 0.5)
+    assert hard.unique().tolist() == [0, 1]
+    hard.sum().backward()
+    assert torch.equal(soft.grad, torch.ones_like(soft))

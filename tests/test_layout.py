@@ -36,10 +36,30 @@ def test_attention_is_its_definition(lengths, weighted, single, learned):
     torch.testing.assert_close(attend(layout, q, k, v, given), expected, rtol=1e-10, atol=1e-12)
 
 
-def test_gradients_of_weighted_attention_zero_weights_included():
+def test_gradients_of_weighted_attention_zero_weights_included(unbounded):
     q, k, v = torch.randn(3, 2, 2, 5, 3, dtype=torch.float64).requires_grad_().unbind(0)
     weight = torch.tensor([[1.0, 0, 1, 0, 1], [1, 1, 0, 0, 0]], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(WeightedAttention.apply, (q, k, v, weight))
+
+
+def test_a_hidden_key_counts_for_no_more_than_it_could(unbounded):
+    """Where u_ij > 1 for a hidden key j, its part of the gradient is that of u_ij = 1; all else is true."""
+    q, k, v = (torch.randn(1, 1, 6, 4, dtype=torch.float64).mul(2).requires_grad_() for _ in range(3))
+    weight = torch.tensor([[1.0, 0, 1, 0, 1, 0]], dtype=torch.float64, requires_grad=True)
+    true = torch.autograd.grad(WeightedAttention.apply(q, k, v, weight).square().sum(), (q, k, v, weight))
+    unbounded.undo()
+    out = WeightedAttention.apply(q, k, v, weight)
+    cut = torch.autograd.grad(out.square().sum(), (q, k, v, weight))
+    e = (q @ k.mT / 2).exp()
+    u = e / (e * weight).sum(-1, keepdim=True)
+    hidden = weight[0] == 0
+    assert (u[..., hidden] > 1).any()
+    grad = 2 * out
+    expected = (u.where(~hidden | (u < 1), 1) * (grad @ v.mT - (grad * out).sum(-1, keepdim=True))).sum((0, 1, 2))
+    torch.testing.assert_close(cut[3][0], expected.detach())
+    for a, b in zip(cut[:3], true[:3], strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(cut[3][:, ~hidden], true[3][:, ~hidden])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

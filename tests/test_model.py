@@ -145,7 +145,7 @@ def gate_gradient(model, images, labels, scores, noise, execution):
 
 
 @pytest.mark.parametrize("variant", [{}, {"class_token": False, "global_pool": "avg"}, {"global_pool": "map"}], ids=str)
-def test_gate_gradient_is_the_finite_difference(make_vit, variant):
+def test_gate_gradient_is_the_finite_difference(make_vit, variant, unbounded):
     """dL/d logit = dL/dm dm/dlogit, with dL/dm by central differences of the decision m itself, 0 and 1 alike."""
     model = msvit.MSViT(shake(make_vit(img_size=32, depth=2, **variant))).double()
     images, labels = torch.randn(2, 3, 32, 32).double(), torch.tensor([1, 5])

@@ -194,7 +194,7 @@ def test_scatter_then_gather_is_the_identity(make_vit, execution):
 
 
 @pytest.mark.parametrize(("decoder", "scatter"), FORMS)
-def test_gate_gradient_is_the_finite_difference(make_vit, decoder, scatter):
+def test_gate_gradient_is_the_finite_difference(make_vit, decoder, scatter, unbounded):
     """The decision m itself is moved from 0 or 1 by a little; attention and what covers a patch both follow it."""
     model = built(make_vit(img_size=32, depth=2), decoder, scatter).double().train()
     images, labels = torch.randn(2, 3, 32, 32).double(), torch.randint(K, (2, 32, 32))
