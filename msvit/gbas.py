@@ -142,7 +142,7 @@ def global_batch(gates: Tensor) -> Tensor:
 class GateLoss(nn.Module):
     """What all gate losses share: `loss(gates)` of soft gates `[B, h, w]` is one number, over the global batch.
 
-    It is not multiplied by `weight`: that is the trainer's to do, which also adds the budget controller's part.
+    It is not multiplied by `weight`: that is the trainer's to do.
 
     Args:
         grid: (h, w), coarse regions of a picture.

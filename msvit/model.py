@@ -220,7 +220,7 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
         seeing, pixels = tk.pixels_of(rows, images, backbone.patch_size(vit), scale, prefix, blocks is not None)
         numbers = rows[seeing] % n
         patches = self._embed(pixels, (numbers < prefix + grid[0] * grid[1]))
-        x = base[rows % n].to(patches.dtype).index_add(0, seeing, patches)
+        x = base[rows % n].to(patches.dtype).index_add_(0, seeing, patches)
         x = vit.norm_pre(vit.pos_drop(x))
 
         area = base.new_ones(n, dtype=torch.float32)

@@ -152,15 +152,24 @@ def pixels_of(
 
     A coarse patch, and a block, is averaged down to the size of a fine one.
     """
-    parts = [patchify(F.avg_pool2d(images, scale), patch), patchify(images, patch)]
+    pools = [patchify(shrink(images, scale), patch), patchify(images, patch)]
     if blocks:
         side = 2 * scale * patch
         whole = images[..., : images.shape[-2] // side * side, : images.shape[-1] // side * side]
-        parts.append(patchify(F.avg_pool2d(whole, 2 * scale), patch))
-    pool = torch.cat(parts, 1)
-    candidates = prefix + pool.shape[1]
-    picture, number = rows.div(candidates, rounding_mode="floor"), rows % candidates
-    if not prefix:
-        return torch.arange(len(rows), device=rows.device), pool.flatten(0, 1)[rows]
-    seeing = (number >= prefix).nonzero()[:, 0]
-    return seeing, pool.flatten(0, 1)[(picture * pool.shape[1] + number - prefix)[seeing]]
+        pools.append(patchify(shrink(whole, 2 * scale), patch))
+    candidates = prefix + sum(pool.shape[1] for pool in pools)
+    picture, number = rows.div(candidates, rounding_mode="floor"), rows % candidates - prefix
+    seeing, pixels = [], []
+    for pool in pools:
+        count = pool.shape[1]
+        here = ((number >= 0) & (number < count)).nonzero()[:, 0]
+        seeing.append(here)
+        pixels.append(pool.flatten(0, 1).index_select(0, (picture * count + number)[here]))
+        number = number - count
+    return torch.cat(seeing), torch.cat(pixels)
+
+
+def shrink(images: Tensor, scale: int) -> Tensor:
+    """Means over scale x scale pixels. Sums of rows, then of columns, are many times as fast here as F.avg_pool2d."""
+    rows = sum(images[..., i::scale, :] for i in range(scale))
+    return sum(rows[..., i::scale] for i in range(scale)) / scale**2
