@@ -253,7 +253,7 @@ def _report(run: Run) -> str:
     """A finished run in a few lines."""
     found = run.summary
     score, called = ("miou", "mIoU") if "miou" in found else ("accuracy", "accuracy")
-    lines = [f"{run.folder}: {found['epochs']} epochs in {found['seconds']:.0f} s of training and evaluation"]
+    lines = [f"{run.folder}: {found['trained_epochs']} epochs in {found['seconds']:.0f} s of training and evaluation"]
     if run.recipe.epochs:
         if f"dense_{score}" in found:
             lines.append(f"  dense   {called} {found[f'dense_{score}']:.4f} at {found['dense_macs'] / 1e6:.1f} M MACs")

@@ -84,12 +84,12 @@ def look(folder: str | Path, pictures: int = 512) -> Look:
     return Look(model, *(torch.cat(part) for part in zip(*seen, strict=True)), loaders.mean, loaders.std)
 
 
-def gate_maps(looks: Mapping[str, Look], count: int = 6) -> Figure:
-    """`figures.gate_maps` of several models on the same first pictures."""
-    first = next(iter(looks.values()))
-    decisions = {name: look.coarse[:count] for name, look in looks.items()}
+def gate_maps(looks: Mapping[str, Look], count: int = 6, start: int = 0) -> Figure:
+    """`figures.gate_maps` of several models on the same pictures, from number `start`."""
+    first, part = next(iter(looks.values())), slice(start, start + count)
+    decisions = {name: look.coarse[part] for name, look in looks.items()}
     model = first.model
-    return figures.gate_maps(first.images[:count], decisions, model.coarse_patch, model.scale, first.mean, first.std)
+    return figures.gate_maps(first.images[part], decisions, model.coarse_patch, model.scale, first.mean, first.std)
 
 
 def token_counts(looks: Mapping[str, Look]) -> Figure:

@@ -79,9 +79,11 @@ def lost(dense: Look, gated: Look, classes: list[str], count: int = 12) -> Figur
     wrong = (dense.correct & ~gated.correct).nonzero()[:, 0]
     shown, model = wrong[:count].tolist(), gated.model
     columns = max(len(shown), 1)
-    figure, grid = plt.subplots(2, columns, figsize=(1.5 * columns, 3.6), squeeze=False, layout="constrained")
+    height = 3.6 if shown else 0.4
+    size = (1.5 * max(columns, 5), height)
+    figure, grid = plt.subplots(2, columns, figsize=size, squeeze=False, layout="constrained")
     for axes in grid.flat:
-        axes.set(xticks=[], yticks=[])
+        axes.set(xticks=[], yticks=[], visible=bool(shown))
     for column, i in enumerate(shown):
         image, coarse = dense.images[i], gated.coarse[i]
         seen = as_the_model_sees(image, coarse, model.scale)

@@ -34,8 +34,8 @@ def method_of(run: pd.Series) -> str:
     if not run["epochs"]:
         return "dense"
     after = f" + {run['reducer']}" if run["reducer"] else ""
-    if run["gating"] == "fine" and after:
-        return run["reducer"]
+    if run["gating"] == "fine":
+        return run["reducer"] or "dense, trained on"
     if run["gating"] != "learned":
         return f"{run['gating']} mask{after}"
     words = [f"MSViT {run['loss']}"]

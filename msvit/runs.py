@@ -215,7 +215,8 @@ def read(folder: str | Path) -> Run:
 def load(folder: str | Path = "runs") -> pd.DataFrame:
     """All runs under a folder as a table, one row each: name, status, settings, and the results.
 
-    An unfinished run has the results of its last epoch. A run that cannot be read has the status "damaged" and the
+    An unfinished run has the results of its last epoch. A result that is called like a setting, as the loss on the
+    validation pictures, has "val_" before its name. A run that cannot be read has the status "damaged" and the
     reason.
     """
     folder = Path(folder)
@@ -228,7 +229,8 @@ def load(folder: str | Path = "runs") -> pd.DataFrame:
             run = read(path.parent)
             row |= {"status": "unfinished" if run.summary is None else "finished", "epoch": len(run.metrics)}
             row |= _flat(run.recipe.to_dict())
-            row |= _flat((run.metrics[-1] if run.metrics else {}) if run.summary is None else run.summary)
+            results = dict(_flat((run.metrics[-1] if run.metrics else {}) if run.summary is None else run.summary))
+            row |= {f"val_{name}" if name in row else name: value for name, value in results.items()}
         except RunError as error:
             row["reason"] = str(error)
         rows.append(row)

@@ -247,7 +247,7 @@ class Trainer:
         summary |= {"dense_macs": self.budget.dense, "threshold": self.model.threshold}
         summary["classes"] = self.loaders.classes
         summary["parameters"] = sum(p.numel() for p in self.model.parameters())
-        return summary | {"epochs": len(self.history), "seconds": sum(line["seconds"] for line in self.history)}
+        return summary | {"trained_epochs": len(self.history), "seconds": sum(line["seconds"] for line in self.history)}
 
 
 def _accelerator(recipe: Recipe, folder: Path, tensorboard: bool) -> Accelerator:

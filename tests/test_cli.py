@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from msvit import __version__, cli
+from msvit import __version__, cli, report, runs
 from msvit.recipe import FIELDS, Recipe
 from msvit.reducers import METHODS
 
@@ -60,7 +60,7 @@ def test_train_prints_what_came_of_it(capsys, tmp_path):
     assert "is finished already" in err
     result = json.loads(out)
     assert result["finished_before"] is True
-    assert result["epochs"] == 2
+    assert result["trained_epochs"] == 2
 
 
 def test_the_folder_is_named_by_the_settings(folder):
@@ -182,3 +182,12 @@ sys.exit(main(["--version"]))
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == f"msvit {__version__}"
+
+
+def test_a_run_is_called_by_its_settings_in_reports(folder):
+    """The summary has a loss too, that on the validation pictures."""
+    table = runs.load(folder)
+    assert table["loss"].tolist() == ["gbas"]
+    assert 0 < table["val_loss"][0] < 10
+    (found,) = report.groups(table).values()
+    assert found["method"].tolist() == ["MSViT gbas"]
