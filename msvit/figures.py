@@ -1,5 +1,6 @@
 """Figures of what runs did: gate maps, accuracy against MACs, token counts; each function returns a figure."""
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def gate_maps(
                 draw_grid(axes, coarse, patch, scale)
                 tokens = int(coarse.sum() + (~coarse).sum() * scale**2)
                 axes.set_xlabel(f"{tokens} patch tokens", fontsize=8)
-        grid[row, 0].set_ylabel(name, fontsize=9)
+        grid[row, 0].set_ylabel(textwrap.fill(name, 18), fontsize=9)
     return figure
 
 

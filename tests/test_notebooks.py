@@ -34,6 +34,7 @@ def papermill(name, to, /, *typed, **parameters):
         (("-p", "gbas", "maybe"), "gbas='maybe' is no truth value; write true or false"),
         (("-p", "target", "1.5"), r"target=1.5 lies outside \(0, 1\)"),
         (("-y", "losses: [gbas, l1]"), "the nearest is 'l0'"),
+        (("-y", "methods: [gate+tme]"), "the nearest is 'gate.tome'"),
     ],
 )
 def test_what_cannot_be_meant_fails_before_anything_is_trained(tmp_path, typed, said):
