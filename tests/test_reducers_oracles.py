@@ -309,8 +309,9 @@ def rivals_of(patches, significance, side):
 def test_clusters_lose_less_than_what_they_are_compared_with(vit, method, kind):
     """The error sum_i min_j |x_i - c_j|² is never larger than that of the most significant tokens, where both begin.
 
-    Over the cases together, that of K-means is smaller than that of random tokens, of strided ones and of a grid's
-    averages, and that of K-medoids, whose centres must be tokens, smaller than that of random and strided ones.
+    That of K-means is never larger than that of random or strided tokens either, and over the cases together smaller
+    than that of a grid's averages. K-medoids, whose centres must be tokens, beats random and strided ones over the cases
+    together.
     """
     reducer = TokenPooling(vit, clusters=[16], layers=[1], method=method, weighted=False)
     n, side, totals = 64, 8, {}
@@ -328,7 +329,8 @@ def test_clusters_lose_less_than_what_they_are_compared_with(vit, method, kind):
         centres = {"own": reducer.reduce(1, tokens, significance).x[PREFIX:]}
         centres |= rivals_of(patches, significance[PREFIX:], side)
         errors = {name: nearest_error(patches, c) for name, c in centres.items()}
-        assert errors["own"] <= errors["most significant"] * (1 + 1e-5)
+        never = ["most significant"] + (["random", "strided"] if method == "kmeans" else [])
+        assert errors["own"] <= min(errors[name] for name in never) * (1 + 1e-5)
         totals = {name: totals.get(name, 0) + error for name, error in errors.items()}
     own = totals.pop("own")
     if method == "kmedoids":
