@@ -18,7 +18,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import load_state_dict
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset
 
 from .data import Loaders, make_loader, make_loaders, set_epoch
 from .gate import Gate
@@ -145,14 +145,14 @@ def choose_gate(model: MSViT, recipe: Recipe, loaders: Loaders) -> Budget:
         settings = {"mean": loaders.mean, "std": loaders.std}
     model.gate = make_rule(recipe.gating, **settings).to(device)
     if recipe.gating == "entropy":
-        model.calibrate(first_pictures(loaders.train), budget.macs)
+        model.calibrate(first_pictures(loaders), budget.macs)
     return budget
 
 
-def first_pictures(loader: DataLoader, count: int = 2048) -> Iterator:
-    """The first batches of epoch 0, to calibrate on; unlike a prepared loader's, the same for every process."""
-    set_epoch(loader, 0)
-    return itertools.islice(loader, math.ceil(count / loader.batch_size))
+def first_pictures(loaders: Loaders, count: int = 2048) -> Iterator:
+    """Some training pictures without augmentation, to calibrate on; unlike a prepared loader's, the same for all."""
+    set_epoch(loaders.plain, 0)
+    return itertools.islice(loaders.plain, math.ceil(count / loaders.plain.batch_size))
 
 
 class Part(Dataset):
@@ -184,7 +184,9 @@ def _hold_out(loaders: Loaders, recipe: Recipe) -> Loaders:
     settings, collate = (recipe.seed, recipe.workers), loaders.train.collate_fn
     train = make_loader(Part(data, order[count:]), recipe.batch, *settings, shuffle=True, collate=collate)
     val = make_loader(Part(plain, order[:count]), 2 * recipe.batch, *settings, shuffle=False, collate=collate)
-    return replace(loaders, train=train, val=val, steps=len(train))
+    rest = Part(loaders.plain.dataset, order[count:])
+    steady = make_loader(rest, recipe.batch, *settings, shuffle=True, collate=collate)
+    return replace(loaders, train=train, val=val, plain=steady, steps=len(train))
 
 
 def _create(recipe: Recipe, name: str, pretrained: bool = False, **args) -> nn.Module:

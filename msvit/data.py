@@ -42,13 +42,14 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Loaders:
-    """The two loaders of a data set and what belongs to it.
+    """The loaders of a data set and what belongs to it; `plain` has the training pictures without augmentation.
 
     Call `set_epoch(loaders.train, e)` before epoch e, also after `accelerator.prepare`.
     """
 
     train: DataLoader
     val: DataLoader
+    plain: DataLoader
     classes: list[str]
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -190,6 +191,7 @@ def make_loaders(
             BuiltIn(Scenes(n or full, size, seed, level, split))
             for n, full, split in ((train_n, 8192, "train"), (val_n, 2048, "val"))
         ]
+        sets.append(sets[0])
         classes, mean, std = sets[0].scenes.classes, Scenes.mean, Scenes.std
     elif not data.startswith(KINDS):
         known = SCENES + KINDS
@@ -203,8 +205,13 @@ def make_loaders(
         busy = plain if settings is None else create_transform(**common, is_training=True, **settings)
         sets = [
             (Stream if isinstance(source, IterableDataset) else Pictures)(source, how, n, seed, f"{data} {split}")
-            for source, how, n, split in zip(sources, (busy, plain), (train_n, val_n), ("train", "val"), strict=True)
+            for source, how, n, split in (
+                (sources[0], busy, train_n, "train"),
+                (sources[1], plain, val_n, "val"),
+                (sources[0], plain, train_n, "train"),
+            )
         ]
     train = make_loader(sets[0], batch, seed, workers, shuffle=True)
     val = make_loader(sets[1], val_batch, seed, workers, shuffle=False)
-    return Loaders(train, val, classes, tuple(mean), tuple(std), size, len(train))
+    steady = make_loader(sets[2], batch, seed, workers, shuffle=True)
+    return Loaders(train, val, steady, classes, tuple(mean), tuple(std), size, len(train))

@@ -95,7 +95,7 @@ def evaluate_run(
     kind = Gated if recipe.epochs else Objective
     objective = kind(model, recipe, budget, {"val": object_finder(loaders.val)})
     if macs is not None:
-        model.calibrate(first_pictures(loaders.train), macs)
+        model.calibrate(first_pictures(loaders), macs)
     if threshold is not None:
         model.threshold = threshold
     found = evaluate(model, loaders.val, lambda images, indices: objective.predict(model, images, indices))

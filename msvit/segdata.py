@@ -238,6 +238,7 @@ def make_seg_loaders(
         if augment != "none" or short:
             raise ValueError(f"augment={augment!r}, short={short}: scenes are made as they are; use 'none' and 0")
         train: Dataset = BuiltInLabelled(Scenes(train_n or 8192, size, seed, rest, "train"))
+        plain = train
         val: Dataset = BuiltInLabelled(Scenes(val_n or 2048, size, seed, rest, "val"))
         classes, mean, std = train.scenes.regions, Scenes.mean, Scenes.std
     elif kind == "folder":
@@ -245,12 +246,15 @@ def make_seg_loaders(
         busy, whole = joint_transform(size, augment, mean, std), joint_transform(None, "none", mean, std)
         train = Labelled(folder.train, folder.meaning, busy, size, short, train_n, seed, f"{data} train")
         val = Labelled(folder.val, folder.meaning, whole, None, short, val_n, seed, f"{data} val")
+        middle = joint_transform(size, "none", mean, std)
+        plain = Labelled(folder.train, folder.meaning, middle, size, short, train_n, seed, f"{data} train")
         classes = folder.classes
     else:
         raise ValueError(f"data={data!r} is not known; use folder:ROOT or one of {', '.join(SCENES)}")
     return Loaders(
         make_loader(train, batch, seed, workers, True, collate_padded),
         make_loader(val, val_batch, seed, workers, False, collate_padded),
+        make_loader(plain, batch, seed, workers, True, collate_padded),
         classes,
         tuple(mean),
         tuple(std),

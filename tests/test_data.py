@@ -13,6 +13,7 @@ from timm.data.dataset import IterableImageDataset
 from torch.utils.data import Dataset
 
 from msvit import pictures
+from msvit.build import first_pictures
 from msvit.data import Batch, make_loaders, set_epoch
 from msvit.pictures import to_rgb
 
@@ -82,6 +83,14 @@ def test_an_epoch_is_a_function_of_seed_and_epoch(folder, kind):
     assert orders[0] != orders[1] != orders[2] != orders[0]
     other = epoch(make_loaders(**how, seed=1), 0)
     assert orders[0] != torch.cat([x.indices for x in other]).tolist()
+
+
+def test_what_a_threshold_is_calibrated_on_is_not_augmented(folder):
+    busy, plain = (make_loaders(**settings(folder, augment=name)) for name in ("light", "none"))
+    for a, b in zip(first_pictures(busy), first_pictures(plain), strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.indices, b.indices)
+    assert not torch.equal(next(iter(busy.train)).images, next(iter(plain.train)).images)
 
 
 def test_augmentation_changes_with_the_epoch_and_validation_does_not(folder):

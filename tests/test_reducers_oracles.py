@@ -310,8 +310,7 @@ def test_clusters_lose_less_than_what_they_are_compared_with(vit, method, kind):
     """The error sum_i min_j |x_i - c_j|² is never larger than that of the most significant tokens, where both begin.
 
     That of K-means is never larger than that of random or strided tokens either, and over the cases together smaller
-    than that of a grid's averages. K-medoids, whose centres must be tokens, beats random and strided ones over the cases
-    together.
+    than that of a grid's averages. K-medoids, whose centres must be tokens, beats random and strided ones over all.
     """
     reducer = TokenPooling(vit, clusters=[16], layers=[1], method=method, weighted=False)
     n, side, totals = 64, 8, {}
