@@ -1,8 +1,9 @@
 """Holding a gate at its budget while it trains, whatever its losses pull."""
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+
+from .gbas import global_batch
 
 
 class BudgetController:
@@ -38,12 +39,7 @@ class BudgetController:
 
     def error(self, scores: Tensor) -> Tensor:
         """How far the scores of a batch, of all processes together, lie above those that meet the rate."""
-        scores = scores.detach().float().flatten()
-        if _several():
-            parts = [torch.empty_like(scores) for _ in range(dist.get_world_size())]
-            dist.all_gather(parts, scores.contiguous())
-            scores = torch.cat(parts)
-        return scores.quantile(1 - self.rate)
+        return global_batch(scores.detach().float()).flatten().quantile(1 - self.rate)
 
     @torch.no_grad()
     def correct(self, bias: nn.Parameter, error: float):
@@ -51,13 +47,6 @@ class BudgetController:
         bias -= self.STEP * error
 
 
-def _several() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 def _summed(values: Tensor) -> Tensor:
     """The sum over all processes."""
-    total = values.double().sum()
-    if _several():
-        dist.all_reduce(total)
-    return total
+    return global_batch(values.double().sum()[None]).sum()

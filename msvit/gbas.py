@@ -19,11 +19,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .budget import BudgetController
 from .cdf import GRADIENTS, TIES, beta_cdf, cvm, known, normal_cdf, relaxed_bernoulli_cdf, require, route
 
 __all__ = [
-    "BaS", "BudgetController", "GBaS", "GateLoss", "L0", "NoLoss", "Ratio", "bas_loss", "beta_cdf", "cvm",
+    "BaS", "GBaS", "GateLoss", "L0", "NoLoss", "Ratio", "bas_loss", "beta_cdf", "cvm",
     "gbas_loss", "global_batch", "make_loss", "normal_cdf", "relaxed_bernoulli_cdf",
 ]  # fmt: skip
 

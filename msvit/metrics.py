@@ -1,7 +1,6 @@
 """What a model does on a data set: accuracy, MACs with their spread, and where its fine regions lie."""
 
-import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,6 @@ from .recipe import RecipeError
 from .runs import RunError, read
 from .segment import Segmenter, load
 
-Predict = Callable[[Tensor, Tensor], Result]  # of pictures and their indices
 COLUMNS = ("read", "correct", "loss", "macs", "tokens", "coarse", "object", "fine_object", "rest", "fine_rest")
 
 
@@ -26,7 +24,7 @@ COLUMNS = ("read", "correct", "loss", "macs", "tokens", "coarse", "object", "fin
 def evaluate(
     model: nn.Module,
     loader: Iterable,
-    predict: Predict | None = None,
+    predict: segmetrics.Predict | None = None,
     accelerator=None,
 ) -> dict[str, float]:
     """Means over the pictures of a loader (`_sd`: their spread), each picture counted once by however many processes.
@@ -45,21 +43,14 @@ def evaluate(
     """
     if isinstance(model, Segmenter):
         return segmetrics.evaluate(model, loader, predict, accelerator).numbers
-    training, device, parts = model.training, next(model.parameters()).device, []
-    where_of = object_finder(loader)
-    predict = predict or (lambda images, indices: model.run(images))
-    model.eval()
-    for images, targets, indices in loader:
-        images, targets = images.to(device), targets.to(device)
-        with accelerator.autocast() if accelerator else contextlib.nullcontext():
-            result = predict(images, indices)
+    where_of, parts = object_finder(loader), []
+    for (images, targets, indices), result in segmetrics.answers(model, loader, predict, accelerator):
         share = result.macs / model.dense_macs(images.shape[-2:])
         where = where_of(indices, model.coarse_patch) if where_of else None
         table = torch.stack(
             [column.to(torch.float64) for column in _columns(result, targets, indices, share, where)], 1
         )
         parts.append((accelerator.gather_for_metrics(table) if accelerator else table).cpu())
-    model.train(training)
     if not parts:
         raise ValueError("the loader has no pictures to evaluate on")
     return _summary(dict(zip(COLUMNS, torch.cat(parts).T, strict=True)), where_of is not None)

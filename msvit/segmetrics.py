@@ -6,19 +6,21 @@ the work. Pixels labelled 255 are in no count.
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from .data import Batch
 from .model import Result
 from .segdata import IGNORE
 from .segment import Segmenter
 
 BAND = 4  # pixels on both sides of an edge
+Predict = Callable[[Tensor, Tensor], Result]  # of pictures and their indices
 
 
 class Quality(NamedTuple):
@@ -79,18 +81,34 @@ def fine_pixels(coarse: Tensor, patch: int, size: tuple[int, int]) -> Tensor:
     return fine[:, : size[0], : size[1]]
 
 
-@torch.no_grad()
-def evaluate(
-    model: Segmenter,
-    loader: Iterable,
-    predict: Callable[[Tensor, Tensor], Result] | None = None,
-    accelerator=None,
-) -> Quality:
-    """What a model does on a loader of `msvit.data.Batch`es; it is in the same mode afterwards.
+def answers(
+    model: nn.Module, loader: Iterable, predict: Predict | None = None, accelerator=None
+) -> Iterator[tuple[Batch, Result]]:
+    """What a model in evaluation makes of the batches of a loader; afterwards it is in the same mode as before.
 
     Args:
         predict: Asked with pictures and their indices instead of `model.run`.
         accelerator: Has prepared the loader; with several processes or autocast.
+    """
+    training, device = model.training, next(model.parameters()).device
+    predict = predict or (lambda images, indices: model.run(images))
+    model.eval()
+    for images, targets, indices in loader:
+        images, targets = images.to(device), targets.to(device)
+        with accelerator.autocast() if accelerator else contextlib.nullcontext():
+            result = predict(images, indices)
+        yield Batch(images, targets, indices), result
+    model.train(training)
+
+
+@torch.no_grad()
+def evaluate(
+    model: Segmenter,
+    loader: Iterable,
+    predict: Predict | None = None,
+    accelerator=None,
+) -> Quality:
+    """What a model does on a loader of `msvit.data.Batch`es, see `answers`.
 
     Returns:
         miou, accuracy (of pixels), band_accuracy (of pixels within 4 px of an edge), loss, boundary_fine (the share of
@@ -99,23 +117,16 @@ def evaluate(
         over pictures (`_sd`), iou (of each class; None if it is nowhere) and pictures; for built-in scenes also
         fine_object and fine_rest.
     """
-    names = model.classes
-    training, device, parts = model.training, next(model.parameters()).device, []
+    names, parts = model.classes, []
     scenes = getattr(getattr(loader, "dataset", None), "scenes", None)
-    predict = predict or (lambda images, indices: model.run(images))
-    model.eval()
-    for images, targets, indices in loader:
-        images, targets = images.to(device), targets.to(device)
-        with accelerator.autocast() if accelerator else contextlib.nullcontext():
-            result = predict(images, indices)
+    for (_, targets, indices), result in answers(model, loader, predict, accelerator):
         columns = _columns(model, result, targets)
         if scenes:
             columns |= _agreement(scenes.object_regions(indices.cpu().numpy(), model.coarse_patch), result.coarse)
-        columns["read"] = indices.to(device) >= 0
+        columns["read"] = indices.to(targets.device) >= 0
         matrix = confusion(result.logits.argmax(1), targets, len(names)).flatten(1)
         table = torch.cat([torch.stack([c.double() for c in columns.values()], 1), matrix.double()], 1)
         parts.append((accelerator.gather_for_metrics(table) if accelerator else table).cpu())
-    model.train(training)
     if not parts:
         raise ValueError("the loader has no pictures to evaluate on")
     table = torch.cat(parts)

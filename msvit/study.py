@@ -74,13 +74,12 @@ def ablation(
     return list(kinds.values())
 
 
-def methods(names: Iterable[str], base: Recipe, settings: Mapping[str, Mapping[str, Any]] | None = None) -> list[Row]:
+def methods(names: Iterable[str], base: Recipe) -> list[Row]:
     """A row for each reducer, with the setting whose MACs are nearest to the recipe's target.
 
     Args:
         names: Of METHODS. After a gate, "gate+tome", the reducer saves half of what is to be saved and the gate, whose
             budget counts the reducer, the rest.
-        settings: Others of a reducer, by its name.
     """
     names = list(names)
     for name in names:
@@ -88,8 +87,7 @@ def methods(names: Iterable[str], base: Recipe, settings: Mapping[str, Mapping[s
     vit, rows = build(base, Path()).vit if names else None, []
     for name in names:
         gate, _, reducer = name.rpartition("+")
-        own = dict((settings or {}).get(reducer, {}))
-        own = fit(reducer, vit, (1 + base.target) / 2 if gate else base.target, **own)
+        own = fit(reducer, vit, (1 + base.target) / 2 if gate else base.target)
         gating = {} if gate else {"gating": "fine"}
         rows.append(Row(name.replace("gate+", f"{FULL} + "), gating | {"reducer": reducer, "reducer_settings": own}))
     return rows
