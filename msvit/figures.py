@@ -13,6 +13,8 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from .tokens import shrink
+
 # Okabe and Ito's colours, which readers with any colour vision tell apart; and markers, for those who print in grey.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933", "#882255", "#44AA99")
 MARKERS = "osD^vP*Xph"
@@ -42,7 +44,7 @@ def to_pixels(image: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) ->
 
 def as_the_model_sees(image: Tensor, coarse: Tensor, scale: int) -> Tensor:
     """The picture `[c, H, W]` with the regions `[h, w]` that are coarse at 1 / scale of the resolution."""
-    reduced = F.interpolate(F.avg_pool2d(image[None], scale), scale_factor=scale, mode="nearest")[0]
+    reduced = F.interpolate(shrink(image[None], scale), scale_factor=scale, mode="nearest")[0]
     rows, columns = image.shape[1] // coarse.shape[0], image.shape[2] // coarse.shape[1]
     pixels = coarse.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
     return torch.where(pixels, reduced, image)
