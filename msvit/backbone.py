@@ -12,7 +12,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from .layout import Layout, attend
-from .tokens import Tokens
+from .tokens import Tokens, shrink
 
 POOLS = ("token", "avg", "avgmax", "max", "map")
 
@@ -68,7 +68,7 @@ def bases(vit: VisionTransformer, grid: tuple[int, int], scale: int) -> Tensor:
     positions = resample_abs_pos_embed(vit.pos_embed, fine, vit.patch_embed.grid_size, num_prefix_tokens=lead)[0]
     if lead:
         prefix, positions = prefix + positions[:lead], positions[lead:]
-    coarse = F.avg_pool2d(positions.T.unflatten(1, fine), scale).flatten(1).T
+    coarse = shrink(positions.T.unflatten(1, fine), scale).flatten(1).T
     return torch.cat([prefix, coarse, positions])
 
 

@@ -5,12 +5,15 @@ other in one matrix `[T, C]`, and only this file knows where a picture begins an
 """
 
 import math
+from collections.abc import Callable
 from functools import cached_property
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+PART = 1024  # rows
 
 
 class Layout:
@@ -62,6 +65,18 @@ class Layout:
         if self.uniform:
             return self.pad(rows).sum(1)
         return rows.new_zeros(len(self.lengths), *rows.shape[1:]).index_add(0, self.picture, rows)
+
+
+def by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`function`, which treats every row of x `[T, C]` on its own.
+
+    Without a gradient, a CPU works on PART rows at a time: what lies between the layers of an MLP then takes little
+    memory and stays in the cache.
+    """
+    parts = math.ceil(len(x) / PART)
+    if parts < 2 or x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function(x)
+    return torch.cat([function(part) for part in x.chunk(parts)])
 
 
 def attend(layout: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None = None) -> Tensor:

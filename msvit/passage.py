@@ -1,13 +1,14 @@
 """The way through the blocks: attention, the rows' own work, and a reducer where it acts."""
 
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import backbone
-from .layout import Layout, attend, attend_watched, attention_of_first
+from .layout import Layout, attend, attend_watched, attention_of_first, by_rows
 from .tokens import Tokens
 
 
@@ -35,7 +36,6 @@ class Passage(NamedTuple):
 
 def pass_blocks(vit: nn.Module, tokens: Tokens, reducer: nn.Module | None, steps: tuple) -> Passage:
     """Takes tokens from before the first block to after the last norm."""
-    before, attended, mixed = steps
     prefix = backbone.prefix_count(vit)
     stages, counts, n = [_stage(None, tokens, prefix)], [], tokens.active_counts()
     for layer, block in enumerate(vit.blocks):
@@ -45,25 +45,31 @@ def pass_blocks(vit: nn.Module, tokens: Tokens, reducer: nn.Module | None, steps
             n = tokens.active_counts()
             stages.append(_stage(layer, tokens, prefix))
         seen_by_attention = n
-        h, q, k, v = before(block, tokens.x)
-        needs = reducer.needs if place == "between" else None
-        if needs == "received":
-            heads, seen = attend_watched(tokens.layout, q, k, v, tokens.weight)
-        else:
-            heads, seen = attend(tokens.layout, q, k, v, tokens.weight), None
-        x = attended(block, tokens.x, h, heads, tokens.layout)
+        x, seen = _attention(block, tokens, reducer.needs if place == "between" else None, steps)
         tokens = replace(tokens, x=x)
         if place == "between":
-            if needs == "class":
-                seen = attention_of_first(tokens.layout, q, k, tokens.weight)
-            elif needs == "keys":
-                seen = k.detach().mean(1)
             tokens = reducer(layer, tokens, seen)
             n = tokens.active_counts()
             stages.append(_stage(layer, tokens, prefix))
         counts.append(torch.stack([seen_by_attention, n]))
-        tokens = replace(tokens, x=mixed(block, tokens.x, tokens.layout))
+        tokens = replace(tokens, x=steps[2](block, tokens.x, tokens.layout))
     return Passage(replace(tokens, x=vit.norm(tokens.x)), torch.stack(counts), tuple(stages))
+
+
+def _attention(block: nn.Module, tokens: Tokens, needs: str | None, steps: tuple) -> tuple[Tensor, Tensor | None]:
+    """The rows after attention, and what a reducer needs of it. Queries, keys and values are gone before the MLP."""
+    before, attended, _ = steps
+    layout, weight = tokens.layout, tokens.weight
+    h, q, k, v = before(block, tokens.x)
+    if needs == "received":
+        heads, seen = attend_watched(layout, q, k, v, weight)
+    else:
+        heads, seen = attend(layout, q, k, v, weight), None
+    if needs == "class":
+        seen = attention_of_first(layout, q, k, weight)
+    elif needs == "keys":
+        seen = k.detach().mean(1)
+    return attended(block, tokens.x, h, heads, layout), seen
 
 
 def _stage(layer: int | None, tokens: Tokens, prefix: int) -> Stage:
@@ -85,7 +91,7 @@ def after_attention(block: nn.Module, x: Tensor, h: Tensor, heads: Tensor, layou
 
 def after_mlp(block: nn.Module, x: Tensor, layout: Layout) -> Tensor:
     """The rows with the MLP's branch added."""
-    return x + backbone.drop_path(block.drop_path2, backbone.mlp_branch(block, x), layout)
+    return x + backbone.drop_path(block.drop_path2, by_rows(partial(backbone.mlp_branch, block), x), layout)
 
 
 STEPS = (before_attention, after_attention, after_mlp)

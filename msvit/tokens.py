@@ -123,7 +123,7 @@ def candidate_map(coarse: Tensor, scale: int, prefix: int, blocks: Tensor | None
 def with_blocks(base: Tensor, fine: tuple[int, int], scale: int) -> Tensor:
     """What candidates are before their pixels are added, for blocks too: their positions are the fine ones' means."""
     positions = base[len(base) - fine[0] * fine[1] :].T.unflatten(1, fine)
-    return torch.cat([base, F.avg_pool2d(positions, 2 * scale).flatten(1).T])
+    return torch.cat([base, shrink(positions, 2 * scale).flatten(1).T])
 
 
 def choose_all(active: Tensor) -> tuple[Tensor, list[int]]:
@@ -152,24 +152,32 @@ def pixels_of(
 
     A coarse patch, and a block, is averaged down to the size of a fine one.
     """
-    pools = [patchify(shrink(images, scale), patch), patchify(images, patch)]
-    if blocks:
-        side = 2 * scale * patch
-        whole = images[..., : images.shape[-2] // side * side, : images.shape[-1] // side * side]
-        pools.append(patchify(shrink(whole, 2 * scale), patch))
-    candidates = prefix + sum(pool.shape[1] for pool in pools)
+    steps = [scale, 1, 2 * scale] if blocks else [scale, 1]
+    grids = [(images.shape[-2] // (step * patch), images.shape[-1] // (step * patch)) for step in steps]
+    candidates = prefix + sum(h * w for h, w in grids)
     picture, number = rows.div(candidates, rounding_mode="floor"), rows % candidates - prefix
     seeing, pixels = [], []
-    for pool in pools:
-        count = pool.shape[1]
-        here = ((number >= 0) & (number < count)).nonzero()[:, 0]
+    for step, (h, w) in zip(steps, grids, strict=True):
+        here = ((number >= 0) & (number < h * w)).nonzero()[:, 0]
         seeing.append(here)
-        pixels.append(pool.flatten(0, 1).index_select(0, (picture * count + number)[here]))
-        number = number - count
+        whole = images[..., : h * step * patch, : w * step * patch]
+        pixels.append(_pick(shrink(whole, step), patch, (picture * h * w + number)[here]))
+        number = number - h * w
     return torch.cat(seeing), torch.cat(pixels)
 
 
+def _pick(images: Tensor, patch: int, numbers: Tensor) -> Tensor:
+    """Pixels of these patches, counted over all pictures. All are cut first: picking pixel by pixel takes longer."""
+    return patchify(images, patch).flatten(0, 1).index_select(0, numbers)
+
+
 def shrink(images: Tensor, scale: int) -> Tensor:
-    """Means over scale x scale pixels. Sums of rows, then of columns, are many times as fast here as F.avg_pool2d."""
-    rows = sum(images[..., i::scale, :] for i in range(scale))
+    """Means over scale x scale pixels of `[..., H, W]`; rows and columns left over at the end are not seen.
+
+    Sums of rows, then of columns, are many times as fast on a CPU as F.avg_pool2d.
+    """
+    if scale == 1:
+        return images
+    height, width = (side // scale * scale for side in images.shape[-2:])
+    rows = sum(images[..., i:height:scale, :width] for i in range(scale))
     return sum(rows[..., i::scale] for i in range(scale)) / scale**2

@@ -183,6 +183,17 @@ def test_peak_memory_is_what_tensors_take():
     assert timing.peak_memory(work, torch.device("cpu")) == pytest.approx(2 * 4 * (1 << 18), rel=0.01)
 
 
+def test_half_of_the_regions_coarse_take_at_most_60_percent_of_the_memory():
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=512).eval()
+    model, images = MSViT(vit).eval(), torch.randn(2, 3, 512, 512)
+    mask = torch.rand(2, 16, 16) < 0.5
+    with torch.inference_mode():
+        dense = timing.peak_memory(lambda: vit(images), torch.device("cpu"))
+        packed = timing.peak_memory(lambda: model.run(images, mask), torch.device("cpu"))
+    assert packed <= 0.6 * dense
+
+
 # ---- decisions
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from msvit.layout import Layout, WeightedAttention, attend
+from msvit import layout as layouts
+from msvit.layout import Layout, WeightedAttention, attend, by_rows
 
 
 def by_loops(layout, q, k, v, weight):
@@ -85,3 +86,22 @@ def test_padding_and_summing_follow_the_pictures(lengths):
     assert torch.equal(layout.unpad(padded), rows)
     torch.testing.assert_close(layout.sum(rows), torch.stack([part.sum(0) for part in rows.split(lengths)]))
     assert layout.picture.tolist() == [b for b, n in enumerate(lengths) for _ in range(n)]
+
+
+@pytest.mark.parametrize("count", [1, 7, 8, 9, 40])
+def test_rows_in_parts_are_rows_at_once(monkeypatch, count):
+    monkeypatch.setattr(layouts, "PART", 8)
+    seen = []
+
+    def work(x):
+        seen.append(len(x))
+        return x.square().sum(1, keepdim=True)
+
+    x = torch.randn(count, 3)
+    with torch.no_grad():
+        assert torch.equal(by_rows(work, x), x.square().sum(1, keepdim=True))
+    assert max(seen) <= 8
+    assert sum(seen) == count
+    seen.clear()
+    by_rows(work, x)
+    assert seen == [count], "where a gradient is wanted, all rows go at once"
