@@ -201,19 +201,8 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
             raise ValueError(f"execution={execution!r}; use one of {', '.join(EXECUTIONS)}")
         vit, scale, prefix = self.vit, self.scale, backbone.prefix_count(self.vit)
         blocks, grid = gating.blocks, self.grid(images.shape[-2:])
-        activity = tk.candidate_activity(gating.decisions, scale, prefix, blocks)
-        active = activity.detach() > 0.5
-        if execution == "packed":
-            rows, lengths = tk.choose_active(active)
-        elif execution == "masked":
-            rows, lengths = tk.choose_all(active)
-        else:
-            soft = tk.candidate_activity(gating.soft.detach(), scale, prefix, blocks)
-            # Inactive tokens are there for their gradient.
-            margin = self.margin if gating.decisions.requires_grad else 1.0
-            rows, lengths = tk.choose_trimmed(active, soft, margin)
-
-        b, n = active.shape
+        activity, rows, lengths = self._choose(gating, execution)
+        b, n = activity.shape
         base = backbone.bases(vit, grid, scale)
         if blocks is not None:
             base = tk.with_blocks(base, (grid[0] * scale, grid[1] * scale), scale)
@@ -235,6 +224,20 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
             where = moved[where]
         activity = None if execution == "packed" else activity.flatten()[rows]
         return Tokens(x, activity, area[rows % n], where, Layout(lengths, x.device))
+
+    def _choose(self, gating: Gating, execution: str) -> tuple[Tensor, Tensor, list[int]]:
+        """Activity of all candidates `[B, N]`, those that an execution takes along, and how many a picture has."""
+        scale, prefix, blocks = self.scale, backbone.prefix_count(self.vit), gating.blocks
+        activity = tk.candidate_activity(gating.decisions, scale, prefix, blocks)
+        active = activity.detach() > 0.5
+        if execution == "packed":
+            return activity, *tk.choose_active(active)
+        if execution == "masked":
+            return activity, *tk.choose_all(active)
+        soft = tk.candidate_activity(gating.soft.detach(), scale, prefix, blocks)
+        # Inactive tokens are there for their gradient.
+        margin = self.margin if gating.decisions.requires_grad else 1.0
+        return activity, *tk.choose_trimmed(active, soft, margin)
 
     def _embed(self, pixels: Tensor, coarse: Tensor) -> Tensor:
         """Embeddings `[n, C]` of pixels `[n, c S S]`, of which some (bool `[n]`) are coarse patches."""

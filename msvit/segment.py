@@ -114,16 +114,14 @@ class Segmenter(MSViT):
         """
         if tokens.activity is None or not gating.decisions.requires_grad or self.reducer is not None:
             return None
-        scale, prefix = self.scale, backbone.prefix_count(self.vit)
-        active = tk.candidate_activity(gating.decisions.detach(), scale, prefix) > 0.5
-        rows = torch.arange(active.numel(), device=active.device)
-        if len(tokens.x) < len(rows):
-            soft = tk.candidate_activity(gating.soft.detach(), scale, prefix)
-            rows, _ = tk.choose_trimmed(active, soft, self.margin)
-        seats = rows.new_full((active.numel(),), -1)
+        activity, rows, _ = self._choose(gating, "trimmed")
+        if len(rows) < len(tokens.x):  # masked execution
+            rows = torch.arange(activity.numel(), device=rows.device)
+        seats = rows.new_full((activity.numel(),), -1)
         seats[rows] = torch.arange(len(rows), device=rows.device)
-        start = torch.arange(len(active), device=rows.device)[:, None, None] * active.shape[1]
-        return seats[tk.candidate_map(gating.decisions.detach() <= 0.5, scale, prefix) + start]
+        start = torch.arange(len(activity), device=rows.device)[:, None, None] * activity.shape[1]
+        decided_otherwise = gating.decisions.detach() <= 0.5
+        return seats[tk.candidate_map(decided_otherwise, self.scale, backbone.prefix_count(self.vit)) + start]
 
     def dense_macs(self, size: tuple[int, int]) -> int:
         """MACs of backbone and decoder on a picture of `size` pixels with all tokens fine, without gate and reducer."""
