@@ -81,8 +81,8 @@ def fit_head(model: MSViT, classes: list[str], recipe: Recipe) -> MSViT:
         raise RecipeError(str(error)) from error
 
 
-def load_data(recipe: Recipe, model: MSViT) -> Loaders:
-    """The recipe's pictures, normalised as the backbone wants them."""
+def load_data(recipe: Recipe, model: MSViT, device: torch.device | None = None) -> Loaders:
+    """The recipe's pictures, normalised as the backbone wants them; on the device if `make_loaders` can keep them."""
     names = ("data", "size", "batch", "train_n", "val_n", "seed", "workers", "augment")
     config = model.vit.pretrained_cfg or {}
     mean, std = config.get("mean", IMAGENET_DEFAULT_MEAN), config.get("std", IMAGENET_DEFAULT_STD)
@@ -90,6 +90,8 @@ def load_data(recipe: Recipe, model: MSViT) -> Loaders:
     make = make_loaders
     if recipe.task == "segment":
         make, settings["short"] = make_seg_loaders, recipe.short
+    elif not recipe.holdout:
+        settings["device"] = device
     try:
         loaders = make(val_batch=2 * recipe.batch, mean=mean, std=std, **settings)
     except (ValueError, OSError) as error:

@@ -16,6 +16,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from .bank import Bank, keep
 from .pictures import KINDS, Pictures, Stream, Unreadable, open_sources
 from .scenes import DIFFICULTIES, Scenes, permutation
 
@@ -118,10 +119,10 @@ class BuiltIn(Dataset):
         return []
 
 
-def collate(samples: Batch | list[tuple]) -> Batch:
+def collate(samples: tuple | list[tuple]) -> Batch:
     """Stack (image, target, index), unless the data set did."""
-    if isinstance(samples, Batch):
-        return samples
+    if isinstance(samples, tuple):
+        return Batch(*samples)
     images, targets, indices = zip(*samples, strict=True)
     return Batch(torch.stack(images), torch.as_tensor(targets), torch.as_tensor(indices))
 
@@ -133,7 +134,8 @@ def make_loader(
 
     With `shuffle` it is one for training, which drops the last incomplete batch.
     """
-    stream = isinstance(data, IterableDataset)
+    stream, bank = isinstance(data, IterableDataset), isinstance(data, Bank)
+    workers = 0 if bank else workers
     return DataLoader(
         data,
         batch_size=min(batch, len(data)),
@@ -142,7 +144,7 @@ def make_loader(
         num_workers=workers,
         persistent_workers=workers > 0 and not stream,  # a stream's epoch reaches new workers only
         collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=torch.cuda.is_available() and not bank,
         generator=torch.Generator().manual_seed(seed),
     )
 
@@ -159,6 +161,7 @@ def make_loaders(
     augment: str = "none",
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
+    device: torch.device | None = None,
 ) -> Loaders:
     """Loaders of `Batch`es for training and validation.
 
@@ -179,6 +182,7 @@ def make_loaders(
         augment: "none", "light" (a crop of at least half of the area, flip) or "timm" (RandAugment, random
             erasing). Scenes take "none" only: resized, they would show something else at each scale.
         mean, std: what real pictures are normalised by; scenes have their own.
+        device: where real pictures are kept and augmented, if it is a CUDA device with room for them.
     """
     if augment not in AUGMENT:
         raise ValueError(f"augment={augment!r} is not known; use one of {', '.join(AUGMENT)}")
@@ -211,6 +215,9 @@ def make_loaders(
                 (sources[0], plain, train_n, "train"),
             )
         ]
+        if device is not None:
+            settings = {"size": size, "mean": mean, "std": std}
+            sets[:2] = [keep(s, how, device, workers, **settings) for s, how in ((sets[0], augment), (sets[1], "none"))]
     train = make_loader(sets[0], batch, seed, workers, shuffle=True)
     val = make_loader(sets[1], val_batch, seed, workers, shuffle=False)
     steady = make_loader(sets[2], batch, seed, workers, shuffle=True)

@@ -92,7 +92,7 @@ class Trainer:
         self.progress = progress and accelerator.is_main_process
         torch.manual_seed(recipe.seed)
         self.model = build(recipe, records.path.parent)
-        self.loaders = load_data(recipe, self.model)
+        self.loaders = load_data(recipe, self.model, accelerator.device)
         self._check_batches()
         classes = len(self.loaders.classes)
         self.model = fit_head(self.model, self.loaders.classes, recipe)

@@ -1,0 +1,142 @@
+"""Pictures that stay on the accelerator: decoded once, and cropped and flipped there.
+
+An accelerator is through with small pictures long before a processor has decoded them again.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.data.transforms import str_to_interp_mode
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import functional as TF
+from tqdm.auto import tqdm
+
+from .pictures import Pictures
+from .scenes import hashed
+
+RATIO = 4 / 3  # a crop's sides are 3 : 4 to 4 : 3
+
+
+class Bank(Dataset):
+    """The items of `Pictures` as whole batches on a device; to the bit, where nothing is augmented.
+
+    With `light`, pictures are kept stretched to `size`, and each time a crop of at least half of the area is taken from
+    them, and a flip, by numbers that are seeded by (seed, epoch, i).
+
+    Args:
+        pictures: Read at the first use, all of them, by so many worker processes.
+        mean, std: What cropped pictures are normalised by.
+    """
+
+    def __init__(
+        self,
+        pictures: Pictures,
+        device: torch.device,
+        workers: int,
+        light: bool,
+        size: tuple[int, int],
+        mean: Sequence[float],
+        std: Sequence[float],
+    ):
+        self.pictures, self.device, self.workers, self.light = pictures, device, workers, light
+        self.mean, self.std = (torch.tensor(x, device=device).view(-1, 1, 1) for x in (mean, std))
+        self.name, self.unreadable = pictures.name, pictures.unreadable
+        self._kept = None
+        if light:
+            pictures.transform = _Stretched(size)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitems__(self, keys: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        if self._kept is None:
+            self._kept = self._read()
+        images, aspects, targets, indices = self._kept
+        epochs, numbers = np.divmod(np.asarray(keys), len(self))
+        i = torch.from_numpy(numbers).to(self.device)
+        chosen = images[i]
+        if self.light:
+            dice = draws(4, self.pictures.seed, 7, epochs, numbers).to(self.device)
+            chosen = (crop(chosen.float() / 255, boxes(dice, aspects[i])) - self.mean) / self.std
+        return chosen, targets[i], indices[i]
+
+    def _read(self) -> tuple[Tensor, ...]:
+        """All pictures with their aspects (width by height), targets and indices, on the device."""
+        loader = DataLoader(self.pictures, 256, num_workers=self.workers)
+        parts = []
+        for images, targets, indices in tqdm(loader, f"reading {self.pictures.label}", leave=False, delay=2):
+            aspects = images[1].float() if self.light else torch.ones(len(indices))
+            parts.append((images[0] if self.light else images, aspects, targets, indices))
+        return tuple(torch.cat(part).to(self.device) for part in zip(*parts, strict=True))
+
+
+class _Stretched:
+    """A picture's pixels `[3, H, W]` in bytes at a set size, and its width by its height before."""
+
+    def __init__(self, size: tuple[int, int]):
+        self.size = list(size)
+
+    def __call__(self, image) -> tuple[Tensor, float]:
+        small = TF.resize(image, self.size, str_to_interp_mode("bicubic"))
+        return TF.pil_to_tensor(small), image.width / image.height
+
+
+def draws(count: int, *words) -> Tensor:
+    """Numbers in [0, 1), `[B, count]`, from integers and arrays `[B]` of them."""
+    columns = [hashed(*words, n) >> np.uint64(40) for n in range(count)]
+    return torch.from_numpy(np.stack(columns, 1).astype(np.float32) / np.float32(2**24))
+
+
+class Boxes(NamedTuple):
+    """Parts of pictures, each `[B]`: sides and centres as shares of the picture's, and -1 where it is flipped, or 1."""
+
+    width: Tensor
+    height: Tensor
+    x: Tensor
+    y: Tensor
+    side: Tensor
+
+
+def boxes(dice: Tensor, aspects: Tensor) -> Boxes:
+    """Parts of half of the area to all of it, with sides as 3 : 4 to 4 : 3 unless no such part is in the picture.
+
+    Args:
+        dice: `[B, 4]`, uniform in [0, 1): area and flip, sides, and where it is.
+        aspects: `[B]`, width by height of the pictures.
+    """
+    flip, area = (dice[:, 0] * 2).floor(), 0.5 + (dice[:, 0] * 2 % 1) / 2
+    ratio = ((2 * dice[:, 1] - 1) * math.log(RATIO)).exp()
+    ratio = ratio.maximum(area * aspects).minimum(aspects / area)  # so that both sides fit
+    width, height = (area * ratio / aspects).sqrt(), (area * aspects / ratio).sqrt()
+    x, y = (size / 2 + (1 - size) * at for size, at in ((width, dice[:, 2]), (height, dice[:, 3])))
+    return Boxes(width, height, x, y, 1 - 2 * flip)
+
+
+def crop(images: Tensor, at: Boxes) -> Tensor:
+    """These parts of pictures `[B, 3, H, W]` with values in [0, 1], at the full size."""
+    none = torch.zeros_like(at.x)
+    rows = (at.width * at.side, none, 2 * at.x - 1), (none, at.height, 2 * at.y - 1)
+    grid = torch.stack([torch.stack(row, 1) for row in rows], 1)
+    grid = F.affine_grid(grid, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, "bicubic", "border", align_corners=False).clamp(0, 1)
+
+
+def keep(pictures: Dataset, augment: str, device: torch.device, workers: int, **settings) -> Dataset:
+    """A `Bank` of the pictures, or themselves where that cannot be: a stream, other augmentation, or no room."""
+    if not isinstance(pictures, Pictures) or augment not in ("none", "light"):
+        return pictures
+    light = augment == "light"
+    bytes_each = 3 * math.prod(settings["size"]) * (1 if light else 4)
+    return (
+        Bank(pictures, device, workers, light, **settings) if len(pictures) * bytes_each <= room(device) else pictures
+    )
+
+
+def room(device: torch.device) -> int:
+    """Bytes that a split's pictures may take: a quarter of what is free on a CUDA device, elsewhere none."""
+    return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 0
