@@ -46,9 +46,14 @@ class Gate(nn.Module, PyTorchModelHubMixin):
         self.tau.fill_(value)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits `[B, h, w]` of pictures `[B, channels, h patch, w patch]`."""
+        """Logits `[B, h, w]` of pictures `[B, channels, h patch, w patch]`.
+
+        In the precision of the weights, under autocast too: many gates lie near the threshold, where rounding to
+        bfloat16 would decide, and would decide otherwise than the float32 that a threshold is calibrated in.
+        """
         h, w = images.shape[-2] // self.patch, images.shape[-1] // self.patch
-        return self.mlp(patchify(images, self.patch)).view(len(images), h, w)
+        with torch.autocast(images.device.type, enabled=False):
+            return self.mlp(patchify(images, self.patch).to(self.mlp[0].weight.dtype)).view(len(images), h, w)
 
     def soften(self, logits: Tensor) -> Tensor:
         """m in [0, 1] from logits: a Gumbel-sigmoid sample while training, its mode in evaluation."""

@@ -154,7 +154,8 @@ class Trainer:
         if last:
             stage.finish()
             if self.recipe.calibrate and stage.name == "gated" and self.recipe.gating == "learned":
-                self.model.calibrate(first_pictures(self.loaders), macs=self.budget.macs)
+                with self.accelerator.autocast():
+                    self.model.calibrate(first_pictures(self.loaders), macs=self.budget.macs)
         model = self.model if last else stage.model
         found = evaluate(
             model,

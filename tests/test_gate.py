@@ -68,3 +68,15 @@ def test_decisions_are_exactly_0_or_1_with_a_gradient_too():
     assert hard.unique().tolist() == [0, 1]
     hard.sum().backward()
     assert torch.equal(soft.grad, torch.ones_like(soft))
+
+
+def test_autocast_changes_no_decision():
+    """Scores lie so close together that bfloat16 would tell few of them apart."""
+    gate, images = Gate(8).eval(), torch.randn(4, 3, 64, 64)
+    gate.mlp[-1].weight.data *= 1e-3
+    plain = gate(images)
+    assert plain.bfloat16().unique().numel() < plain.numel() / 2
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(gate(images), plain)
+    gate.bfloat16()
+    assert gate(images.bfloat16()).dtype == torch.bfloat16
