@@ -134,6 +134,19 @@ def test_files_are_compact(path):
     assert len(path.read_text().splitlines()) <= LINES
 
 
+@needs_git
+def test_pages_point_at_what_is_there():
+    """Pictures and links of the Markdown pages, and the folders and files of `reports/` that they name."""
+    tracked = set(project_files()) | {ROOT / name for name in run("git", "ls-files").stdout.splitlines()}
+    there = tracked | {folder for path in tracked for folder in path.parents}
+    for page in (path for path in tracked if path.suffix == ".md"):
+        text = page.read_text()
+        links = {page.parent / name for name in re.findall(r"\]\((?!\w+:|#)([^)#]+)", text)}
+        named = {ROOT / name for name in re.findall(r"`(reports/[\w./*-]*\w/?)`", text)}
+        missing = [str(path.relative_to(ROOT)) for path in links | named if path not in there]
+        assert not missing, f"{page.name} names {missing}, which git does not have"
+
+
 def test_license_is_the_apache_text():
     text = (ROOT / "LICENSE").read_text()
     assert text.split(maxsplit=4)[:4] == ["Apache", "License", "Version", "2.0,"]
