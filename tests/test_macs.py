@@ -3,16 +3,14 @@
 import pytest
 import timm
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import msvit
+from msvit.bench.timing import counted_macs
 
 
+@torch.no_grad()
 def counted(function) -> float:
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        function()
-    return counter.get_total_flops() / 2
+    return counted_macs(function)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,9 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from torch.utils.flop_counter import FlopCounterMode
 
 import msvit
+from msvit.bench.timing import counted_macs
 from msvit.masks import Static, make_rule
 from msvit.model import EXECUTIONS
 from msvit.reducers import (
@@ -62,11 +62,9 @@ def built(vit, name, settings, gate=None, **options):
     return msvit.MSViT(vit, gate=gate, reducer=reducer, **options).eval()
 
 
+@torch.no_grad()
 def counted(function) -> float:
-    counter = FlopCounterMode(display=False)
-    with counter, torch.no_grad():
-        function()
-    return counter.get_total_flops() / 2
+    return counted_macs(function)
 
 
 @pytest.mark.parametrize(("name", "settings"), NEUTRAL, ids=str)
