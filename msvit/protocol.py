@@ -100,3 +100,27 @@ def lost(dense: Look, gated: Look, classes: list[str], count: int = 12) -> Figur
     told = f"{len(wrong)} of {len(dense.correct)} pictures are lost, {back} won"
     figure.suptitle(told + (f"; the first {len(shown)} of the lost" if shown else ""), fontsize=9)
     return figure
+
+
+@torch.no_grad()
+def otherwise(look: Look, batch: int = 256) -> pd.DataFrame:
+    """What a gated model makes of the same pictures with other decisions than its own, at the same rate and beyond."""
+    model, gates = look.model, look.gates.flatten(1)
+    count = round(look.coarse.flatten(1).sum(1).double().mean().item())
+    anyhow = torch.rand(gates.shape, generator=torch.Generator().manual_seed(0))
+    orders = {"the gate's first": gates, "any": anyhow, "the gate's last": -gates}
+    masks = {"as the gate decides": look.coarse.flatten(1)}
+    for name, scores in orders.items():
+        most = scores.topk(count, 1).indices
+        masks[f"{name} {count} coarse in each picture"] = torch.zeros_like(look.coarse.flatten(1)).scatter(
+            1, most, True
+        )
+    masks |= {"all fine": gates > 2, "all coarse": gates < 2}
+    rows, dense = [], model.dense_macs(look.images.shape[-2:])
+    for name, mask in masks.items():
+        pairs = zip(look.images.split(batch), mask.view_as(look.coarse).split(batch), strict=True)
+        found = [model.run(images, part) for images, part in pairs]
+        right = torch.cat([result.logits.argmax(1) for result in found]) == look.targets
+        macs = torch.cat([result.macs for result in found]).mean().item() / dense
+        rows.append({"decisions": name, "accuracy": right.double().mean().item(), "macs": macs})
+    return pd.DataFrame(rows)

@@ -65,11 +65,9 @@ class TokenPooling(Keeping):
         return patches.clamp(max=self.clusters[layer])
 
     def macs(self, layer: int, tokens: Tensor) -> Tensor:
-        """The products x_i . x_j, and those of the centres with the tokens after each move but the last."""
+        """The products x_i . x_j, from which all else follows."""
         n = tokens - self.prefix
-        k = self.kept(layer, n)
-        moves = (self.iterations - 1) * k * n**2 if self.method == "kmeans" else 0
-        return (n**2 * self.width + moves).where(k < n, torch.zeros_like(n))
+        return (n**2 * self.width).where(self.kept(layer, n) < n, torch.zeros_like(n))
 
     def reduce(self, layer: int, tokens: Tokens, seen: Tensor | None) -> Tokens:
         layout = tokens.layout
@@ -123,8 +121,8 @@ def most_significant(significance: Tensor, counts: Tensor, most: int) -> Tensor:
 def kmeans(x: Tensor, weight: Tensor, start: Tensor, beyond: Tensor | None, iterations: int) -> Clusters:
     """Weighted K-means of `[B, N, C]`, all pictures at once. Of equally near centres the first has the token.
 
-    A centre is a mixture of tokens, c_k = sum_i M_ki x_i, so that all distances follow from the products
-    G_ij = x_i . x_j, which are computed once:  |x_j - c_k|² = G_jj - 2 (M G)_kj + (M G Mᵀ)_kk.
+    A centre is a mean of its tokens, c_k = sum_i M_ki x_i, so that all distances follow from sums of the products
+    G_ij = x_i . x_j, which are computed once:  |x_j - c_k|² = G_jj - 2 (M G)_kj + sum_i M_ki (M G)_ki.
 
     Args:
         weight: `[B, N]`, 0 where there is no token.
@@ -133,21 +131,28 @@ def kmeans(x: Tensor, weight: Tensor, start: Tensor, beyond: Tensor | None, iter
         iterations: Assignments; the centres move between them. The last move is the caller's.
     """
     gram = _products(x)
-    numbers = torch.arange(start.shape[1], device=x.device)
-    inner = gram.gather(1, start[..., None].expand(-1, -1, x.shape[1]))
-    norm = gram.diagonal(dim1=1, dim2=2).gather(1, start)
-    first = torch.zeros_like(inner).scatter(2, start[..., None], 1.0)
-    weight = weight.to(gram.dtype)[:, None]
-    assignment = _nearest(inner, norm, beyond)
+    first = gram.gather(1, start[..., None].expand(-1, -1, x.shape[1]))
+    first_norm = gram.diagonal(dim1=1, dim2=2).gather(1, start)
+    weight = weight.to(gram.dtype)
+    weighted = gram * weight[..., None]
+    assignment = _nearest(first, first_norm, beyond)
     for _ in range(iterations - 1):
-        mixture = (assignment[:, None] == numbers[:, None]) * weight
-        total = mixture.sum(2, keepdim=True)
-        mixture = torch.where(total > 0, mixture / total.clamp(min=1e-30), first)
-        with torch.autocast(x.device.type, enabled=False):
-            inner = mixture @ gram
-        norm = (inner * mixture).sum(2)
-        assignment = _nearest(inner, norm, beyond)
+        total = _sums(weight, assignment, start.shape[1])
+        share = total.clamp(min=1e-30)
+        inner = _sums(weighted, assignment, start.shape[1]) / share[..., None]
+        own = inner.gather(1, assignment[:, None])[:, 0]
+        norm = _sums(weight * own, assignment, start.shape[1]) / share
+        found = total > 0
+        assignment = _nearest(inner.where(found[..., None], first), norm.where(found, first_norm), beyond)
     return Clusters(assignment, start)
+
+
+def _sums(values: Tensor, assignment: Tensor, clusters: int) -> Tensor:
+    """Values `[B, N, ...]` of tokens summed over each cluster, `[B, clusters, ...]`."""
+    b = len(values)
+    into = assignment + clusters * torch.arange(b, device=values.device)[:, None]
+    sums = values.new_zeros(b * clusters, *values.shape[2:])
+    return sums.index_add_(0, into.flatten(), values.flatten(0, 1)).unflatten(0, (b, clusters))
 
 
 @torch.no_grad()
@@ -169,8 +174,7 @@ def kmedoids(x: Tensor, weight: Tensor, start: Tensor, beyond: Tensor | None, it
 
     assignment = nearest()
     for _ in range(iterations - 1):
-        together = assignment[:, :, None] == assignment[:, None]
-        cost = (distance * together * weight[:, None]).sum(2)
+        cost = _sums(distance * weight[..., None], assignment, start.shape[1]).gather(1, assignment[:, None])[:, 0]
         member = (assignment[:, None] == numbers[:, None]) & (weight > 0)[:, None]
         medoid = cost[:, None].expand_as(member).masked_fill(~member, torch.inf).argmin(2)
         centre = torch.where(member.any(2), medoid, centre)
@@ -193,4 +197,4 @@ def _nearest(inner: Tensor, norm: Tensor, beyond: Tensor | None) -> Tensor:
 def _first_nearest(distance: Tensor, beyond: Tensor | None) -> Tensor:
     """The centre `[B, N]` of the smallest distance `[B, K, N]`, the first of equals, but for those beyond."""
     distance = distance if beyond is None else distance.masked_fill(beyond[..., None], torch.inf)
-    return distance.argmin(1)
+    return distance.min(1).indices  # many times as fast on a CPU as argmin
