@@ -108,13 +108,11 @@ def otherwise(look: Look, batch: int = 256) -> pd.DataFrame:
     model, gates = look.model, look.gates.flatten(1)
     count = round(look.coarse.flatten(1).sum(1).double().mean().item())
     anyhow = torch.rand(gates.shape, generator=torch.Generator().manual_seed(0))
-    orders = {"the gate's first": gates, "any": anyhow, "the gate's last": -gates}
+    orders = {"as many in each picture, the gate's first": gates, "as many, any": anyhow, "as many, its last": -gates}
     masks = {"as the gate decides": look.coarse.flatten(1)}
     for name, scores in orders.items():
         most = scores.topk(count, 1).indices
-        masks[f"{name} {count} coarse in each picture"] = torch.zeros_like(look.coarse.flatten(1)).scatter(
-            1, most, True
-        )
+        masks[name] = torch.zeros_like(look.coarse.flatten(1)).scatter(1, most, True)
     masks |= {"all fine": gates > 2, "all coarse": gates < 2}
     rows, dense = [], model.dense_macs(look.images.shape[-2:])
     for name, mask in masks.items():
