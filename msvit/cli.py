@@ -81,8 +81,10 @@ def _eval(arguments: argparse.Namespace):
     from .metrics import evaluate_run
 
     found = evaluate_run(arguments.run, arguments.macs, arguments.threshold, **_settings(arguments))
+    width = max(map(len, found))
     lines = [
-        f"{name:12} {value:.4f}" if isinstance(value, float) else f"{name:12} {value}" for name, value in found.items()
+        f"{name:{width}} {value:.4f}" if isinstance(value, float) else f"{name:{width}} {value}"
+        for name, value in found.items()
     ]
     _put(found, "\n".join(lines), arguments.json)
 

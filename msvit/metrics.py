@@ -14,6 +14,7 @@ from .gate import Gate
 from .model import Result
 from .objective import Gated, Objective, Objects
 from .recipe import RecipeError
+from .reducers import reconstruction_errors
 from .runs import RunError, read
 from .segment import Segmenter, load
 
@@ -61,6 +62,9 @@ def evaluate_run(
 ) -> dict[str, float]:
     """`evaluate` for the model of a finished run.
 
+    With a reducer, the reconstruction error of what it leaves is added for each of its layers, as a share of the
+    tokens' variance, on the first pictures.
+
     Args:
         folder: The run's.
         macs: Set the threshold so that training pictures cost this share of dense MACs.
@@ -90,7 +94,13 @@ def evaluate_run(
     if threshold is not None:
         model.threshold = threshold
     found = evaluate(model, loaders.val, lambda images, indices: objective.predict(model, images, indices))
-    return found | {"threshold": model.threshold}
+    found["threshold"] = model.threshold
+    if model.reducer is not None:
+        images = next(iter(loaders.val))[0].to(model.cut.device)
+        errors = reconstruction_errors(model.reducer, model, images).nanmean(1).tolist()
+        layers = zip(model.reducer.layers, errors, strict=True)
+        found |= {f"reconstruction_error_{layer}": error for layer, error in layers}
+    return found
 
 
 def object_finder(loader: Iterable) -> Objects | None:

@@ -235,6 +235,9 @@ def test_every_setting_trains(tmp_path, settings):
     assert len(run.metrics) == 1
     assert all(np.isfinite(v) for v in run.summary.values() if isinstance(v, float))
     found = evaluate_run(run.folder)
+    assert found["coarse"] == run.summary["coarse"], "decisions do not depend on the precision"
+    if recipe.reducer:
+        assert all(0 < found[f"reconstruction_error_{layer}"] < 2 for layer in (0, 1, 2))
     if recipe.precision == "fp32":  # on a GPU or under autocast the last digits may differ
         assert found["accuracy"] == run.summary["accuracy"]
         assert found["macs"] == run.summary["macs"]

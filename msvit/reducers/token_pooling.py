@@ -131,7 +131,7 @@ def kmeans(x: Tensor, weight: Tensor, start: Tensor, beyond: Tensor | None, iter
         iterations: Assignments; the centres move between them. The last move is the caller's.
     """
     gram = _products(x)
-    first = gram.gather(1, start[..., None].expand(-1, -1, x.shape[1]))
+    first = gram[torch.arange(len(x), device=x.device)[:, None], start]
     first_norm = gram.diagonal(dim1=1, dim2=2).gather(1, start)
     weight = weight.to(gram.dtype)
     weighted = gram * weight[..., None]
