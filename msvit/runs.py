@@ -3,7 +3,7 @@
     settings.json      the recipe
     environment.json   versions, device and commit, once for each start
     metrics.jsonl      a line per epoch
-    state/             what the next epoch needs; the name of a file holds the hash of its bytes
+    state/             what the next epoch needs, until the run is finished; a file's name holds the hash of its bytes
     dense/             the backbone after stage one, a folder for MSViT.from_pretrained
     gate_loss.safetensors      what the gate loss has learned: the priors of GBaS
     summary.json       the result; its presence says that the run is finished
@@ -18,6 +18,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -143,6 +144,11 @@ class Folder:
         for other in set(_states(self.path)) - {path, self._good}:
             other.unlink(missing_ok=True)
         self._good = path
+
+    def finish(self, summary: dict[str, Any]):
+        """The result. No epoch follows, and the states go: what is left is small enough to travel."""
+        self.write_json("summary.json", summary)
+        shutil.rmtree(self.path / "state", ignore_errors=True)
 
     def load_state(self) -> dict[str, Any] | None:
         """The last state whose bytes are those that were written; None if there is none. Runs no pickled code."""

@@ -130,7 +130,7 @@ class Trainer:
             first += epochs
         if self.accelerator.is_main_process:
             self.records.save_model(self.model)
-            self.records.write_json("summary.json", self._summary())
+            self.records.finish(self._summary())
 
     def _begin(self, name: str, first: int, epochs: int, kind: type[Objective]) -> Stage:
         self.accelerator.free_memory()
