@@ -4,13 +4,13 @@ An accelerator is through with small pictures long before a processor has decode
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.data.transforms import str_to_interp_mode
+from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as TF
@@ -47,8 +47,7 @@ class Bank(Dataset):
         self.mean, self.std = (torch.tensor(x, device=device).view(-1, 1, 1) for x in (mean, std))
         self.name, self.unreadable = pictures.name, pictures.unreadable
         self._kept = None
-        if light:
-            pictures.transform = _Stretched(size)
+        pictures.transform = _WithAspect(_Stretched(size) if light else pictures.transform)
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -69,21 +68,29 @@ class Bank(Dataset):
         """All pictures with their aspects (width by height), targets and indices, on the device."""
         loader = DataLoader(self.pictures, 256, num_workers=self.workers)
         parts = []
-        for images, targets, indices in tqdm(loader, f"reading {self.pictures.label}", leave=False, delay=2):
-            aspects = images[1].float() if self.light else torch.ones(len(indices))
-            parts.append((images[0] if self.light else images, aspects, targets, indices))
+        for (images, aspects), targets, indices in tqdm(loader, f"reading {self.pictures.label}", leave=False, delay=2):
+            parts.append((images, aspects.float(), targets, indices))
         return tuple(torch.cat(part).to(self.device) for part in zip(*parts, strict=True))
 
 
+class _WithAspect:
+    """What a transform makes of a picture, and its width by its height before."""
+
+    def __init__(self, transform: Callable):
+        self.transform = transform
+
+    def __call__(self, image: Image) -> tuple[Tensor, float]:
+        return self.transform(image), image.width / image.height
+
+
 class _Stretched:
-    """A picture's pixels `[3, H, W]` in bytes at a set size, and its width by its height before."""
+    """A picture's pixels `[3, H, W]` in bytes, at a set size."""
 
     def __init__(self, size: tuple[int, int]):
         self.size = list(size)
 
-    def __call__(self, image) -> tuple[Tensor, float]:
-        small = TF.resize(image, self.size, str_to_interp_mode("bicubic"))
-        return TF.pil_to_tensor(small), image.width / image.height
+    def __call__(self, image: Image) -> Tensor:
+        return TF.pil_to_tensor(TF.resize(image, self.size, TF.InterpolationMode.BICUBIC))
 
 
 def draws(count: int, *words) -> Tensor:
@@ -131,10 +138,10 @@ def keep(pictures: Dataset, augment: str, device: torch.device, workers: int, **
     if not isinstance(pictures, Pictures) or augment not in ("none", "light"):
         return pictures
     light = augment == "light"
-    bytes_each = 3 * math.prod(settings["size"]) * (1 if light else 4)
-    return (
-        Bank(pictures, device, workers, light, **settings) if len(pictures) * bytes_each <= room(device) else pictures
-    )
+    needed = len(pictures) * 3 * math.prod(settings["size"]) * (1 if light else 4)
+    if needed > room(device):
+        return pictures
+    return Bank(pictures, device, workers, light, **settings)
 
 
 def room(device: torch.device) -> int:

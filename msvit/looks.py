@@ -169,6 +169,24 @@ def _seconds(step) -> float:
     return time.perf_counter() - start
 
 
+class Worth(NamedTuple):
+    """The share of pictures that a model names, and its MACs as a share of the dense model's."""
+
+    accuracy: float
+    macs: float
+
+
+@torch.no_grad()
+def worth(look: Look, masks: Tensor | None = None, batch: int = 128) -> Worth:
+    """What the model makes of these pictures as it decides now, or by other decisions, bool `[B, h, w]`."""
+    images = look.images.split(batch)
+    decisions = [None] * len(images) if masks is None else masks.split(batch)
+    results = [look.model.run(part, mask) for part, mask in zip(images, decisions, strict=True)]
+    correct = torch.cat([r.logits.argmax(1) for r in results]) == look.targets
+    macs = torch.cat([r.macs for r in results]).mean().item() / look.model.dense_macs(look.images.shape[-2:])
+    return Worth(correct.double().mean().item(), macs)
+
+
 @torch.no_grad()
 def threshold_curves(folder: Path, table: pd.DataFrame, curves: int, points: int, pictures: int) -> pd.DataFrame:
     """Accuracy and MACs of the most accurate learned gates at thresholds from nearly all coarse to nearly all fine."""
@@ -177,13 +195,8 @@ def threshold_curves(folder: Path, table: pd.DataFrame, curves: int, points: int
     rows = []
     for _, entry in learned.sort_values("accuracy", ascending=False).drop_duplicates("label").head(curves).iterrows():
         seen = look(folder / entry["run"], pictures)
-        _, model, loaders = open_run(folder / entry["run"])
-        targets = torch.cat([b.targets for b in loaders.val])[: len(seen.images)]
-        dense = model.dense_macs(loaders.size)
+        model = seen.model
         for share in torch.linspace(0.05, 0.95, points):
             model.threshold = min(max(seen.gates.flatten().quantile(share).item(), 0.0), 1.0)
-            results = [model.run(part) for part in seen.images.split(128)]
-            correct = torch.cat([r.logits.argmax(1) for r in results]) == targets
-            macs = torch.cat([r.macs for r in results]).mean().item() / dense
-            rows.append((entry["run"], entry["label"], model.threshold, correct.double().mean().item(), macs))
+            rows.append((entry["run"], entry["label"], model.threshold, *worth(seen)))
     return pd.DataFrame(rows, columns=columns)

@@ -36,6 +36,7 @@ class Passage(NamedTuple):
 
 def pass_blocks(vit: nn.Module, tokens: Tokens, reducer: nn.Module | None, steps: tuple) -> Passage:
     """Takes tokens from before the first block to after the last norm."""
+    *_, mixed = steps
     prefix = backbone.prefix_count(vit)
     stages, counts, n = [_stage(None, tokens, prefix)], [], tokens.active_counts()
     for layer, block in enumerate(vit.blocks):
@@ -52,7 +53,7 @@ def pass_blocks(vit: nn.Module, tokens: Tokens, reducer: nn.Module | None, steps
             n = tokens.active_counts()
             stages.append(_stage(layer, tokens, prefix))
         counts.append(torch.stack([seen_by_attention, n]))
-        tokens = replace(tokens, x=steps[2](block, tokens.x, tokens.layout))
+        tokens = replace(tokens, x=mixed(block, tokens.x, tokens.layout))
     return Passage(replace(tokens, x=vit.norm(tokens.x)), torch.stack(counts), tuple(stages))
 
 

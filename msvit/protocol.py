@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from . import measure
 from .build import build
 from .figures import as_the_model_sees, draw_grid, to_pixels
-from .looks import Look
+from .looks import Look, worth
 from .recipe import Recipe
 from .study import FULL, Row, methods, run_rows
 
@@ -102,23 +102,15 @@ def lost(dense: Look, gated: Look, classes: list[str], count: int = 12) -> Figur
     return figure
 
 
-@torch.no_grad()
 def otherwise(look: Look, batch: int = 256) -> pd.DataFrame:
     """What a gated model makes of the same pictures with other decisions than its own, at the same rate and beyond."""
-    model, gates = look.model, look.gates.flatten(1)
-    count = round(look.coarse.flatten(1).sum(1).double().mean().item())
+    own, gates = look.coarse.flatten(1), look.gates.flatten(1)
+    count = round(own.sum(1).double().mean().item())
     anyhow = torch.rand(gates.shape, generator=torch.Generator().manual_seed(0))
     orders = {"as many in each picture, the gate's first": gates, "as many, any": anyhow, "as many, its last": -gates}
-    masks = {"as the gate decides": look.coarse.flatten(1)}
-    for name, scores in orders.items():
-        most = scores.topk(count, 1).indices
-        masks[name] = torch.zeros_like(look.coarse.flatten(1)).scatter(1, most, True)
-    masks |= {"all fine": gates > 2, "all coarse": gates < 2}
-    rows, dense = [], model.dense_macs(look.images.shape[-2:])
-    for name, mask in masks.items():
-        pairs = zip(look.images.split(batch), mask.view_as(look.coarse).split(batch), strict=True)
-        found = [model.run(images, part) for images, part in pairs]
-        right = torch.cat([result.logits.argmax(1) for result in found]) == look.targets
-        macs = torch.cat([result.macs for result in found]).mean().item() / dense
-        rows.append({"decisions": name, "accuracy": right.double().mean().item(), "macs": macs})
+    none = torch.zeros_like(own)
+    masks = {"as the gate decides": own}
+    masks |= {name: none.scatter(1, scores.topk(count, 1).indices, True) for name, scores in orders.items()}
+    masks |= {"all fine": none, "all coarse": ~none}
+    rows = [{"decisions": name} | worth(look, m.view_as(look.coarse), batch)._asdict() for name, m in masks.items()]
     return pd.DataFrame(rows)

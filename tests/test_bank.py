@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from test_data import epoch, same, write
 
 from msvit import bank
 from msvit.bank import Bank, boxes, crop, draws
-from msvit.data import make_loaders, set_epoch
+from msvit.data import make_loaders
 from msvit.recipe import Recipe
 from msvit.train import train
 
@@ -16,16 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def folder(tmp_path):
-    rng = np.random.default_rng(0)
-    for split, n in (("train", 7), ("val", 5)):
-        for name in ("cat", "dog"):
-            (tmp_path / "p" / split / name).mkdir(parents=True)
-            for i in range(n):
-                size = (20, 30, 3) if i % 2 else (24, 24, 3)
-                Image.fromarray(rng.integers(0, 255, size).astype(np.uint8)).save(
-                    tmp_path / f"p/{split}/{name}/{i}.png"
-                )
-    return tmp_path / "p"
+    return write(tmp_path / "p", train=7, val=5)
 
 
 @pytest.fixture
@@ -39,25 +30,14 @@ def loaders_of(folder, **changes):
     return make_loaders(**settings)
 
 
-def epoch(loader, e):
-    set_epoch(loader, e)
-    return list(loader)
-
-
-def assert_same(a, b):
-    for x, y in zip(a, b, strict=True):
-        for part, other in zip(x, y, strict=True):
-            assert torch.equal(part, other)
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_without_augmentation_a_kept_picture_is_the_one_on_disk(folder, space, workers):
     kept, read = loaders_of(folder, workers=workers), loaders_of(folder, device=None)
     assert isinstance(kept.train.dataset, Bank)
     assert not isinstance(read.train.dataset, Bank)
     for e in (0, 3):
-        assert_same(epoch(kept.train, e), epoch(read.train, e))
-    assert_same(list(kept.val), list(read.val))
+        assert same(epoch(kept, e), epoch(read, e))
+    assert same(list(kept.val), list(read.val))
     assert kept.names("val", [1]) == read.names("val", [1])
 
 
@@ -74,7 +54,7 @@ def test_where_pictures_are_kept(folder, space, monkeypatch):
 
 def test_a_crop_is_a_function_of_seed_epoch_and_picture(folder, space):
     def pictures(e, **changes):
-        batches = epoch(loaders_of(folder, augment="light", **changes).train, e)
+        batches = epoch(loaders_of(folder, augment="light", **changes), e)
         return {int(i): image for b in batches for i, image in zip(b.indices, b.images, strict=True)}
 
     one = pictures(1)
@@ -89,7 +69,7 @@ def test_a_crop_is_a_function_of_seed_epoch_and_picture(folder, space):
 def test_files_that_cannot_be_read_are_named(folder, space):
     (folder / "train" / "cat" / "3.png").write_bytes(b"no picture")
     loaders = loaders_of(folder, batch=14)
-    batch = epoch(loaders.train, 0)[0]
+    batch = epoch(loaders, 0)[0]
     assert (batch.indices < 0).sum() == 1
     assert [bad.name.endswith("cat/3.png") for bad in loaders.unreadable("train")] == [True]
 

@@ -7,10 +7,7 @@ import torch
 import msvit
 from msvit.bench.timing import counted_macs
 
-
-@torch.no_grad()
-def counted(function) -> float:
-    return counted_macs(function)
+counted = torch.no_grad()(counted_macs)
 
 
 @pytest.mark.parametrize(

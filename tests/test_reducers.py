@@ -62,9 +62,7 @@ def built(vit, name, settings, gate=None, **options):
     return msvit.MSViT(vit, gate=gate, reducer=reducer, **options).eval()
 
 
-@torch.no_grad()
-def counted(function) -> float:
-    return counted_macs(function)
+counted = torch.no_grad()(counted_macs)
 
 
 @pytest.mark.parametrize(("name", "settings"), NEUTRAL, ids=str)

@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from PIL import Image
 from safetensors.torch import save_file
+from test_data import write
 
 import msvit
 from msvit import runs
@@ -391,13 +391,7 @@ def test_a_part_keeps_numbers_and_pictures():
 
 
 def test_a_folder_of_pictures_with_a_broken_one(tmp_path):
-    dice = np.random.default_rng(0)
-    for split, count in (("train", 9), ("val", 4)):
-        for label in ("cat", "dog"):
-            (tmp_path / "data" / split / label).mkdir(parents=True)
-            for i in range(count):
-                pixels = dice.integers(0, 255, (40, 50, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / "data" / split / label / f"{i}.png")
+    write(tmp_path / "data", train=9, val=4)
     (tmp_path / "data" / "train" / "cat" / "3.png").write_text("not a picture")
     recipe = Recipe(
         data=f"folder:{tmp_path}/data",

@@ -133,15 +133,15 @@ def kmeans(x: Tensor, weight: Tensor, start: Tensor, beyond: Tensor | None, iter
     gram = _products(x)
     first = gram[torch.arange(len(x), device=x.device)[:, None], start]
     first_norm = gram.diagonal(dim1=1, dim2=2).gather(1, start)
-    weight = weight.to(gram.dtype)
+    weight, clusters = weight.to(gram.dtype), start.shape[1]
     weighted = gram * weight[..., None]
     assignment = _nearest(first, first_norm, beyond)
     for _ in range(iterations - 1):
-        total = _sums(weight, assignment, start.shape[1])
+        total = _sums(weight, assignment, clusters)
         share = total.clamp(min=1e-30)
-        inner = _sums(weighted, assignment, start.shape[1]) / share[..., None]
+        inner = _sums(weighted, assignment, clusters) / share[..., None]
         own = inner.gather(1, assignment[:, None])[:, 0]
-        norm = _sums(weight * own, assignment, start.shape[1]) / share
+        norm = _sums(weight * own, assignment, clusters) / share
         found = total > 0
         assignment = _nearest(inner.where(found[..., None], first), norm.where(found, first_norm), beyond)
     return Clusters(assignment, start)
@@ -166,15 +166,16 @@ def kmedoids(x: Tensor, weight: Tensor, start: Tensor, beyond: Tensor | None, it
     norm = gram.diagonal(dim1=1, dim2=2)
     # Exactly symmetric, so that the two tokens of a pair are equally good and the first becomes the medoid.
     distance = (norm[:, :, None] + norm[:, None] - (gram + gram.transpose(1, 2))).clamp_(min=0)
-    numbers = torch.arange(start.shape[1], device=x.device)
-    weight, centre = weight.to(gram.dtype), start
+    clusters = start.shape[1]
+    numbers = torch.arange(clusters, device=x.device)
+    weighted, centre = distance * weight.to(gram.dtype)[..., None], start
 
     def nearest() -> Tensor:
         return _first_nearest(distance.gather(1, centre[..., None].expand(-1, -1, x.shape[1])), beyond)
 
     assignment = nearest()
     for _ in range(iterations - 1):
-        cost = _sums(distance * weight[..., None], assignment, start.shape[1]).gather(1, assignment[:, None])[:, 0]
+        cost = _sums(weighted, assignment, clusters).gather(1, assignment[:, None])[:, 0]
         member = (assignment[:, None] == numbers[:, None]) & (weight > 0)[:, None]
         medoid = cost[:, None].expand_as(member).masked_fill(~member, torch.inf).argmin(2)
         centre = torch.where(member.any(2), medoid, centre)
