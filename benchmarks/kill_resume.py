@@ -19,9 +19,9 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # so that importing starts no threads, and forking is safe
 
-from msvit import runs
-from msvit.recipe import Recipe
-from msvit.train import train
+from msvit.training import runs
+from msvit.training.loop import train
+from msvit.training.recipe import Recipe
 
 RECIPE = Recipe(
     train_n=64, val_n=32, batch=16, epochs_dense=2, epochs=3, ema=0.9, mixup=0.2, drop_path=0.1, distill=0.5,

@@ -15,7 +15,7 @@ import timm
 import torch
 from torch import Tensor
 
-from msvit.gbas import beta_cdf, cvm, make_loss, relaxed_bernoulli_cdf
+from msvit.gating.losses import beta_cdf, cvm, make_loss, relaxed_bernoulli_cdf
 
 
 class Seconds(NamedTuple):

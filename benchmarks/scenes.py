@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 
-from msvit.data import make_loaders, set_epoch
-from msvit.scenes import DIFFICULTIES
+from msvit.data.loaders import make_loaders, set_epoch
+from msvit.data.scenes import DIFFICULTIES
 
 
 def batches(difficulty: str, epochs: int, n: int = 4096) -> list[float]:

@@ -15,8 +15,8 @@ from typing import Any
 
 from . import __version__
 from .bench.settings import add_options, from_options
-from .recipe import FIELDS, Recipe, RecipeError, parse
-from .runs import Folder, Run, RunError, RunWarning
+from .training.recipe import FIELDS, Recipe, RecipeError, parse
+from .training.runs import Folder, Run, RunError, RunWarning
 
 # The groups of settings in the help, by the field that each begins with.
 GROUPS = {"data": "pictures", "model": "model", "epochs_dense": "training", "gating": "gate", "precision": "execution"}
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
 def _train(arguments: argparse.Namespace):
     import torch
 
-    from .train import train
+    from .training.loop import train
 
     recipe = Recipe.from_dict(_settings(arguments))
     folder = Path(arguments.folder or Path(arguments.runs) / recipe.name)
@@ -78,7 +78,7 @@ def _train(arguments: argparse.Namespace):
 
 
 def _eval(arguments: argparse.Namespace):
-    from .metrics import evaluate_run
+    from .evaluation.classification import evaluate_run
 
     found = evaluate_run(arguments.run, arguments.macs, arguments.threshold, **_settings(arguments))
     width = max(map(len, found))
@@ -90,7 +90,7 @@ def _eval(arguments: argparse.Namespace):
 
 
 def _runs(arguments: argparse.Namespace):
-    from . import runs
+    from .training import runs
 
     table = runs.load(arguments.folder)
     if arguments.json:
@@ -104,7 +104,7 @@ def _runs(arguments: argparse.Namespace):
 
 def _sweep(arguments: argparse.Namespace):
     try:
-        from . import sweep
+        from .studies import sweep
     except ModuleNotFoundError as error:
         raise RunError(f"{error.name} is not installed; pip install 'msvit[sweeps]'") from None
     base = Recipe.from_dict(_settings(arguments))
@@ -122,7 +122,7 @@ def _sweep(arguments: argparse.Namespace):
 
 
 def _methods(arguments: argparse.Namespace):
-    from .reducers import METHODS
+    from .reducers.registry import METHODS
 
     rows = [{"method": name, **method._asdict()} for name, method in METHODS.items()]
     columns = [[key, *(row[key] for row in rows)] for key in rows[0]]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from msvit.layout import WeightedAttention
+from msvit.core.attention import WeightedAttention
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 if not torch.cuda.is_available():  # several CUDA kernels, attention's among them, have no deterministic form

@@ -6,9 +6,11 @@ import sys
 
 import pytest
 
-from msvit import __version__, cli, report, runs
-from msvit.recipe import FIELDS, Recipe
-from msvit.reducers import METHODS
+from msvit import __version__, cli
+from msvit.reducers.registry import METHODS
+from msvit.studies import report
+from msvit.training import runs
+from msvit.training.recipe import FIELDS, Recipe
 
 SIZES = {"train-n": 32, "val-n": 24, "batch": 16, "epochs-dense": 1, "epochs": 1, "device": "cpu"}
 SMALL = [*(f"--{name}={value}" for name, value in SIZES.items()), "--quiet"]
@@ -163,7 +165,7 @@ def test_interrupted_says_how_to_go_on(capsys, monkeypatch, tmp_path):
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("msvit.train.train", stop)
+    monkeypatch.setattr("msvit.training.loop.train", stop)
     code, _, err = run(capsys, "train", "--runs", tmp_path)
     assert code == 130
     assert "the same command continues" in err

@@ -11,15 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import backbone, linear, measure
-from ..gate import Gate
-from ..layout import Layout, attend_watched
-from ..linear import fast_linear
-from ..masks import make_rule
-from ..model import MSViT
-from ..passage import STEPS
-from ..reducers import REDUCERS, make_reducer
-from ..tokens import Tokens
+from ..core import backbone
+from ..core import fast_linear as linear
+from ..core import macs as measure
+from ..core.attention import Layout, attend_watched
+from ..core.blocks import STEPS
+from ..core.fast_linear import fast_linear
+from ..core.tokens import Tokens
+from ..gating.gate import Gate
+from ..gating.rules import make_rule
+from ..models.msvit import MSViT
+from ..reducers.registry import REDUCERS, make_reducer
 from .timing import Work
 
 TRAINING_SHARE = 0.6  # of coarse regions in the training steps

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..model import MSViT
-from .contenders import BASES, ROWS, Case, Contender, Unavailable
+from ..models.msvit import MSViT
+from .cases import BASES, ROWS, Case, Contender, Unavailable
 from .settings import Plan, Settings, Tell
 from .timing import Turn, counted_macs, in_turns, peak_memory, ratios, spread
 

@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ..runs import Folder
+from ..training.runs import Folder
 
 Record = dict[str, Any]  # a row of the table
 COLUMNS = (
@@ -50,7 +50,7 @@ def draw(report: dict[str, Any], folder: str | Path, tell: Callable[[str], objec
     if not any("ms" in row for row in report["rows"]):
         return
     try:
-        from .. import figures
+        from ..plots import runs as figures
     except ModuleNotFoundError as error:
         tell(f"no figure: {error.name} is not installed; pip install 'msvit[notebooks]'")
         return

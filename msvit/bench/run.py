@@ -10,15 +10,15 @@ from typing import Any
 import timm
 import torch
 
-from ..build import load_data
-from ..environment import environment
-from ..model import MSViT
-from ..recipe import RecipeError
-from ..reducers import REDUCERS
-from ..reducers.fit import fit
-from ..runs import RunError, read
-from ..segment import Segmenter, load
-from .bout import Bout, Subject
+from ..models.fit_reducer import fit
+from ..models.heads import Segmenter, load
+from ..models.msvit import MSViT
+from ..reducers.registry import REDUCERS
+from ..training.build import load_data
+from ..training.environment import environment
+from ..training.recipe import RecipeError
+from ..training.runs import RunError, read
+from .method import Bout, Subject
 from .report import draw, write
 from .settings import DTYPES, Plan, Settings, Tell, plans
 

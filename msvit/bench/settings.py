@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import timm
 import torch
 
-from ..recipe import RecipeError, setting
-from ..reducers import pick
-from .contenders import ROWS
+from ..reducers.registry import pick
+from ..training.recipe import RecipeError, setting
+from .cases import ROWS
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 UNUSUAL = ", ".join(name for name, row in ROWS.items() if not row.usual)

@@ -11,7 +11,7 @@ from timm.layers import Attention, AttentionPoolLatent, PatchEmbed, resample_abs
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from .layout import Layout, attend
+from .attention import Layout, attend
 from .tokens import Tokens, shrink
 
 POOLS = ("token", "avg", "avgmax", "max", "map")

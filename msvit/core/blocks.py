@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backbone
-from .layout import Layout, attend, attend_watched, attention_of_first, by_rows
+from .attention import Layout, attend, attend_watched, attention_of_first, by_rows
 from .tokens import Tokens
 
 

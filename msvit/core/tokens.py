@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layout import Layout
+from .attention import Layout
 
 
 @dataclass(frozen=True)

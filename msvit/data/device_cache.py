@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional as TF
 from tqdm.auto import tqdm
 
-from .pictures import Pictures
-from .scenes import hashed
+from .images import Pictures
+from .seeds import hashed
 
 RATIO = 4 / 3  # a crop's sides are 3 : 4 to 4 : 3
 

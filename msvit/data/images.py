@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from timm.data import create_dataset
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from .scenes import hashed, permutation
+from .seeds import hashed, permutation
 
 KINDS = ("folder:", "tar:", "hfds/", "hfids/", "tfds/", "wds/", "torch/")
 # What PIL's decoders raise on broken files; a fault of the transforms is not among what is caught.

@@ -16,9 +16,10 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from .bank import Bank, keep
-from .pictures import KINDS, Pictures, Stream, Unreadable, open_sources
-from .scenes import DIFFICULTIES, Scenes, permutation
+from .device_cache import Bank, keep
+from .images import KINDS, Pictures, Stream, Unreadable, open_sources
+from .scenes import DIFFICULTIES, Scenes
+from .seeds import permutation
 
 SCENES = tuple(f"scenes:{name}" for name in DIFFICULTIES)
 AUGMENT = {  # by name, what goes to timm's create_transform for training pictures

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from .seeds import GOLDEN, Draws, hashed, mix
+
 MEAN, STD = (128 / 255,) * 3, (64 / 255,) * 3  # a pixel u of 0..255 becomes (u - 128) / 64: exact in float32
 _CACHE_BYTES = 2**31  # a larger data set is made anew at every visit
 _SPLITS = {"train": 0x7472, "val": 0x7661}
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
 class Difficulty(NamedTuple):
@@ -71,43 +72,6 @@ def _textures() -> dict[str, np.ndarray]:
 _TEXTURES = _textures()
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
-    """Hash 64-bit words one by one."""
-    x = x ^ (x >> np.uint64(30))
-    x *= np.uint64(0xBF58476D1CE4E5B9)
-    x ^= x >> np.uint64(27)
-    x *= np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def hashed(*words: int | np.ndarray) -> np.ndarray:
-    """A 64-bit hash of integers, elementwise over arrays: the source of all randomness in data sets."""
-    x = np.zeros(1, np.uint64)
-    for word in words:
-        x = _mix((x ^ np.asarray(word).astype(np.uint64)) + _GOLDEN)
-    return x
-
-
-def permutation(n: int, *words: int) -> np.ndarray:
-    """The order of 0..n-1 that belongs to `words`, whatever the version of any library."""
-    return np.argsort(hashed(*words, np.arange(n)), kind="stable")
-
-
-class _Draws:
-    """Uniform integers for `[B]` pictures, a fresh one at every call."""
-
-    def __init__(self, keys: np.ndarray):
-        self.keys, self.calls = keys, 0
-
-    def __call__(self, low: int, high: int, *shape: int) -> np.ndarray:
-        """Integers in low..high inclusive, `[B, *shape]`."""
-        count = int(np.prod(shape))
-        counter = np.arange(self.calls, self.calls + count, dtype=np.uint64)
-        self.calls += count
-        words = _mix(self.keys[:, None] + (counter + np.uint64(1)) * _GOLDEN) >> np.uint64(32)
-        return (low + ((words * np.uint64(high - low + 1)) >> np.uint64(32)).astype(np.int64)).reshape(-1, *shape)
-
-
 def _spline(n: int, nodes: int) -> np.ndarray:
     """Weights `[n, nodes]` of the uniform quadratic B-spline, integers that sum to 128 in each row."""
     t = (2 * np.arange(n) + 1) * (nodes - 2) * 32 // n  # 64ths of the distance between two nodes
@@ -120,7 +84,7 @@ def _spline(n: int, nodes: int) -> np.ndarray:
     return out
 
 
-def _background(draw: _Draws, height: int, width: int, top: int) -> np.ndarray:
+def _background(draw: Draws, height: int, width: int, top: int) -> np.ndarray:
     """Smooth colour fields in 64..top, uint8 `[B, 3, H, W]`.
 
     Separable splines as two matrix products. Their sums are integers below 2^24, so that float32 holds them
@@ -133,7 +97,7 @@ def _background(draw: _Draws, height: int, width: int, top: int) -> np.ndarray:
     return fields.astype(np.uint8)
 
 
-def _blobs(draw: _Draws, count: int, side: int, unit: int) -> np.ndarray:
+def _blobs(draw: Draws, count: int, side: int, unit: int) -> np.ndarray:
     """Shapes of blobs, unions of three discs, in blocks of 2 x 2 pixels: bool `[B, count, side, side]`.
 
     Args:
@@ -165,7 +129,7 @@ def render(
     The labels choose the object's pattern and nothing else.
     """
     height, width = (n + -n % 4 for n in size)
-    draw, unit = _Draws(keys), int(min(size) * level.width) * 4
+    draw, unit = Draws(keys), int(min(size) * level.width) * 4
     side = -(-unit * 5 // 4 // 32)  # in blocks; a blob spans up to 29/24 of its unit
     count, object_at = level.flat + level.decoys + 1, level.flat + level.decoys  # the object comes last, on top
     top = 192 - 2**level.noise
@@ -187,7 +151,7 @@ def render(
             np.copyto(masks[b][window], label + 1 if k == object_at else 9, where=shapes[b, k])
     if level.noise:
         counter = np.arange(1, 3 * height * width // 8 + 1, dtype=np.uint64)  # eight bytes a word
-        words = _mix(_mix(keys)[:, None] + counter * _GOLDEN).astype("<u8", copy=False)
+        words = mix(mix(keys)[:, None] + counter * GOLDEN).astype("<u8", copy=False)
         images += words.view(np.uint8).reshape(images.shape) >> np.uint8(8 - level.noise)
     return images[..., : size[0], : size[1]], masks[..., : size[0], : size[1]]
 

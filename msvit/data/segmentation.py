@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
-from .data import SCENES, Batch, BuiltIn, Loaders, make_loader
-from .pictures import SUFFIXES, Pictures, to_rgb
+from .images import SUFFIXES, Pictures, to_rgb
+from .loaders import SCENES, Batch, BuiltIn, Loaders, make_loader
 from .scenes import Scenes
 
 IGNORE = 255
@@ -220,7 +220,7 @@ def make_seg_loaders(
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
 ) -> Loaders:
-    """Loaders of `Batch`es whose targets are label maps; the rest is as in `msvit.data.make_loaders`.
+    """Loaders of `Batch`es whose targets are label maps; the rest is as in `msvit.data.loaders.make_loaders`.
 
     Training pictures are crops of `size`; pictures for validation stay whole, and those of a batch are padded
     to the largest with pixels to ignore. A crop larger than its picture is an error.

@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import segmetrics
-from .build import Budget, choose_gate, first_pictures, load_data
-from .gate import Gate
-from .model import Result
-from .objective import Gated, Objective, Objects
-from .recipe import RecipeError
-from .reducers import reconstruction_errors
-from .runs import RunError, read
-from .segment import Segmenter, load
+from ..gating.gate import Gate
+from ..models.heads import Segmenter, load
+from ..models.msvit import Result
+from ..reducers.registry import reconstruction_errors
+from ..training.build import Budget, choose_gate, first_pictures, load_data
+from ..training.objectives import Gated, Objective, Objects
+from ..training.recipe import RecipeError
+from ..training.runs import RunError, read
+from . import segmentation as segmetrics
 
 COLUMNS = ("read", "correct", "loss", "macs", "tokens", "coarse", "object", "fine_object", "rest", "fine_rest")
 
@@ -32,7 +32,7 @@ def evaluate(
 
     Args:
         model: An MSViT; it is in the same mode afterwards.
-        loader: Yields `msvit.data.Batch`; prepared by `accelerator` if there is one.
+        loader: Yields `msvit.data.loaders.Batch`; prepared by `accelerator` if there is one.
         predict: What to ask instead of `model.run`.
         accelerator: With several processes or autocast.
 
@@ -40,7 +40,7 @@ def evaluate(
         accuracy, loss, macs (a share of the dense backbone's), tokens, coarse (a share of the regions) and pictures;
         for built-in scenes also fine_object and fine_rest, the shares of fine regions on the object and elsewhere.
         Files that could not be read are in none of these; `unreadable` counts them. For a segmenter it is what
-        `msvit.segmetrics.evaluate` finds.
+        `msvit.evaluation.segmentation.evaluate` finds.
     """
     if isinstance(model, Segmenter):
         return segmetrics.evaluate(model, loader, predict, accelerator).numbers

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import Batch
-from .model import Result
-from .segdata import IGNORE
-from .segment import Segmenter
+from ..data.loaders import Batch
+from ..data.segmentation import IGNORE
+from ..models.heads import Segmenter
+from ..models.msvit import Result
 
 BAND = 4  # pixels on both sides of an edge
 Predict = Callable[[Tensor, Tensor], Result]  # of pictures and their indices
@@ -108,7 +108,7 @@ def evaluate(
     predict: Predict | None = None,
     accelerator=None,
 ) -> Quality:
-    """What a model does on a loader of `msvit.data.Batch`es, see `answers`.
+    """What a model does on a loader of `msvit.data.loaders.Batch`es, see `answers`.
 
     Returns:
         miou, accuracy (of pixels), band_accuracy (of pixels within 4 px of an edge), loss, boundary_fine (the share of

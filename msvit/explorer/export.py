@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from .drawing import INK, SIDE, font, png
 from .panels import cut_text, shown
-from .view import FREE, State
+from .state import FREE, State
 
 LINE = 6  # panels in a line of a file; more are put into two lines
 STYLE = """<style>

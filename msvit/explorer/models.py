@@ -18,16 +18,16 @@ from PIL import Image
 from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
 
-from .. import backbone
-from ..data import SCENES
-from ..layout import Layout
-from ..linear import fast_linear
-from ..masks import Rule
-from ..model import MSViT
-from ..recipe import Recipe
-from ..runs import RunError, read_recipe
-from ..scenes import DIFFICULTIES, Scenes
-from ..segment import Segmenter, load
+from ..core import backbone
+from ..core.attention import Layout
+from ..core.fast_linear import fast_linear
+from ..data.loaders import SCENES
+from ..data.scenes import DIFFICULTIES, Scenes
+from ..gating.rules import Rule
+from ..models.heads import Segmenter, load
+from ..models.msvit import MSViT
+from ..training.recipe import Recipe
+from ..training.runs import RunError, read_recipe
 
 DEMO = "demo"
 # The smallest that names nearly all easy scenes; the controller brings it near to its budget at a threshold of 0.5.
@@ -178,7 +178,7 @@ def train_demo() -> Path:
     try:
         MSViT.from_pretrained(folder)
     except UNREADABLE:
-        from ..train import train  # imports accelerate, which whoever only looks need not wait for
+        from ..training.loop import train
 
         shutil.rmtree(folder, ignore_errors=True)  # of another version, or torn
         train(DEMO_RECIPE, folder)

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import ipywidgets as widgets
 
-from . import gallery, sheet, sources, view
-from .gallery import ModelError, Subject
-from .rows import WRAP, Row
+from . import export as sheet
+from . import models as gallery
+from . import sources
+from . import state as view
+from .models import ModelError, Subject
 from .sources import Source
 from .uploads import PictureError, sort_out
+from .widgets import WRAP, Row
 
 # Of the threshold: sums of 0.01 are not exact, and a browser sends back what it rounds as if a hand had moved.
 STEPS = 256

@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from .drawing import COARSE, FINE, INK, colours, enlarged, font, frame, hatched, shortened, stacked, strip
-from .gallery import Subject
+from .models import Subject
 from .segpanels import error_panel, prediction_panel, truth_panel
-from .view import FREE, State, as_the_model_sees
+from .state import FREE, State, as_the_model_sees
 
 ENDED = "Where each pixel's token ended"
 DROPPED, HATCH = (40, 40, 40), (95, 95, 95)  # of patches without a token

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from ..segdata import IGNORE
-from ..segmetrics import near_edges
+from ..data.segmentation import IGNORE
+from ..evaluation.segmentation import near_edges
 from .drawing import WRONG, Colour, enlarged, font, hatched, ink_on, legend, notice, stacked
-from .view import State, shares_of
+from .state import State, shares_of
 
 # Paul Tol's muted scheme: a pale grey, and nine colours that differ in lightness too, for colour-blind eyes.
 MUTED = ((221, 221, 221), (51, 34, 136), (221, 204, 119), (17, 119, 51), (136, 204, 238), (204, 102, 119))

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import measure
-from ..model import Result
-from ..segdata import IGNORE
-from ..segmetrics import class_table, confusion
-from .gallery import Subject, timed
+from ..core import macs as measure
+from ..data.segmentation import IGNORE
+from ..evaluation.segmentation import class_table, confusion
+from ..models.msvit import Result
+from .models import Subject, timed
 from .sources import Shot
 
 FREE = -1  # not painted

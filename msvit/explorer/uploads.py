@@ -6,7 +6,7 @@ import warnings
 
 from PIL import Image
 
-from ..pictures import UNREADABLE, to_rgb
+from ..data.images import UNREADABLE, to_rgb
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no others: EPS, for one, would start Ghostscript
 MEGAPIXELS = 64  # decoded, that is 200 MB

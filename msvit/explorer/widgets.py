@@ -9,7 +9,9 @@ import ipywidgets as widgets
 import numpy as np
 import traitlets
 
-from . import panels, sheet, view
+from . import export as sheet
+from . import panels
+from . import state as view
 from .drawing import png
 
 WRAP = {"flex_flow": "row wrap"}

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .gbas import global_batch
+from .losses import global_batch
 
 
 class BudgetController:

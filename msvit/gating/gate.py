@@ -4,7 +4,8 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from .tokens import patchify
+from ..core.sampling import add_logistic_noise
+from ..core.tokens import patchify
 
 
 class Gate(nn.Module, PyTorchModelHubMixin):
@@ -59,16 +60,8 @@ class Gate(nn.Module, PyTorchModelHubMixin):
         """m in [0, 1] from logits: a Gumbel-sigmoid sample while training, its mode in evaluation."""
         logits = logits.float()
         if self.training:
-            # Away from 0 and 1, so that both logarithms are finite; the noise is a logistic variable.
-            u = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
-            logits = logits + u.log() - (-u).log1p()
+            logits = add_logistic_noise(logits)
         return torch.sigmoid(logits / self.tau)
 
     def extra_repr(self) -> str:
         return f"patch={self.patch}, temperature={self.temperature:.3g}"
-
-
-def straight_through(soft: Tensor, threshold: float | Tensor = 0.5) -> Tensor:
-    """1 where soft > threshold, else 0; the gradient is that of soft (Bengio et al. 2013)."""
-    hard = (soft > threshold).to(soft.dtype)
-    return hard + (soft - soft.detach()) if soft.requires_grad else hard  # exactly 0 or 1

@@ -1,6 +1,6 @@
 """Decisions without learning: rules that stand where a gate stands, and masks to run a model with.
 
-A rule is a module that MSViT takes as its gate, `MSViT(vit, gate=msvit.masks.make_rule("centre", rate=0.6))`. It judges
+A rule is a module that MSViT takes as its gate, `MSViT(vit, gate=msvit.make_rule("centre", rate=0.6))`. It judges
 each coarse region of a picture with a number in [0, 1], and the model makes coarse what exceeds its threshold.
 """
 
@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .reducers import checked_settings, pick
-from .tokens import patchify
+from ..core.tokens import patchify
+from ..reducers.registry import checked_settings, pick
 
 # Mean and standard deviation that most backbones' pictures are normalised with (ImageNet's).
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from . import measure
-from .checks import check_images
-from .masks import Rule
-from .tokens import spread
+from ..checks import check_images
+from ..core import macs as measure
+from ..core.tokens import spread
+from ..gating.rules import Rule
 
 
 @torch.no_grad()

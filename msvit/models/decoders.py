@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from . import measure
-from .layout import Layout, attend
-from .passage import after_attention, after_mlp, before_attention
+from ..core import macs as measure
+from ..core.attention import Layout, attend
+from ..core.blocks import after_attention, after_mlp, before_attention
 
 
 class LinearDecoder(nn.Module):

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import measure
-from ..masks import make_rule
-from ..model import MSViT
-from . import Reducer, make_reducer
+from ..core import macs as measure
+from ..gating.rules import make_rule
+from ..reducers.registry import Reducer, make_reducer
+from .msvit import MSViT
 
 
 def fit(name: str, vit: nn.Module, share: float, tokens: int | None = None, **settings: Any) -> dict[str, Any]:

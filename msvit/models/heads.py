@@ -14,15 +14,16 @@ import torch.nn.functional as F
 from huggingface_hub import hf_hub_download
 from torch import Tensor
 
-from . import backbone, measure
-from . import tokens as tk
-from .checks import check_images
+from ..checks import check_images
+from ..core import backbone
+from ..core import macs as measure
+from ..core import tokens as tk
+from ..core.attention import Layout
+from ..core.tokens import Tokens
+from ..reducers.registry import check_lossless
 from .decoders import DECODERS
 from .hub import CONFIG, load_folder, save_folder
-from .layout import Layout
-from .model import Gating, MSViT, Result
-from .reducers import check_lossless
-from .tokens import Tokens
+from .msvit import Gating, MSViT, Result
 
 
 class Segmenter(MSViT):

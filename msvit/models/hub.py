@@ -9,9 +9,10 @@ from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from .gate import Gate
-from .masks import make_rule
-from .reducers import make_reducer
+from ..gating.gate import Gate
+from ..gating.rules import make_rule
+from ..reducers.registry import make_reducer
+from . import zoo  # noqa: F401 (registers its backbones with timm, so that their folders load)
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -53,12 +54,12 @@ def save_folder(model: nn.Module, folder: Path):
         described = {"patch": gate.patch, "channels": gate.channels, "width": gate.mlp[0].out_features}
     elif (described := getattr(gate, "settings", None)) is None:
         raise ValueError(
-            f"the gate is a {type(gate).__name__}; only msvit.Gate and what msvit.masks.make_rule makes can be built "
+            f"the gate is a {type(gate).__name__}; only msvit.Gate and what msvit.make_rule makes can be built "
             "again from a config"
         )
     if reducer is not None and getattr(reducer, "settings", None) is None:
         raise ValueError(
-            f"the reducer is a {type(reducer).__name__}; make it with msvit.reducers.make_reducer, so that it can be "
+            f"the reducer is a {type(reducer).__name__}; make it with msvit.make_reducer, so that it can be "
             "built again from a config"
         )
     config = {

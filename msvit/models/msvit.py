@@ -7,18 +7,20 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from . import backbone, measure
-from . import tokens as tk
+from ..checks import check_images, check_mask
+from ..core import backbone
+from ..core import macs as measure
+from ..core import tokens as tk
+from ..core.attention import Layout
+from ..core.blocks import STEPS, Stage, pass_blocks
+from ..core.fast_linear import fast_linear
+from ..core.sampling import straight_through
+from ..core.tokens import Tokens
+from ..gating.gate import Gate
+from ..gating.rules import Rule
+from ..reducers.base import check_backbone
 from .calibrate import calibrate
-from .checks import check_images, check_mask
-from .gate import Gate, straight_through
 from .hub import load_folder, save_folder
-from .layout import Layout
-from .linear import fast_linear
-from .masks import Rule
-from .passage import STEPS, Stage, pass_blocks
-from .reducers.reducer import check_backbone
-from .tokens import Tokens
 
 EXECUTIONS = ("masked", "trimmed", "packed")
 
@@ -78,9 +80,9 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
     Args:
         vit: The backbone; it is used as it is, not copied.
         scale: Fine patches along the side of a coarse one.
-        gate: A trained gate, or a rule of `msvit.masks`; None makes a new gate.
+        gate: A trained gate, or a rule of `msvit.make_rule`; None makes a new gate.
         margin: An inactive token stays in a trimmed sequence if its soft activity is at least this; 0 keeps them all.
-        reducer: What drops or merges tokens inside the network, after the gate; from `msvit.reducers.make_reducer`.
+        reducer: What drops or merges tokens inside the network, after the gate; from `msvit.make_reducer`.
         share_embedding: Coarse patches go through the backbone's own embedding; False gives them a copy of it that
             trains on its own (an ablation).
     """

@@ -1,12 +1,12 @@
 """Figures to hover over, as plain plotly figures: JupyterLab draws them offline, and they survive a reload.
 
-Each has a static twin in `msvit.figures`; what must be on record is that one.
+Each has a static twin in `msvit.plots`; what must be on record is that one.
 """
 
 import pandas as pd
 import plotly.graph_objects as go
 
-from .figures import COLOURS, COSTS, MARKERS, style
+from .runs import COLOURS, COSTS, MARKERS, style
 
 SYMBOLS = dict(
     zip(

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..layout import Layout
-from ..tokens import Tokens
+from ..core.attention import Layout
+from ..core.tokens import Tokens
 
 
 class Teacher(NamedTuple):

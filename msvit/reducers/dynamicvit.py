@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..gate import straight_through
-from ..layout import Layout
-from ..tokens import Tokens
-from .reducer import Keeping, Teacher, patch_rows
+from ..core.attention import Layout
+from ..core.sampling import add_logistic_noise, straight_through
+from ..core.tokens import Tokens
+from .base import Keeping, Teacher, patch_rows
 
 
 class Predictor(nn.Module):
@@ -103,8 +103,7 @@ class DynamicViT(Keeping):
         """1 for the tokens to keep and 0 for the others, `[n]`; one at least per picture."""
         present = kept.detach() > 0.5
         if self.training:
-            u = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
-            soft = torch.sigmoid(logits + u.log() - (-u).log1p())
+            soft = torch.sigmoid(add_logistic_noise(logits))
             keep = straight_through(soft)
             return keep + (_best(layout, soft.where(present, -1.0)) * (1 - keep)).detach()
         ranked = logits.masked_fill(~present, -torch.inf)

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..tokens import Tokens
-from .reducer import Keeping, Reducer, merge
+from ..core.tokens import Tokens
+from .base import Keeping, Reducer, merge
 
 
 class PowerBert(Keeping):

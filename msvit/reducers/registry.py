@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 from torch import nn
 
+from .base import Reducer, Teacher, check_lossless, nearest_error, reconstruction_errors
 from .dynamicvit import DynamicViT
 from .evit import EViT
 from .pruning import GridPooling, PowerBert, RandomPruning
-from .reducer import Reducer, Teacher, check_lossless, nearest_error, reconstruction_errors
 from .token_pooling import TokenPooling
 from .tome import ToMe
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..tokens import Tokens
-from .reducer import Keeping, merge
+from ..core.tokens import Tokens
+from .base import Keeping, merge
 
 METHODS = ("kmeans", "kmedoids")
 

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..tokens import Tokens
-from .reducer import Reducer, merge
+from ..core.tokens import Tokens
+from .base import Reducer, merge
 
 
 class ToMe(Reducer):

@@ -14,14 +14,15 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from . import figures, runs
-from .build import Budget, load_data
-from .data import Loaders
-from .gbas import make_loss
-from .linear import fast_linear
-from .metrics import object_finder
-from .model import MSViT
-from .segment import load
+from ..core.fast_linear import fast_linear
+from ..data.loaders import Loaders
+from ..evaluation.classification import object_finder
+from ..gating.losses import make_loss
+from ..models.heads import load
+from ..models.msvit import MSViT
+from ..plots import runs as figures
+from ..training import runs
+from ..training.build import Budget, load_data
 
 
 @dataclass(frozen=True)

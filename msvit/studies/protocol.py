@@ -13,11 +13,11 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from . import measure
-from .build import build
-from .figures import as_the_model_sees, draw_grid, to_pixels
-from .looks import Look, worth
-from .recipe import Recipe
+from ..core import macs as measure
+from ..plots.runs import as_the_model_sees, draw_grid, to_pixels
+from ..training.build import build
+from ..training.recipe import Recipe
+from .inspect import Look, worth
 from .study import FULL, Row, methods, run_rows
 
 LIGHT = f"{FULL}, gbas, light"  # chosen on held-out training pictures, after the first results

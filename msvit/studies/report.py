@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from . import figures
-from .recipe import FIELDS
+from ..plots import runs as figures
+from ..training.recipe import FIELDS
 from .study import finished, summarise
 
 COLUMNS = {

@@ -11,11 +11,11 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from . import runs
-from .build import load_data
-from .figures import COLOURS, draw_grid, style, to_pixels
-from .segdata import IGNORE
-from .segment import Segmenter
+from ..data.segmentation import IGNORE
+from ..models.heads import Segmenter
+from ..plots.runs import COLOURS, draw_grid, style, to_pixels
+from ..training import runs
+from ..training.build import load_data
 from .study import Row
 
 COLUMNS = (

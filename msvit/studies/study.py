@@ -10,11 +10,11 @@ from typing import Any
 
 import pandas as pd
 
-from . import runs
-from .build import build
-from .recipe import Recipe
-from .reducers import REDUCERS, pick
-from .reducers.fit import fit
+from ..models.fit_reducer import fit
+from ..reducers.registry import REDUCERS, pick
+from ..training import runs
+from ..training.build import build
+from ..training.recipe import Recipe
 
 # What each part of the method is replaced by when it is switched off.
 PARTS: dict[str, dict[str, Any]] = {
@@ -118,7 +118,7 @@ def run_rows(
 
 def train_all(plan: list[tuple[str, Recipe]], folder: str | Path, tell: Callable[[str], None] = print) -> pd.DataFrame:
     """Trains labelled recipes in turn, each in the folder of its name; their summaries as a table."""
-    from .train import train
+    from ..training.loop import train
 
     table = []
     for number, (label, recipe) in enumerate(plan, 1):
@@ -196,5 +196,5 @@ def choose(found: Mapping[str, pd.DataFrame], data: str = "") -> str:
 
 def place(path: str) -> Path:
     """A relative path from the repository's root, or from the working folder where msvit is installed without one."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     return (root if (root / "notebooks").is_dir() else Path.cwd()) / path

@@ -21,9 +21,9 @@ from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 
-from .recipe import Recipe
-from .runs import RunBusy
-from .train import train
+from ..training.loop import train
+from ..training.recipe import Recipe
+from ..training.runs import RunBusy
 
 
 class Range(NamedTuple):

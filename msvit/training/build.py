@@ -20,16 +20,16 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
-from .data import Loaders, make_loader, make_loaders, set_epoch
-from .gate import Gate
-from .hub import describe_backbone
-from .masks import make_rule
-from .model import MSViT
+from ..data.loaders import Loaders, make_loader, make_loaders, set_epoch
+from ..data.seeds import permutation
+from ..data.segmentation import make_seg_loaders
+from ..gating.gate import Gate
+from ..gating.rules import make_rule
+from ..models.heads import Segmenter, load
+from ..models.hub import describe_backbone
+from ..models.msvit import MSViT
+from ..reducers.registry import make_reducer
 from .recipe import Recipe, RecipeError
-from .reducers import make_reducer
-from .scenes import permutation
-from .segdata import make_seg_loaders
-from .segment import Segmenter, load
 
 TINY = "vit_mini_patch8_64"
 BUDGETED = ("learned", "centre", "border", "random", "entropy")  # gatings that the target steers

@@ -41,7 +41,7 @@ def _commit() -> str | None:
     """The last commit that touched this package, with a + if it was changed since; None outside of git."""
     if not (git := shutil.which("git")):
         return None
-    here = [git, "-C", str(Path(__file__).parent)]
+    here = [git, "-C", str(Path(__file__).parents[1])]
     try:
         commit, changed = (
             subprocess.run([*here, *command], capture_output=True, text=True, timeout=10, check=True).stdout.strip()

@@ -23,15 +23,15 @@ from accelerate.utils import DataLoaderConfiguration, gather_object, is_tensorbo
 from timm.data import Mixup
 from tqdm import tqdm
 
+from ..data.loaders import set_epoch
+from ..data.seeds import hashed
+from ..evaluation.classification import evaluate, object_finder
 from . import runs
 from .build import build, choose_gate, first_pictures, fit_head, load_data
-from .data import set_epoch
 from .environment import environment
-from .metrics import evaluate, object_finder
-from .objective import Gated, Objective
+from .objectives import Gated, Objective
 from .recipe import Recipe, RecipeError
 from .runs import Folder, Run, RunError
-from .scenes import hashed
 from .stage import Stage
 
 CURVE = 50  # points of an epoch's loss curve that are kept
@@ -50,7 +50,7 @@ def train(
 
     Args:
         recipe: All settings.
-        folder: For the records, see `msvit.runs`.
+        folder: For the records, see `msvit.training.runs`.
         progress: Show a bar on standard error.
         tensorboard: Write the metrics for TensorBoard too, into the folder.
         watch: Called by the main process with the line of metrics of each epoch, once it is on the disk. What it

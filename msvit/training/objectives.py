@@ -1,7 +1,7 @@
 """Objectives: what a training step of each stage computes.
 
-The loop in `msvit.train` knows nothing of gates. A method is a subclass of `Objective`: its forward makes the loss and
-whatever scalars are worth recording, its parameters are what trains, and its state is what a resumed run needs.
+The loop (`msvit.training.loop`) knows nothing of gates. A method is a subclass of `Objective`: its forward makes the
+loss and whatever scalars are worth recording, its parameters are what trains, and its state is what a resumed run needs.
 """
 
 import copy
@@ -14,15 +14,15 @@ import torch.nn.functional as F
 from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 
-from .budget import BudgetController
+from ..core.fast_linear import fast_linear
+from ..data.segmentation import IGNORE
+from ..gating.controller import BudgetController
+from ..gating.losses import make_loss
+from ..models.heads import Segmenter, slide
+from ..models.msvit import MSViT, Result
+from ..reducers.registry import Teacher
 from .build import Budget
-from .gbas import make_loss
-from .linear import fast_linear
-from .model import MSViT, Result
 from .recipe import Recipe
-from .reducers import Teacher
-from .segdata import IGNORE
-from .segment import Segmenter, slide
 
 Objects = Callable[[Tensor, int], Tensor]  # of indices and the side of a patch: bool [B, h, w], where the object is
 

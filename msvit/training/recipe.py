@@ -37,7 +37,7 @@ class Recipe:
     train_n: int = setting(0, "training pictures an epoch; 0 = all there are (of scenes 8192)", "[0, inf)")
     val_n: int = setting(0, "pictures to evaluate on; 0 = all there are (of scenes 2048)", "[0, inf)")
     holdout: float = setting(0.0, "share of the training pictures to evaluate on in their place", "[0, 1)")
-    augment: str = setting("none", "augmentation of training pictures, by msvit.data's names")
+    augment: str = setting("none", "augmentation of training pictures, by the names in msvit.data.loaders")
     batch: int = setting(128, "pictures in a step, over all processes", "[1, inf)")
     workers: int = setting(0, "processes that read pictures, for each process that trains", "[0, inf)")
     task: str = setting("classify", "a label for each picture, or for each pixel", choices=("classify", "segment"))
@@ -73,7 +73,7 @@ class Recipe:
     distill: float = setting(0.0, "weight of KL(dense || gated), the teacher as stage one left it", "[0, inf)")
 
     gating: str = setting("learned", "who decides: the gate, or a rule in its place", choices=GATINGS)
-    loss: str = setting("gbas", "the gate loss, by msvit.gbas's names")
+    loss: str = setting("gbas", "the gate loss, by the names in msvit.gating.losses")
     loss_weight: float | None = setting(
         None, "weight of the gate loss; none = the loss's own, segmentation: over the regions", "[0, inf)"
     )
@@ -90,7 +90,7 @@ class Recipe:
     trim: bool = setting(True, "cut training sequences to what is active; false = all tokens, masked")
     margin: float = setting(0.1, "inactive tokens with this soft activity stay in cut sequences", "[0, 0.5]")
 
-    reducer: str = setting("", "what drops or merges tokens in the network, by msvit.reducers' names")
+    reducer: str = setting("", "what drops or merges tokens in the network, by the names of `msvit methods`")
     reducer_settings: dict = setting({}, "its settings, as in keep=0.7")
 
     precision: str = setting("fp32", "bf16 = autocast", choices=("fp32", "bf16"))

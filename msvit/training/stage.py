@@ -11,9 +11,9 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from .objective import Objective
+from ..data.seeds import hashed
+from .objectives import Objective
 from .recipe import Recipe
-from .scenes import hashed
 
 
 class Stage:

@@ -11,14 +11,16 @@ import timm
 import torch
 
 from msvit import MSViT, cli
-from msvit.bench import bout, contenders, report, timing
-from msvit.bench.contenders import ROWS, Case
+from msvit.bench import cases as contenders
+from msvit.bench import method as bout
+from msvit.bench import report, timing
+from msvit.bench.cases import ROWS, Case
 from msvit.bench.run import bench, build
 from msvit.bench.settings import Plan, Settings, plans
-from msvit.gate import Gate
-from msvit.recipe import RecipeError
-from msvit.reducers import REDUCERS
-from msvit.runs import RunError
+from msvit.gating.gate import Gate
+from msvit.reducers.registry import REDUCERS
+from msvit.training.recipe import RecipeError
+from msvit.training.runs import RunError
 
 TINY = "vit_mini_patch8_64"
 FAST = {"models": (TINY,), "batch": (1, 4), "repeats": 2, "device": "cpu", "train": False}
@@ -349,8 +351,8 @@ def test_an_interruption_keeps_the_turns_that_are_whole(capsys, tmp_path, monkey
 
 def test_without_matplotlib_there_is_no_figure_and_a_word_about_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "msvit.figures", raising=False)
-    monkeypatch.delattr("msvit.figures", raising=False)
+    monkeypatch.delitem(sys.modules, "msvit.plots.runs", raising=False)
+    monkeypatch.delattr("msvit.plots.runs", raising=False)
     said = []
     made = {"settings": {"scaling": False}, "rows": [{"ms": 1.0}]}
     report.draw(made, tmp_path, said.append)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from msvit import layout as layouts
-from msvit.layout import Layout, WeightedAttention, attend, by_rows
+from msvit.core import attention as layouts
+from msvit.core.attention import Layout, WeightedAttention, attend, by_rows
 
 
 def by_loops(layout, q, k, v, weight):

@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import msvit
-from msvit import linear
 from msvit.bench.timing import counted_macs
+from msvit.core import fast_linear as linear
 
 pytestmark = pytest.mark.skipif(not linear.AVAILABLE, reason="this PyTorch has no oneDNN on x86")
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import msvit
-from msvit import backbone
-from msvit.tokens import choose_trimmed
+from msvit.core import backbone
+from msvit.core.tokens import choose_trimmed
 
 
 def built(make_vit, size=(64, 96), scale=2, execution="packed", **settings):

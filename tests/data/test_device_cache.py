@@ -3,20 +3,20 @@
 import numpy as np
 import pytest
 import torch
-from test_data import epoch, same, write
+from helpers import epoch, same, write_folder
 
-from msvit import bank
-from msvit.bank import Bank, boxes, crop, draws
-from msvit.data import make_loaders
-from msvit.recipe import Recipe
-from msvit.train import train
+from msvit.data import device_cache as bank
+from msvit.data.device_cache import Bank, boxes, crop, draws
+from msvit.data.loaders import make_loaders
+from msvit.training.loop import train
+from msvit.training.recipe import Recipe
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def folder(tmp_path):
-    return write(tmp_path / "p", train=7, val=5)
+    return write_folder(tmp_path / "p", train=7, val=5)
 
 
 @pytest.fixture

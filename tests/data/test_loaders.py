@@ -8,48 +8,26 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard
+from helpers import epoch, same, write_folder
 from PIL import Image
 from timm.data.dataset import IterableImageDataset
 from torch.utils.data import Dataset
 
-from msvit import pictures
-from msvit.build import first_pictures
-from msvit.data import Batch, make_loaders, set_epoch
-from msvit.pictures import to_rgb
+from msvit.data import images as pictures
+from msvit.data.images import to_rgb
+from msvit.data.loaders import Batch, make_loaders, set_epoch
+from msvit.training.build import first_pictures
 
 fork = pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")  # Python 3.12, where torch has threads
 
 
-def write(root, train=6, val=3, classes=("cat", "dog"), size=(40, 30)):
-    """A small folder of pictures, each of one colour with a gradient, so that a flip or crop shows."""
-    rng = np.random.default_rng(0)
-    for split, n in (("train", train), ("val", val)):
-        for name in classes:
-            (root / split / name).mkdir(parents=True)
-            for i in range(n):
-                pixels = rng.integers(0, 200, 3) + np.arange(size[0])[None, :, None] + np.zeros((size[1], 1, 1))
-                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{i}.png")
-    return root
-
-
 @pytest.fixture
 def folder(tmp_path):
-    return write(tmp_path / "pictures")
+    return write_folder(tmp_path / "pictures")
 
 
 def settings(folder, **changes):
     return {"data": f"folder:{folder}", "size": 16, "batch": 4, "val_batch": 4, "augment": "timm"} | changes
-
-
-def epoch(loaders, e):
-    set_epoch(loaders.train, e)
-    return list(loaders.train)
-
-
-def same(a, b):
-    return len(a) == len(b) and all(
-        torch.equal(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)
-    )
 
 
 def test_scenes_by_default():

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from msvit import scenes as S
-from msvit.scenes import DIFFICULTIES, Scenes, hashed, permutation, render
+from msvit.data import scenes as S
+from msvit.data.scenes import DIFFICULTIES, Scenes, render
+from msvit.data.seeds import hashed, permutation
 
 
 def rendered(labels, difficulty="easy", size=(64, 64), count=64):

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from torchvision import tv_tensors
 
-from msvit.data import set_epoch
-from msvit.segdata import IGNORE, collate_padded, joint_transform, make_seg_loaders, open_folder
+from msvit.data.loaders import set_epoch
+from msvit.data.segmentation import IGNORE, collate_padded, joint_transform, make_seg_loaders, open_folder
 
 NAMES = ["sky", "road", "Void", "car"]
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import msvit
-from msvit.data import Batch
-from msvit.segment import Segmenter
-from msvit.segmetrics import class_table, confusion, evaluate, fine_pixels, near_edges
+from msvit.data.loaders import Batch
+from msvit.evaluation.segmentation import class_table, confusion, evaluate, fine_pixels, near_edges
+from msvit.models.heads import Segmenter
 
 
 def oracle_iou(prediction, target, classes):

@@ -22,14 +22,14 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from test_explorer import bomb, encoded, gradient
+from helpers import bomb, encoded, gradient
 
 import msvit
-from msvit.reducers import make_reducer
-from msvit.scenes import Scenes
-from msvit.segment import Segmenter
+from msvit.data.scenes import Scenes
+from msvit.models.heads import Segmenter
+from msvit.reducers.registry import make_reducer
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FAILURES = ROOT / "reports" / "failures"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PACKAGES = ("playwright", "jupyterlab", "voila", "anywidget")

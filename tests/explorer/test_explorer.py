@@ -1,36 +1,30 @@
 """The explorer without a browser: what it computes, what it draws, and what it says to hostile pictures."""
 
-import io
-import struct
-import zlib
 from datetime import UTC, datetime
 
 import numpy as np
 import pytest
 import timm
 import torch
+from helpers import COMMON, bomb, check_panels, encoded, gradient, mini_model
 from PIL import Image
 
 import msvit
-from msvit.explorer import drawing, gallery, panels, sheet, sources, view
-from msvit.explorer.gallery import ModelError
+from msvit.data.scenes import Scenes
+from msvit.explorer import drawing, panels, sources
+from msvit.explorer import export as sheet
+from msvit.explorer import models as gallery
+from msvit.explorer import state as view
+from msvit.explorer.models import ModelError
 from msvit.explorer.sources import Shot
 from msvit.explorer.uploads import MEGAPIXELS, PictureError, read_picture
-from msvit.scenes import Scenes
 
 GREY = (120, 130, 140)
 
 
-def model_of(seed=0):
-    torch.manual_seed(seed)
-    model = msvit.MSViT(timm.create_model("vit_mini_patch8_64")).eval()
-    model.vit.head.weight.data *= 20  # so that a change of tokens changes the answer visibly
-    return model
-
-
 @pytest.fixture
 def subject():
-    return gallery.describe("mini", model_of())
+    return gallery.describe("mini", mini_model())
 
 
 @pytest.fixture
@@ -113,20 +107,6 @@ def test_a_picture_that_is_not_square():
 # ---- what is drawn
 
 
-def check_panels(look, titles):
-    """All of one width, and different at two thresholds but for those that promise to stay."""
-    shown = panels.shown(look.subject)
-    assert list(shown) == titles
-    states = [view.see(look, threshold) for threshold in (0.0, 1.0)]
-    for title, panel in shown.items():
-        pictures = [panel.draw(state) for state in states]
-        assert {picture.width for picture in pictures} == {drawing.SIDE}
-        assert np.array_equal(*map(np.asarray, pictures)) == panel.fixed, title
-
-
-COMMON = ["Picture", "Gate: probability of coarse", "Mixed-scale tokens", "Pixels in the tokens"]
-
-
 def test_panels_have_one_width_and_show_the_state(look):
     check_panels(look, [*COMMON, "Class probabilities"])
 
@@ -165,28 +145,6 @@ def test_macs_are_said_as_macs(macs, text):
 
 
 # ---- pictures from strangers
-
-
-def encoded(image, kind="PNG", **options):
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def bomb(side):
-    """A PNG of side x side white pixels in a few kilobytes a megapixel; its header is all that may be read."""
-
-    def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
-    packer, row = zlib.compressobj(1), b"\0" + b"\xff" * (side // 8)
-    rows = b"".join(packer.compress(row) for _ in range(side)) + packer.flush()
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
-
-
-def gradient(mode="RGB", size=(64, 48)):
-    return Image.linear_gradient("L").resize(size).convert(mode)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +210,7 @@ def test_pictures_stand_upright(orientation):
 
 
 def test_models_are_found_and_loaded(tmp_path):
-    model_of(1).save_pretrained(tmp_path / "runs/deep/one")
+    mini_model(1).save_pretrained(tmp_path / "runs/deep/one")
     (tmp_path / "runs/half").mkdir()
     (tmp_path / "runs/half/config.json").write_text("{}")
     runs = tmp_path / "runs"
@@ -273,13 +231,13 @@ def test_models_are_found_and_loaded(tmp_path):
 
 
 def test_a_run_brings_its_classes_and_its_normalisation(tmp_path):
-    from msvit.recipe import Recipe
-    from msvit.runs import Folder
+    from msvit.training.recipe import Recipe
+    from msvit.training.runs import Folder
 
     records = Folder(tmp_path / "run")
     records.open(Recipe(data="scenes:middle"))
-    records.save_model(model_of())
-    records.save_model(model_of(), "dense")
+    records.save_model(mini_model())
+    records.save_model(mini_model(), "dense")
     records.close()
     subject = gallery.load_model("run", tmp_path)
     assert subject.classes[4] == "wide rows"
@@ -336,7 +294,7 @@ def explorer(subject, tmp_path):
     pytest.importorskip("anywidget", reason="anywidget is not installed (extra `notebooks`)")
     from msvit.explorer import Explorer
 
-    model_of(1).save_pretrained(tmp_path / "runs/other")
+    mini_model(1).save_pretrained(tmp_path / "runs/other")
     return Explorer(subject, runs=tmp_path / "runs", out=tmp_path / "out")
 
 

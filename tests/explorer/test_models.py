@@ -6,21 +6,24 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers import COMMON, check_panels, mini_model
 from PIL import Image
-from test_explorer import COMMON, check_panels, model_of
 
 import msvit
-from msvit.explorer import drawing, gallery, panels, segpanels, sheet, sources, view
-from msvit.explorer.gallery import ModelError
+from msvit.core.fast_linear import fast_linear
+from msvit.data.scenes import Scenes
+from msvit.data.segmentation import IGNORE
+from msvit.explorer import drawing, panels, segpanels, sources
+from msvit.explorer import export as sheet
+from msvit.explorer import models as gallery
+from msvit.explorer import state as view
+from msvit.explorer.models import ModelError
 from msvit.explorer.uploads import PictureError
-from msvit.linear import fast_linear
-from msvit.masks import make_rule
-from msvit.recipe import Recipe
-from msvit.reducers import make_reducer
-from msvit.runs import Folder
-from msvit.scenes import Scenes
-from msvit.segdata import IGNORE
-from msvit.segment import Segmenter
+from msvit.gating.rules import make_rule
+from msvit.models.heads import Segmenter
+from msvit.reducers.registry import make_reducer
+from msvit.training.recipe import Recipe
+from msvit.training.runs import Folder
 
 ENDED, SEGMENTED = panels.ENDED, ["Prediction", "Ground truth", "Error"]
 
@@ -36,7 +39,7 @@ def segmenter_of(seed=0, reducer=None, classes=None, **settings):
 
 
 def reduced(name, **settings):
-    model = model_of()
+    model = mini_model()
     model.reducer = make_reducer(name, model.vit, **settings)
     return gallery.describe(name, model.eval())
 
@@ -193,7 +196,7 @@ def test_a_run_of_segmentation_can_be_chosen(tmp_path):
 
 
 def test_a_classifier_beside_a_segmenter(segmenter, tmp_path):
-    explorer = open_explorer(segmenter, gallery.describe("names", model_of()), runs=tmp_path, out=tmp_path)
+    explorer = open_explorer(segmenter, gallery.describe("names", mini_model()), runs=tmp_path, out=tmp_path)
     assert "of pixels right" in explorer.rows[0].figures.value
     assert "it is " in explorer.rows[1].figures.value
     explorer.budget.value = 60
@@ -311,7 +314,7 @@ def test_the_layer_slider_shows_the_nearest_stage_and_runs_nothing(tmp_path):
 
 
 def test_models_without_a_reducer_have_no_layers(tmp_path):
-    explorer = open_explorer(gallery.describe("mini", model_of()), reduced("tome"), runs=tmp_path, out=tmp_path)
+    explorer = open_explorer(gallery.describe("mini", mini_model()), reduced("tome"), runs=tmp_path, out=tmp_path)
     assert explorer.layer.layout.display is None
     assert explorer.rows[0].boxes[ENDED].layout.display == "none"
     explorer.layer.value = 0
@@ -348,7 +351,7 @@ def test_a_segmenter_with_a_reducer():
 
 @pytest.mark.parametrize(("name", "settings"), [("random", {"rate": 0.4}), ("centre", {}), ("entropy", {"bits": 4.0})])
 def test_a_rule_stands_in_the_gates_place(name, settings, tmp_path):
-    model = model_of()
+    model = mini_model()
     model.gate = make_rule(name, **settings)
     model.save_pretrained(tmp_path / name)
     subject = gallery.load_model(name, tmp_path)
@@ -373,12 +376,12 @@ def test_a_rule_stands_in_the_gates_place(name, settings, tmp_path):
 
 
 def test_three_scales_are_refused_with_a_reason(tmp_path):
-    model = model_of()
+    model = mini_model()
     model.gate = make_rule("entropy", scales=3)
     with pytest.raises(ModelError, match="mine has a rule of three scales"):
         gallery.describe("mine", model)
     model.save_pretrained(tmp_path / "three")
-    explorer = open_explorer(gallery.describe("mini", model_of()), runs=tmp_path, out=tmp_path)
+    explorer = open_explorer(gallery.describe("mini", mini_model()), runs=tmp_path, out=tmp_path)
     explorer.model.value = "three"
     assert "three has a rule of three scales" in explorer.message.value
     assert "delete" not in explorer.message.value
@@ -391,7 +394,7 @@ def test_three_scales_are_refused_with_a_reason(tmp_path):
 def test_what_a_gate_has_not_learned_is_said(settings, said, tmp_path):
     records = Folder(tmp_path / "run")
     records.open(Recipe(**settings))
-    records.save_model(model_of())
+    records.save_model(mini_model())
     records.close()
     note = gallery.load_model("run", tmp_path).note
     assert (said in note and "untrained" in note) if said else note == ""
@@ -411,7 +414,7 @@ def test_the_dense_model_has_the_same_linear_layers(monkeypatch):
         def __exit__(self, *_):
             depth.pop()
 
-    subject = gallery.describe("mini", model_of())
+    subject = gallery.describe("mini", mini_model())
     subject.model.vit.head.register_forward_hook(lambda *_: within.append(bool(depth)))
     monkeypatch.setattr(gallery, "fast_linear", Watched)
     assert subject.dense_ms > 0

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from msvit.budget import BudgetController
-from msvit.gbas import make_loss
+from msvit.gating.controller import BudgetController
+from msvit.gating.losses import make_loss
 
 TARGET = 0.6
 STEPS = 300

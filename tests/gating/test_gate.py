@@ -4,8 +4,9 @@ import pytest
 import timm
 import torch
 
-from msvit import Gate, measure
-from msvit.gate import straight_through
+from msvit import Gate
+from msvit.core import macs as measure
+from msvit.core.sampling import straight_through
 
 
 def test_evaluation_is_deterministic_and_training_is_not():

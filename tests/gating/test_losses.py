@@ -12,7 +12,7 @@ import scipy.stats
 import torch
 from torch.autograd import gradcheck
 
-from msvit.gbas import (
+from msvit.gating.losses import (
     L0,
     BaS,
     GBaS,
@@ -407,7 +407,7 @@ def test_plots_draw_what_the_loss_holds():
     pytest.importorskip("matplotlib").use("Agg")
     from matplotlib import pyplot as plt
 
-    from msvit import plots
+    from msvit.plots import gate_loss as plots
 
     loss, gates = GBaS((2, 3), learn_temperature=True), torch.rand(16, 2, 3)
     with torch.no_grad():

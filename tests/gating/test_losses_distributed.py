@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from msvit.gbas import make_loss
+from msvit.gating.losses import make_loss
 
 NAMES = ("gbas", "bas", "l0", "ratio")
 SIZES = (5, 3)  # of the two batches; that they differ must not matter either

@@ -7,9 +7,9 @@ import timm
 import torch
 
 import msvit
-from msvit.masks import RULES, Entropy, Rule, Static, make_rule, oracle
-from msvit.model import EXECUTIONS
-from msvit.scenes import Scenes
+from msvit.data.scenes import Scenes
+from msvit.gating.rules import RULES, Entropy, Rule, Static, make_rule, oracle
+from msvit.models.msvit import EXECUTIONS
 
 
 def entropy_of(grey):

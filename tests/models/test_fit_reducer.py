@@ -1,10 +1,11 @@
 import pytest
 import torch
 
-from msvit import MSViT, make_reducer, make_rule, study
-from msvit.recipe import Recipe
-from msvit.reducers import REDUCERS
-from msvit.reducers.fit import fit
+from msvit import MSViT, make_reducer, make_rule
+from msvit.models.fit_reducer import fit
+from msvit.reducers.registry import REDUCERS
+from msvit.studies import study
+from msvit.training.recipe import Recipe
 
 
 @pytest.mark.parametrize("name", REDUCERS)

@@ -4,16 +4,16 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from test_model import shake
+from helpers import shake
 from torch import nn
 
 import msvit
 from msvit.bench.timing import counted_macs
-from msvit.decoders import DECODERS
-from msvit.gate import straight_through
-from msvit.model import EXECUTIONS, Gating
-from msvit.reducers import make_reducer
-from msvit.segment import Segmenter, load, slide
+from msvit.core.sampling import straight_through
+from msvit.models.decoders import DECODERS
+from msvit.models.heads import Segmenter, load, slide
+from msvit.models.msvit import EXECUTIONS, Gating
+from msvit.reducers.registry import make_reducer
 
 K = 5
 FORMS = [(decoder, scatter) for decoder in DECODERS for scatter in ("after", "before")]

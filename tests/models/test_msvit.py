@@ -4,11 +4,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from helpers import shake
 
 import msvit
-from msvit import backbone
-from msvit.gate import straight_through
-from msvit.model import EXECUTIONS, Gating
+from msvit.core import backbone
+from msvit.core.sampling import straight_through
+from msvit.models.msvit import EXECUTIONS, Gating
 
 # The list of the README. Depth is cut where a test would take long; everything else is as timm has it.
 BACKBONES = {
@@ -41,15 +42,6 @@ VARIANTS = [
     {"pos_embed": "none", "class_token": False, "global_pool": "avg"},
     {"drop_path_rate": 0.5, "init_values": 0.1},
 ]
-
-
-def shake(vit):
-    """Random values where timm starts with zeros, ones or 1e-5, so that nothing drops out of a comparison."""
-    with torch.no_grad():
-        for name, p in vit.named_parameters():
-            if p.dim() == 1 or "token" in name or "pos_embed" in name or "latent" in name:
-                p.add_(0.2 * torch.randn_like(p))
-    return vit.eval()
 
 
 def assert_identical(vit, size):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from msvit.layout import Layout, attend, attend_watched, attention_of_first
-from msvit.reducers import EViT, GridPooling, PowerBert, RandomPruning, TokenPooling, ToMe
-from msvit.reducers.reducer import merge
-from msvit.tokens import Tokens
+from msvit.core.attention import Layout, attend, attend_watched, attention_of_first
+from msvit.core.tokens import Tokens
+from msvit.reducers.base import merge
+from msvit.reducers.registry import EViT, GridPooling, PowerBert, RandomPruning, TokenPooling, ToMe
 
 CASES = 200
 WIDTH, PREFIX = 6, 2

@@ -7,9 +7,12 @@ import torch.nn.functional as F
 
 import msvit
 from msvit.bench.timing import counted_macs
-from msvit.masks import Static, make_rule
-from msvit.model import EXECUTIONS
-from msvit.reducers import (
+from msvit.core.backbone import pooled_logits
+from msvit.core.macs import gate_macs
+from msvit.core.sampling import straight_through
+from msvit.gating.rules import Static, make_rule
+from msvit.models.msvit import EXECUTIONS, Gating
+from msvit.reducers.registry import (
     METHODS,
     REDUCERS,
     DynamicViT,
@@ -140,7 +143,7 @@ def test_macs_are_the_count_to_the_last_unit(make_vit, name, settings):
         assert total == results[1].macs.sum().item()
     if name not in ("grid",) and settings.get("threshold") is None:
         closed = model.macs_of(mask.sum((1, 2)), SIZE)
-        assert torch.equal(closed - msvit.measure.gate_macs(model.gate, 16), results[1].macs)
+        assert torch.equal(closed - gate_macs(model.gate, 16), results[1].macs)
 
 
 @pytest.mark.parametrize(
@@ -346,9 +349,9 @@ def test_the_gate_learns_through_a_merge(make_vit):
         model = msvit.MSViT(vit, reducer=reducer).train()
         s = scores.clone().requires_grad_()
         soft = torch.sigmoid(s / model.gate.tau)
-        gating = msvit.model.Gating(s, soft, msvit.gate.straight_through(soft))
+        gating = Gating(s, soft, straight_through(soft))
         tokens = model.encode(images, gating, "masked")
-        F.cross_entropy(msvit.backbone.pooled_logits(vit, tokens), torch.arange(4)).backward()
+        F.cross_entropy(pooled_logits(vit, tokens), torch.arange(4)).backward()
         gradients.append(s.grad)
     plain, neutral, merging = gradients
     torch.testing.assert_close(neutral, plain, rtol=1e-4, atol=1e-7)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from msvit.params import ParameterError, guard
+from msvit.studies.params import ParameterError, guard
 
 ANNOTATIONS = {
     "gbas": bool,

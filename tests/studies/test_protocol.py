@@ -3,11 +3,13 @@
 import pytest
 import torch
 
-from msvit import MSViT, measure, protocol
-from msvit.build import build
-from msvit.looks import Look
-from msvit.masks import make_rule
-from msvit.recipe import Recipe
+from msvit import MSViT
+from msvit.core import macs as measure
+from msvit.gating.rules import make_rule
+from msvit.studies import protocol
+from msvit.studies.inspect import Look
+from msvit.training.build import build
+from msvit.training.recipe import Recipe
 
 BASE = Recipe(model="tiny", target=0.6, epochs_dense=2, epochs=1)
 

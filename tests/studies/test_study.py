@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from msvit import figures, report, study
-from msvit.recipe import Recipe
+from msvit.plots import runs as figures
+from msvit.studies import report, study
+from msvit.training.recipe import Recipe
 
 ON = dict.fromkeys(study.PARTS, True)
 

@@ -12,19 +12,19 @@ import pandas as pd
 import pytest
 import timm
 import torch
+from helpers import write_folder
 from safetensors.torch import save_file
-from test_data import write
 
 import msvit
-from msvit import runs
-from msvit.build import Budget, Part, build, load_data
-from msvit.data import set_epoch
-from msvit.metrics import evaluate, evaluate_run
-from msvit.objective import Gated, Objective
-from msvit.recipe import Recipe, RecipeError
-from msvit.runs import RunError
-from msvit.stage import Stage
-from msvit.train import Trainer, train
+from msvit.data.loaders import set_epoch
+from msvit.evaluation.classification import evaluate, evaluate_run
+from msvit.training import runs
+from msvit.training.build import Budget, Part, build, load_data
+from msvit.training.loop import Trainer, train
+from msvit.training.objectives import Gated, Objective
+from msvit.training.recipe import Recipe, RecipeError
+from msvit.training.runs import RunError
+from msvit.training.stage import Stage
 
 # Four steps an epoch of a few milliseconds each.
 SMALL = Recipe(train_n=64, val_n=48, batch=16, epochs_dense=1, epochs=2, device="cpu")
@@ -74,7 +74,7 @@ def test_the_saved_model_is_the_one_that_was_evaluated(finished):
 
 
 def test_a_finished_run_is_only_read(finished, monkeypatch):
-    monkeypatch.setattr("msvit.train.Trainer", None)
+    monkeypatch.setattr("msvit.training.loop.Trainer", None)
     assert train(SMALL, finished.folder) == finished
 
 
@@ -391,7 +391,7 @@ def test_a_part_keeps_numbers_and_pictures():
 
 
 def test_a_folder_of_pictures_with_a_broken_one(tmp_path):
-    write(tmp_path / "data", train=9, val=4)
+    write_folder(tmp_path / "data", train=9, val=4)
     (tmp_path / "data" / "train" / "cat" / "3.png").write_text("not a picture")
     recipe = Recipe(
         data=f"folder:{tmp_path}/data",

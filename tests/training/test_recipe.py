@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from msvit.recipe import FIELDS, Recipe, RecipeError, expected, parse
+from msvit.training.recipe import FIELDS, Recipe, RecipeError, expected, parse
 
 
 def test_every_field_says_what_it_is():

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from msvit import runs
-from msvit.recipe import Recipe
-from msvit.runs import RunWarning
-from msvit.train import train
+from msvit.training import runs
+from msvit.training.loop import train
+from msvit.training.recipe import Recipe
+from msvit.training.runs import RunWarning
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 RECIPE = Recipe(train_n=64, val_n=50, batch=16, epochs_dense=2, epochs=2, device="cpu")
 

@@ -12,10 +12,10 @@ import timm
 import torch
 
 import msvit
-from msvit import runs
-from msvit.environment import environment
-from msvit.recipe import Recipe
-from msvit.runs import Folder, RunError, RunWarning
+from msvit.training import runs
+from msvit.training.environment import environment
+from msvit.training.recipe import Recipe
+from msvit.training.runs import Folder, RunError, RunWarning
 
 LINE = {"epoch": 1, "stage": "dense", "train_loss": 0.5, "curve": [1.0, 0.5]}
 

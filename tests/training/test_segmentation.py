@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from PIL import Image
 
 import msvit
-from msvit.build import build, fit_head, load_data
 from msvit.cli import main
-from msvit.metrics import evaluate_run
-from msvit.model import Result
-from msvit.objective import Objective
-from msvit.recipe import Recipe, RecipeError
-from msvit.scenes import Scenes
-from msvit.segment import Segmenter, slide
-from msvit.train import train
+from msvit.data.scenes import Scenes
+from msvit.evaluation.classification import evaluate_run
+from msvit.models.heads import Segmenter, slide
+from msvit.models.msvit import Result
+from msvit.training.build import build, fit_head, load_data
+from msvit.training.loop import train
+from msvit.training.objectives import Objective
+from msvit.training.recipe import Recipe, RecipeError
 
 # Four steps an epoch of a few milliseconds each.
 SMALL = Recipe(
@@ -157,7 +157,7 @@ def test_every_gating_and_a_reducer_that_merges(tmp_path):
 
 
 def test_the_study_shows_what_its_runs_recorded(finished, tmp_path):
-    segstudy = pytest.importorskip("msvit.segstudy", exc_type=ImportError)
+    segstudy = pytest.importorskip("msvit.studies.segmentation", exc_type=ImportError)
     from matplotlib import pyplot as plt
 
     rows = segstudy.rows([0.5, 0.7], ["random"])

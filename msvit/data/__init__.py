@@ -1,0 +1,1 @@
+"""Pictures: built-in scenes, folders, label maps, and the loaders that yield them."""

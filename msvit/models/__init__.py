@@ -1,0 +1,1 @@
+"""MSViT around a timm backbone: heads, budgets, and models on disk."""

@@ -1,0 +1,1 @@
+"""Sets of runs that answer a question: what the notebooks are made of."""
