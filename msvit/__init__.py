@@ -15,7 +15,6 @@ _HOMES = {
     "Gate": "gating.gate",
     "Tokens": "core.tokens",
     "fast_linear": "core.fast_linear",
-    "from_pretrained": "models.hub",
     "gbas": "gating.losses",
     "make_loss": "gating.losses",
     "make_reducer": "reducers.registry",

@@ -1,11 +1,79 @@
-"""Errors for bad input that name the value, what was expected and what to do."""
+"""Errors for bad input: each names the value, what was expected, and the nearest there is. Light to import."""
 
-import torch
-from torch import Tensor
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def closest(value: Any, known: Iterable[Any], count: int = 1) -> list[str]:
+    """Return the names that `value` may be a misspelling of, the likeliest first."""
+    return difflib.get_close_matches(str(value), [str(name) for name in known], count, cutoff=0.4)
+
+
+def hint(value: Any, known: Iterable[Any]) -> str:
+    """Return what a message adds about the nearest name; nothing where none is near."""
+    near = closest(value, known)
+    return f"; the nearest is {near[0]!r}" if near else ""
+
+
+def one_of(name: str, value: Any, known: Iterable[Any], error: type[Exception] = ValueError) -> Any:
+    """Return `value`, or raise an error that lists what there is."""
+    known = list(known)
+    if value not in known:
+        listed = ", ".join(map(str, known))
+        raise error(f"{name}={value!r} is not known{hint(value, known)}. There are: {listed}")
+    return value
+
+
+def known_settings(
+    owner: str, settings: Mapping[str, Any], takes: Callable | Iterable[str], error: type[Exception] = ValueError
+) -> dict[str, Any]:
+    """Return the settings, or raise an error for the first that `takes`, a callable or names, does not have."""
+    takes = list(inspect.signature(takes).parameters if callable(takes) else takes)
+    for name in settings:
+        if name not in takes:
+            raise error(f"{owner} has no setting {name!r}{hint(name, takes)}. It has: {', '.join(takes)}")
+    return dict(settings)
+
+
+def inside(value: float, interval: str) -> bool:
+    """Return whether a number lies in an interval such as "[0, 1)". NaN lies in none."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = low <= value if interval[0] == "[" else low < value
+    return above and (value <= high if interval[-1] == "]" else value < high)
+
+
+def in_interval(name: str, value: Tensor | float, interval: str, error: type[Exception] = ValueError) -> Any:
+    """Return `value`, or raise an error unless it, or all of a tensor, lies in an interval such as "(0, inf)".
+
+    One pass over a tensor and one wait for its device: what breaks a bound in training is to be said, not averaged.
+    """
+    if not hasattr(value, "aminmax"):
+        if not inside(value, interval):
+            raise error(f"{name}={value!r} lies outside {interval}")
+        return value
+    import torch
+
+    if not value.numel():
+        raise error(f"{name} is empty, shape {list(value.shape)}; expected at least one value in {interval}")
+    least, most = torch.stack(value.detach().aminmax()).tolist()
+    if not (inside(least, interval) and inside(most, interval)):
+        got = f"{least:g}" if least == most else f"values from {least:g} to {most:g}"
+        raise error(f"{name} has {'NaN' if math.isnan(least) else got}, outside {interval}")
+    return value
 
 
 def check_images(images: Tensor, channels: int, patch: int, finite: bool = False):
-    """Pictures `[B, channels, H, W]` of floats, not empty, both sides multiples of the coarse patch."""
+    """Raise unless pictures are floats `[B, channels, H, W]`, not empty, both sides multiples of the coarse patch."""
+    from torch import Tensor
+
     if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
         got = f"{images.dtype} {list(images.shape)}" if isinstance(images, Tensor) else type(images).__name__
         raise ValueError(f"pictures are {got}; expected a float tensor [B, {channels}, H, W]")
@@ -25,7 +93,10 @@ def check_images(images: Tensor, channels: int, patch: int, finite: bool = False
 
 
 def check_mask(mask: Tensor, pictures: int, grid: tuple[int, int]):
-    """Decisions: bool `[h, w]` or `[B, h, w]`."""
+    """Raise unless decisions are bool `[h, w]` or `[B, h, w]`."""
+    import torch
+    from torch import Tensor
+
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"the mask is {got}; expected a bool tensor, True = coarse (for scores use `scores > 0`)")

@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed, 2 a setting that does not exist or cannot be, 130 
 """
 
 import argparse
+import dataclasses
 import difflib
 import json
 import os
@@ -15,11 +16,10 @@ from typing import Any
 
 from . import __version__
 from .bench.settings import add_options, from_options
-from .training.recipe import FIELDS, Recipe, RecipeError, parse
-from .training.runs import Folder, Run, RunError, RunWarning
+from .training.files import RunError, RunWarning
+from .training.recipe import FIELDS, GROUPS, Recipe, RecipeError, parse
+from .training.runs import Run, RunFolder
 
-# The groups of settings in the help, by the field that each begins with.
-GROUPS = {"data": "pictures", "model": "model", "epochs_dense": "training", "gating": "gate", "precision": "execution"}
 COLUMNS = (
     "run",
     "status",
@@ -67,8 +67,8 @@ def _train(arguments: argparse.Namespace):
     from .training.loop import train
 
     recipe = Recipe.from_dict(_settings(arguments))
-    folder = Path(arguments.folder or Path(arguments.runs) / recipe.name)
-    if finished := Folder(folder).check(recipe):
+    folder = Path(arguments.folder or Path(arguments.runs) / recipe.run_name)
+    if finished := RunFolder(folder).check(recipe):
         _say(f"{folder} is finished already; delete it to train it again")
     run = train(recipe, folder, progress=not arguments.quiet, tensorboard=arguments.tensorboard)
     if torch.distributed.is_initialized():
@@ -78,7 +78,7 @@ def _train(arguments: argparse.Namespace):
 
 
 def _eval(arguments: argparse.Namespace):
-    from .evaluation.classification import evaluate_run
+    from .training.evaluate_run import evaluate_run
 
     found = evaluate_run(arguments.run, arguments.macs, arguments.threshold, **_settings(arguments))
     width = max(map(len, found))
@@ -215,16 +215,18 @@ def _command(commands, run: Callable, name: str, about: str, description: str) -
 
 def _add_settings(parser: argparse.ArgumentParser, **defaults: Any):
     """All fields of the recipe, with its defaults or others."""
-    group: Any = parser
-    for name in FIELDS:
-        if name in GROUPS:
-            group = parser.add_argument_group(GROUPS[name])
-        _add_setting(group, name, defaults.get(name, getattr(Recipe(), name)))
+    groups = {name: parser.add_argument_group(kind.__doc__.partition(":")[0].lower()) for name, kind in GROUPS.items()}
+    for name, (group, field) in FIELDS.items():
+        _add_setting(groups[group], name, defaults.get(name, _default(field)))
+
+
+def _default(field: dataclasses.Field) -> Any:
+    return {} if field.default is dataclasses.MISSING else field.default
 
 
 def _add_setting(parser: Any, name: str, default: Any):
     """An option for a field: its comment is the help, and its type reads what is typed."""
-    field = FIELDS[name]
+    field = FIELDS[name].field
     within, choices = field.metadata["within"], field.metadata["choices"]
     letters = {bool: "true|false", int: "N", dict: "NAME=VALUE", str: "TEXT"}
     option: dict[str, Any] = {"metavar": "|".join(choices) or letters.get(field.type, "X")}
@@ -256,10 +258,10 @@ def _report(run: Run) -> str:
     found = run.summary
     score, called = ("miou", "mIoU") if "miou" in found else ("accuracy", "accuracy")
     lines = [f"{run.folder}: {found['trained_epochs']} epochs in {found['seconds']:.0f} s of training and evaluation"]
-    if run.recipe.epochs:
+    if run.recipe.training.epochs:
         if f"dense_{score}" in found:
             lines.append(f"  dense   {called} {found[f'dense_{score}']:.4f} at {found['dense_macs'] / 1e6:.1f} M MACs")
-        name = run.recipe.loss if run.recipe.gating == "learned" else run.recipe.gating
+        name = run.recipe.gating.loss if run.recipe.gating.by == "learned" else run.recipe.gating.by
         lines.append(
             f"  {name:7} {called} {found[score]:.4f} at {found['macs']:.3f} ± {found['macs_sd']:.3f} of its MACs, "
             f"{found['tokens']:.1f} ± {found['tokens_sd']:.1f} tokens, {found['coarse']:.3f} of the regions coarse"

@@ -13,6 +13,7 @@ import msvit
 from msvit.data.loaders import set_epoch
 from msvit.explorer import drawing, panels
 from msvit.explorer import state as view
+from msvit.models.heads import SegmentationHead
 
 
 def write_folder(root, train=6, val=3, classes=("cat", "dog"), size=(40, 30)):
@@ -88,3 +89,12 @@ def bomb(side):
 
 def gradient(mode="RGB", size=(64, 48)):
     return Image.linear_gradient("L").resize(size).convert(mode)
+
+
+def segmenting(model, classes, decoder="linear", scatter="after"):
+    """Another model of the same parts, with a segmentation head."""
+    head = SegmentationHead(model.vit, classes, decoder, scatter)
+    made = msvit.MSViT(model.vit, model.scale, model.gate, model.margin, model.reducer, head=head)
+    made.coarse_embed = model.coarse_embed
+    made.cut.copy_(model.cut)
+    return made

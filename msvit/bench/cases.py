@@ -15,7 +15,7 @@ from ..core import backbone
 from ..core import fast_linear as linear
 from ..core import macs as measure
 from ..core.attention import Layout, attend_watched
-from ..core.blocks import STEPS
+from ..core.blocks import before_attention
 from ..core.fast_linear import fast_linear
 from ..core.tokens import Tokens
 from ..gating.gate import Gate
@@ -94,7 +94,7 @@ class Case:
 
     def variant(self, gate: nn.Module, reducer: nn.Module | None = None, threshold: float = 0.5) -> MSViT:
         """Another model around the same backbone."""
-        model = MSViT(self.vit, self.model.scale, gate, reducer=reducer).eval()
+        model = MSViT(self.vit, self.model.scale, gate, reducer=reducer, fast_cpu=True).eval()
         model.cut = self.model.cut.clone().fill_(threshold)
         return model
 
@@ -244,10 +244,10 @@ def clustering(method: str, case: Case) -> Contender:
     h, w = (side * case.model.scale for side in case.model.grid(case.size))
     where = torch.arange(case.batch * n, device=layout.device).view(case.batch, n)[:, prefix:].unflatten(1, (h, w))
     tokens = Tokens(_rows(case), None, torch.ones(case.batch * n, device=layout.device), where, layout)
-    _, q, k, v = STEPS[0](vit.blocks[layer], tokens.x)
+    _, q, k, v = before_attention(vit.blocks[layer], tokens.x)
     seen = attend_watched(layout, q, k, v).received
     reducer = make_reducer("token_pooling", vit, clusters=[h * w // 2], layers=[layer], method=method)
-    return Contender(inferred(lambda: reducer(layer, tokens, seen)), None, settings=reducer.settings)
+    return Contender(inferred(lambda: reducer.after_attention(layer, tokens, seen)), None, settings=reducer.settings)
 
 
 def step(execution: str, fast: bool, case: Case) -> Contender:

@@ -9,7 +9,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ..training.runs import Folder
+from ..training.files import write_whole
 
 Record = dict[str, Any]  # a row of the table
 COLUMNS = (
@@ -39,10 +39,10 @@ def write(report: dict[str, Any], folder: str | Path):
     if not report["rows"]:
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
-    place, name = Folder(folder), stem(report)
-    place.write_json(f"{name}.json", report)
-    place.write(f"{name}.csv", _csv(report["rows"]).encode())
-    place.write(f"{name}.md", page(report).encode())
+    path = Path(folder) / stem(report)
+    write_whole(path.with_suffix(".json"), (json.dumps(report, indent=2) + "\n").encode())
+    write_whole(path.with_suffix(".csv"), _csv(report["rows"]).encode())
+    write_whole(path.with_suffix(".md"), page(report).encode())
 
 
 def draw(report: dict[str, Any], folder: str | Path, tell: Callable[[str], object]):
@@ -58,7 +58,7 @@ def draw(report: dict[str, Any], folder: str | Path, tell: Callable[[str], objec
     with tempfile.TemporaryDirectory() as scratch:
         figures.plt.close(figures.save(getattr(figures, name)(report["rows"]), scratch, name))
         for path in Path(scratch).iterdir():
-            Folder(folder).write(path.name, path.read_bytes())
+            write_whole(Path(folder) / path.name, path.read_bytes())
 
 
 def _csv(rows: list[Record]) -> str:

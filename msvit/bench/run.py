@@ -10,14 +10,14 @@ from typing import Any
 import timm
 import torch
 
-from ..models.fit_reducer import fit
-from ..models.heads import Segmenter, load
+from ..models.fit_reducer import fit_reducer
 from ..models.msvit import MSViT
 from ..reducers.registry import REDUCERS
 from ..training.build import load_data
 from ..training.environment import environment
+from ..training.files import RunError
 from ..training.recipe import RecipeError
-from ..training.runs import RunError, read
+from ..training.runs import read
 from .method import Bout, Subject
 from .report import draw, write
 from .settings import DTYPES, Plan, Settings, Tell, plans
@@ -75,7 +75,7 @@ def build(settings: Settings, plan: Plan) -> Subject:
     share, fits = macs / model.dense_macs(images.shape[-2:]), {}
     for name in (name for name in settings.wanted() if name in REDUCERS):
         with suppress(ValueError):  # one that this backbone cannot have; its row says so
-            fits[name] = fit(name, model.vit, share)
+            fits[name] = fit_reducer(name, model.vit, share)
     cut, dtype = model.cut.clone(), DTYPES[settings.dtype]
     model.to(settings.place, dtype).requires_grad_(False)
     model.cut = cut.to(settings.place)  # bfloat16 could not tell thresholds apart
@@ -85,7 +85,7 @@ def build(settings: Settings, plan: Plan) -> Subject:
 def _new(plan: Plan) -> MSViT:
     try:
         vit = timm.create_model(plan.model, **({} if plan.size is None else {"img_size": plan.size}))
-        model = MSViT(vit).eval()
+        model = MSViT(vit, fast_cpu=True).eval()
     except (TypeError, ValueError, AssertionError) as error:
         raise RecipeError(f"{plan.model} cannot be timed: {error}") from error
     side, patch = vit.patch_embed.img_size[0], model.coarse_patch
@@ -101,10 +101,10 @@ def _trained(settings: Settings) -> tuple[MSViT, torch.Tensor]:
     run, most, images = read(settings.run), max(settings.batch), []
     if run.summary is None:
         raise RunError(f"{settings.run} is not finished and has no model yet; train on with the command that began it")
-    model = load(settings.run).eval()
-    if isinstance(model, Segmenter):
+    model = MSViT.from_pretrained(settings.run, fast_cpu=True).eval()
+    if model.head.dense:
         raise RunError(f"{settings.run} segments; the bench times classifiers against timm's own")
-    for batch in load_data(run.recipe, model).val:
+    for batch in load_data(run.recipe.data, run.recipe.training.seed, model).val:
         images.append(batch.images)
         if sum(map(len, images)) >= most:
             return model, torch.cat(images)[:most]

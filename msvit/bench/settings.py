@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import timm
 import torch
 
-from ..reducers.registry import pick
+from ..checks import one_of
 from ..training.recipe import RecipeError, setting
 from .cases import ROWS
 
@@ -40,11 +40,8 @@ class Settings:
     out: str = setting("reports/bench", "folder of the files that are written")
 
     def __post_init__(self):
-        try:
-            pick("dtype", self.dtype, DTYPES)
-            pick("device", self.device, dict.fromkeys(("auto", "cpu", "cuda")))
-        except ValueError as error:
-            raise RecipeError(str(error)) from None
+        one_of("dtype", self.dtype, DTYPES, RecipeError)
+        one_of("device", self.device, ("auto", "cpu", "cuda"), RecipeError)
         if not 0 <= self.coarse <= 1:
             raise RecipeError(f"coarse={self.coarse:g}: the share of coarse regions lies in [0, 1]")
         if wrong := [n for n in (*self.batch, *self.size) if n < 1] + [self.repeats] * (self.repeats < 0):

@@ -12,7 +12,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from .attention import Layout, attend
-from .tokens import Tokens, shrink
+from .candidates import Candidates
+from .tokens import Tokens
 
 POOLS = ("token", "avg", "avgmax", "max", "map")
 
@@ -52,8 +53,8 @@ def prefix_count(vit: VisionTransformer) -> int:
     return vit.num_prefix_tokens
 
 
-def bases(vit: VisionTransformer, grid: tuple[int, int], scale: int) -> Tensor:
-    """What each candidate is before its pixels are added, `[P + hw + hwk², C]`: prefix tokens and positions.
+def bases(vit: VisionTransformer, candidates: Candidates) -> Tensor:
+    """Return what each candidate is before its pixels are added, `[N, C]`: prefix tokens and positions.
 
     The position of a coarse token is the mean of those of its fine patches; positions are resized to other grids as
     timm does.
@@ -62,14 +63,12 @@ def bases(vit: VisionTransformer, grid: tuple[int, int], scale: int) -> Tensor:
     prefix = [t[0] for n in names if (t := getattr(vit, n, None)) is not None]
     prefix = torch.cat(prefix) if prefix else vit.patch_embed.proj.weight.new_empty(0, vit.embed_dim)
     if vit.pos_embed is None:
-        return F.pad(prefix, (0, 0, 0, grid[0] * grid[1] * (1 + scale**2)))
-    fine = (grid[0] * scale, grid[1] * scale)
-    lead = 0 if vit.no_embed_class else len(prefix)
+        return F.pad(prefix, (0, 0, 0, candidates.count - len(prefix)))
+    lead, fine = 0 if vit.no_embed_class else len(prefix), candidates.fine.grid
     positions = resample_abs_pos_embed(vit.pos_embed, fine, vit.patch_embed.grid_size, num_prefix_tokens=lead)[0]
     if lead:
         prefix, positions = prefix + positions[:lead], positions[lead:]
-    coarse = shrink(positions.T.unflatten(1, fine), scale).flatten(1).T
-    return torch.cat([prefix, coarse, positions])
+    return candidates.positions(prefix, positions)
 
 
 def embed(vit: VisionTransformer, pixels: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
-"""The way through the blocks: attention, the rows' own work, and a reducer where it acts."""
+"""The blocks of a timm ViT on rows: attention, the rows' own work, and a reducer where it acts."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from .attention import Layout, attend, attend_watched, attention_of_first, by_ro
 from .tokens import Tokens
 
 
-class Stage(NamedTuple):
+class TokenStage(NamedTuple):
     """What there was after a decision: the tokenizer's (layer None), or a reducer's at a block.
 
     Attributes:
@@ -26,42 +27,87 @@ class Stage(NamedTuple):
     kept: Tensor
 
 
-class Passage(NamedTuple):
+class Encoded(NamedTuple):
     """Tokens after the last norm, how many active ones attention and MLPs saw, `[depth, 2, B]`, and stages."""
 
     final: Tokens
     counts: Tensor
-    stages: tuple[Stage, ...]
+    stages: tuple[TokenStage, ...]
 
 
-def pass_blocks(vit: nn.Module, tokens: Tokens, reducer: nn.Module | None, steps: tuple) -> Passage:
-    """Takes tokens from before the first block to after the last norm."""
-    *_, mixed = steps
+class Projected(NamedTuple):
+    """What attention needs of a block's rows: normed `[T, C]`, and queries, keys and values `[T, H, D]`."""
+
+    normed: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+def before_attention(block: nn.Module, x: Tensor) -> Projected:
+    """Return what attention needs of rows `[T, C]`."""
+    normed = block.norm1(x)
+    return Projected(normed, *backbone.split_heads(block, normed))
+
+
+def after_attention(block: nn.Module, x: Tensor, normed: Tensor, heads: Tensor, layout: Layout) -> Tensor:
+    """Return the rows with attention's branch added."""
+    return x + backbone.drop_path(block.drop_path1, backbone.merge_heads(block, normed, heads), layout)
+
+
+def mlp(block: nn.Module, x: Tensor, layout: Layout) -> Tensor:
+    """Return the rows with the MLP's branch added."""
+    return x + backbone.drop_path(block.drop_path2, by_rows(partial(backbone.mlp_branch, block), x), layout)
+
+
+class Steps(NamedTuple):
+    """What a block does row by row, before and after its attention; each may be compiled on its own."""
+
+    before_attention: Callable = before_attention
+    after_attention: Callable = after_attention
+    mlp: Callable = mlp
+
+
+Watch = Callable[[int, Tokens, Tokens], None]  # of a block, and the tokens before and after a reducer acted there
+
+
+def run_blocks(
+    vit: nn.Module,
+    tokens: Tokens,
+    reducer: nn.Module | None = None,
+    steps: Steps = Steps(),  # noqa: B008 (a named tuple cannot be changed)
+    watch: Watch | None = None,
+) -> Encoded:
+    """Take tokens from before the first block to after the last norm."""
     prefix = backbone.prefix_count(vit)
     stages, counts, n = [_stage(None, tokens, prefix)], [], tokens.active_counts()
     for layer, block in enumerate(vit.blocks):
-        place = reducer.place if reducer is not None and layer in reducer.layers else None
-        if place == "before":
-            tokens = reducer(layer, tokens, None)
+        acts = reducer is not None and layer in reducer.layers
+        if acts:
+            tokens = _watched(watch, layer, tokens, reducer.before_block(layer, tokens))
             n = tokens.active_counts()
-            stages.append(_stage(layer, tokens, prefix))
-        seen_by_attention = n
-        x, seen = _attention(block, tokens, reducer.needs if place == "between" else None, steps)
+        attended = n
+        x, seen = _attention(block, tokens, reducer.needs if acts else None, steps)
         tokens = replace(tokens, x=x)
-        if place == "between":
-            tokens = reducer(layer, tokens, seen)
+        if acts:
+            tokens = _watched(watch, layer, tokens, reducer.after_attention(layer, tokens, seen))
             n = tokens.active_counts()
             stages.append(_stage(layer, tokens, prefix))
-        counts.append(torch.stack([seen_by_attention, n]))
-        tokens = replace(tokens, x=mixed(block, tokens.x, tokens.layout))
-    return Passage(replace(tokens, x=vit.norm(tokens.x)), torch.stack(counts), tuple(stages))
+        counts.append(torch.stack([attended, n]))
+        tokens = replace(tokens, x=steps.mlp(block, tokens.x, tokens.layout))
+    return Encoded(replace(tokens, x=vit.norm(tokens.x)), torch.stack(counts), tuple(stages))
 
 
-def _attention(block: nn.Module, tokens: Tokens, needs: str | None, steps: tuple) -> tuple[Tensor, Tensor | None]:
-    """The rows after attention, and what a reducer needs of it. Queries, keys and values are gone before the MLP."""
-    before, attended, _ = steps
+def _watched(watch: Watch | None, layer: int, before: Tokens, after: Tokens) -> Tokens:
+    if watch is not None and after is not before:
+        watch(layer, before, after)
+    return after
+
+
+def _attention(block: nn.Module, tokens: Tokens, needs: str | None, steps: Steps) -> tuple[Tensor, Tensor | None]:
+    """Return the rows after attention, and what a reducer needs of it; queries, keys and values go before the MLP."""
     layout, weight = tokens.layout, tokens.weight
-    h, q, k, v = before(block, tokens.x)
+    normed, q, k, v = steps.before_attention(block, tokens.x)
     if needs == "received":
         heads, seen = attend_watched(layout, q, k, v, weight)
     else:
@@ -70,29 +116,10 @@ def _attention(block: nn.Module, tokens: Tokens, needs: str | None, steps: tuple
         seen = attention_of_first(layout, q, k, weight)
     elif needs == "keys":
         seen = k.detach().mean(1)
-    return attended(block, tokens.x, h, heads, layout), seen
+    return steps.after_attention(block, tokens.x, normed, heads, layout), seen
 
 
-def _stage(layer: int | None, tokens: Tokens, prefix: int) -> Stage:
+def _stage(layer: int | None, tokens: Tokens, prefix: int) -> TokenStage:
     activity = tokens.activity
     kept = tokens.active_counts().float() if activity is None else tokens.layout.sum(activity)
-    return Stage(layer, tokens.where, kept - prefix)
-
-
-def before_attention(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What attention needs: the normed rows, queries, keys and values."""
-    h = block.norm1(x)
-    return h, *backbone.split_heads(block, h)
-
-
-def after_attention(block: nn.Module, x: Tensor, h: Tensor, heads: Tensor, layout: Layout) -> Tensor:
-    """The rows with attention's branch added."""
-    return x + backbone.drop_path(block.drop_path1, backbone.merge_heads(block, h, heads), layout)
-
-
-def after_mlp(block: nn.Module, x: Tensor, layout: Layout) -> Tensor:
-    """The rows with the MLP's branch added."""
-    return x + backbone.drop_path(block.drop_path2, by_rows(partial(backbone.mlp_branch, block), x), layout)
-
-
-STEPS = (before_attention, after_attention, after_mlp)
+    return TokenStage(layer, tokens.where, kept - prefix)

@@ -56,12 +56,14 @@ def _suits(x: Tensor, weight: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() > 0
 
 
-def fast_linear() -> AbstractContextManager:
-    """Within it, `F.linear` and nn.Linear take the fast way where there is one.
+def fast_linear(on: bool = True) -> AbstractContextManager:
+    """Return a context in which `F.linear` and nn.Linear take the fast way, if it is on and there is one.
 
-    Methods that are compared on the clock are all timed within it, dense ones too.
+    A model takes it by itself with `MSViT(…, fast_cpu=True)`, as the command line, the bench and the notebooks ask for.
+    It is a private operator of PyTorch: where that is missing, AVAILABLE is False and nothing changes. Methods that
+    are compared on the clock are all timed within it, dense ones too.
     """
-    off = torch.is_autocast_enabled("cpu") or torch.jit.is_tracing()
+    off = not on or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing()
     return _OneDNN() if AVAILABLE and not off else nullcontext()
 
 

@@ -25,8 +25,8 @@ def _costs(block: nn.Module) -> tuple[int, int, int]:
     return linear_macs(block) - mlp, 2 * block.attn.num_heads * block.attn.head_dim, mlp
 
 
-def head_macs(vit: nn.Module, tokens: Tensor) -> Tensor:
-    """MACs of pooling and classifier on so many tokens per picture."""
+def classifier_macs(vit: nn.Module, tokens: Tensor) -> Tensor:
+    """Return the MACs of timm's own pooling and classifier on so many tokens per picture."""
     macs = torch.full_like(tokens, sum(linear_macs(h) for h in (vit.head, getattr(vit, "head_dist", None)) if h))
     if vit.attn_pool is None:
         return macs
@@ -42,32 +42,32 @@ def embedding_macs(vit: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def vit_macs(vit: nn.Module, tokens: Tensor) -> Tensor:
-    """MACs, int64 `[B]`, of a backbone whose blocks all see `tokens` tokens (int64 `[B]`, prefix included)."""
+    """Return the MACs, int64 `[B]`, of a classifier whose blocks all see `tokens` tokens (int64 `[B]`)."""
     tokens = tokens.long()
-    return path_macs(vit, tokens, plan(len(vit.blocks), tokens))
+    return encoder_macs(vit, tokens, token_counts(len(vit.blocks), tokens)) + classifier_macs(vit, tokens)
 
 
-def plan(depth: int, entering: Tensor, reducer: nn.Module | None = None) -> Tensor:
-    """How many tokens each block's attention and MLP will see, int64 `[depth, 2, B]`, from those that enter, `[B]`."""
+def token_counts(depth: int, entering: Tensor, reducer: nn.Module | None = None) -> Tensor:
+    """Return how many tokens each block's attention and MLP will see, int64 `[depth, 2, B]`, of so many that enter."""
     n, counts = entering.long(), []
     for layer in range(depth):
-        acts = reducer is not None and layer in reducer.layers
-        n = reducer.count(layer, n) if acts and reducer.place == "before" else n
-        seen = n
-        n = reducer.count(layer, n) if acts and reducer.place == "between" else n
-        counts.append(torch.stack([seen, n]))
+        seen = reducer.counts(layer, n) if reducer is not None and layer in reducer.layers else (n, n)
+        counts.append(torch.stack(seen))
+        n = seen[1]
     return torch.stack(counts)
 
 
-def path_macs(vit: nn.Module, entering: Tensor, counts: Tensor, reducer: nn.Module | None = None) -> Tensor:
-    """MACs, int64 `[B]`, by the tokens that enter, `[B]`, and those that each block saw, `[depth, 2, B]`.
+def encoder_macs(vit: nn.Module, entering: Tensor, counts: Tensor, reducer: nn.Module | None = None) -> Tensor:
+    """Return the MACs, int64 `[B]`, of all before the head: patch embedding, blocks, and the reducer's own work.
 
-    The work of a reducer itself is included, clustering and predictors too.
+    Args:
+        entering: Tokens that enter the first block, `[B]`.
+        counts: Those that each block's attention and MLP saw, `[depth, 2, B]`.
     """
     attended, mixed = counts[:, 0], counts[:, 1]
     rows, keys, mlp = torch.tensor([_costs(block) for block in vit.blocks], device=counts.device).T[..., None]
     blocks = attended * rows + attended**2 * keys + mixed * mlp
-    macs = embedding_macs(vit, entering) + head_macs(vit, counts[-1, 1]) + blocks.sum(0)
+    macs = embedding_macs(vit, entering) + blocks.sum(0)
     for layer in () if reducer is None else reducer.layers:
         before = counts[layer - 1, 1] if layer else entering
         macs = macs + reducer.macs(layer, before)

@@ -6,7 +6,8 @@ augmented with random numbers seeded by (seed, epoch, i). A run resumed at an ep
 undisturbed one sees.
 """
 
-import difflib
+import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,6 +17,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from ..checks import one_of
 from .device_cache import Bank, keep
 from .images import KINDS, Pictures, Stream, Unreadable, open_sources
 from .scenes import DIFFICULTIES, Scenes
@@ -44,19 +46,24 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Loaders:
-    """The loaders of a data set and what belongs to it; `plain` has the training pictures without augmentation.
+    """The loaders of a data set and what belongs to it; `calibration` has the training pictures without augmentation.
 
     Call `set_epoch(loaders.train, e)` before epoch e, also after `accelerator.prepare`.
     """
 
     train: DataLoader
     val: DataLoader
-    plain: DataLoader
+    calibration: DataLoader
     classes: list[str]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     size: tuple[int, int]
     steps: int  # training batches in an epoch, over all processes together
+
+    def first_pictures(self, count: int = 2048) -> Iterator[Batch]:
+        """Yield some training pictures without augmentation; unlike a prepared loader's, the same for all processes."""
+        set_epoch(self.calibration, 0)
+        return itertools.islice(self.calibration, math.ceil(count / self.calibration.batch_size))
 
     def names(self, split: str, indices) -> list[str]:
         """The files of a batch (`batch.indices`), for messages; a stand-in goes by the broken file's name."""
@@ -67,9 +74,7 @@ class Loaders:
         return self._data(split).unreadable()
 
     def _data(self, split: str) -> Dataset:
-        if split not in ("train", "val"):
-            raise ValueError(f"split={split!r} is not known; use 'train' or 'val'")
-        return getattr(self, split).dataset
+        return getattr(self, one_of("split", split, ("train", "val"))).dataset
 
 
 class EpochSampler(Sampler):
@@ -185,41 +190,59 @@ def make_loaders(
         mean, std: what real pictures are normalised by; scenes have their own.
         device: where real pictures are kept and augmented, if it is a CUDA device with room for them.
     """
-    if augment not in AUGMENT:
-        raise ValueError(f"augment={augment!r} is not known; use one of {', '.join(AUGMENT)}")
+    one_of("augment", augment, AUGMENT)
     size = (size, size) if isinstance(size, int) else tuple(size)
     if data in SCENES:
         if augment != "none":
             raise ValueError(f"augment={augment!r} is for real pictures; scenes take 'none' and a larger train_n")
         level = data.partition(":")[2]
-        sets = [
+        train, val = (
             BuiltIn(Scenes(n or full, size, seed, level, split))
             for n, full, split in ((train_n, 8192, "train"), (val_n, 2048, "val"))
-        ]
-        sets.append(sets[0])
-        classes, mean, std = sets[0].scenes.classes, Scenes.mean, Scenes.std
-    elif not data.startswith(KINDS):
-        known = SCENES + KINDS
-        near = difflib.get_close_matches(data, known, 1, 0.0)[0]
-        raise ValueError(f"data={data!r} is not known; did you mean {near!r}? Known: {', '.join(known)}")
+        )
+        splits = Splits(train, val, train, train.scenes.classes, Scenes.mean, Scenes.std)
     else:
-        *sources, classes = open_sources(data, (batch, val_batch), seed, workers)
-        common = {"input_size": (3, *size), "mean": mean, "std": std, "interpolation": "bicubic"}
-        plain = create_transform(**common, crop_pct=0.875 if min(size) > 96 else 1.0)
-        settings = AUGMENT[augment]
-        busy = plain if settings is None else create_transform(**common, is_training=True, **settings)
-        sets = [
-            (Stream if isinstance(source, IterableDataset) else Pictures)(source, how, n, seed, f"{data} {split}")
-            for source, how, n, split in (
-                (sources[0], busy, train_n, "train"),
-                (sources[1], plain, val_n, "val"),
-                (sources[0], plain, train_n, "train"),
-            )
-        ]
+        if not data.startswith(KINDS):
+            one_of("data", data, SCENES + KINDS)
+        splits = _real_splits(data, size, (batch, val_batch), (train_n, val_n), seed, workers, augment, mean, std)
         if device is not None:
             settings = {"size": size, "mean": mean, "std": std}
-            sets[:2] = [keep(s, how, device, workers, **settings) for s, how in ((sets[0], augment), (sets[1], "none"))]
-    train = make_loader(sets[0], batch, seed, workers, shuffle=True)
-    val = make_loader(sets[1], val_batch, seed, workers, shuffle=False)
-    steady = make_loader(sets[2], batch, seed, workers, shuffle=True)
-    return Loaders(train, val, steady, classes, tuple(mean), tuple(std), size, len(train))
+            train = keep(splits.train, augment, device, workers, **settings)
+            splits = splits._replace(train=train, val=keep(splits.val, "none", device, workers, **settings))
+    return load_splits(splits, size, batch, val_batch, seed, workers)
+
+
+class Splits(NamedTuple):
+    """Data sets and what belongs to them; `calibration` has the training pictures without augmentation."""
+
+    train: Dataset
+    val: Dataset
+    calibration: Dataset
+    classes: list[str]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def _real_splits(data, size, batches, counts, seed, workers, augment, mean, std) -> Splits:
+    """Open pictures of a folder, a tar or one of timm's data sets, with their transforms."""
+    train, val, classes = open_sources(data, batches, seed, workers)
+    common = {"input_size": (3, *size), "mean": mean, "std": std, "interpolation": "bicubic"}
+    eval_transform = create_transform(**common, crop_pct=0.875 if min(size) > 96 else 1.0)
+    settings = AUGMENT[augment]
+    train_transform = eval_transform if settings is None else create_transform(**common, is_training=True, **settings)
+    kind = Stream if isinstance(train, IterableDataset) else Pictures
+    return Splits(
+        kind(train, train_transform, counts[0], seed, f"{data} train"),
+        kind(val, eval_transform, counts[1], seed, f"{data} val"),
+        kind(train, eval_transform, counts[0], seed, f"{data} train"),
+        classes, mean, std,
+    )  # fmt: skip
+
+
+def load_splits(splits: Splits, size, batch, val_batch, seed, workers, collate: Callable = collate) -> Loaders:
+    """Return the loaders of three data sets; training and calibration pictures are shuffled by (seed, epoch)."""
+    train = make_loader(splits.train, batch, seed, workers, True, collate)
+    val = make_loader(splits.val, val_batch, seed, workers, False, collate)
+    calibration = make_loader(splits.calibration, batch, seed, workers, True, collate)
+    facts = splits.classes, tuple(splits.mean), tuple(splits.std)
+    return Loaders(train, val, calibration, *facts, tuple(size), len(train))

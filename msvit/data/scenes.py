@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from ..checks import one_of
 from .seeds import GOLDEN, Draws, hashed, mix
 
 MEAN, STD = (128 / 255,) * 3, (64 / 255,) * 3  # a pixel u of 0..255 becomes (u - 128) / 64: exact in float32
@@ -185,10 +186,8 @@ class Scenes(Dataset):
         self.size = (size, size) if isinstance(size, int) else tuple(size)
         if len(self.size) != 2 or min(self.size) < 16:
             raise ValueError(f"size={size}: a scene needs a height and a width of at least 16 pixels")
-        if difficulty not in DIFFICULTIES:
-            raise ValueError(f"difficulty={difficulty!r} is not known; use one of {', '.join(DIFFICULTIES)}")
-        if split not in _SPLITS:
-            raise ValueError(f"split={split!r} is not known; use one of {', '.join(_SPLITS)}")
+        one_of("difficulty", difficulty, DIFFICULTIES)
+        one_of("split", split, _SPLITS)
         if n < 1:
             raise ValueError(f"n={n}: a data set needs at least one picture")
         self.n, self.seed, self.difficulty, self.split = n, seed, difficulty, split

@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
+from ..checks import one_of
+from . import IGNORE
 from .images import SUFFIXES, Pictures, to_rgb
-from .loaders import SCENES, Batch, BuiltIn, Loaders, make_loader
+from .loaders import SCENES, Batch, BuiltIn, Loaders, Splits, load_splits
 from .scenes import Scenes
 
-IGNORE = 255
 AUGMENT = ("none", "light")
 _SPLITS = ("train", "training"), ("val", "validation", "valid", "test")
 _VOID = ("unlabelled", "unlabeled", "void", "ignore")  # names of classes that are none
@@ -230,34 +231,28 @@ def make_seg_loaders(
         augment: "none" (the centre) or "light" (random scale, crop and flip); scenes take "none" only.
         short: side to which the shorter side of all pictures is resized first, 0 to leave them.
     """
-    if augment not in AUGMENT:
-        raise ValueError(f"augment={augment!r} is not known; use one of {', '.join(AUGMENT)}")
+    one_of("augment", augment, AUGMENT)
     size = (size, size) if isinstance(size, int) else tuple(size)
     kind, _, rest = data.partition(":")
     if data in SCENES:
         if augment != "none" or short:
             raise ValueError(f"augment={augment!r}, short={short}: scenes are made as they are; use 'none' and 0")
         train: Dataset = BuiltInLabelled(Scenes(train_n or 8192, size, seed, rest, "train"))
-        plain = train
         val: Dataset = BuiltInLabelled(Scenes(val_n or 2048, size, seed, rest, "val"))
-        classes, mean, std = train.scenes.regions, Scenes.mean, Scenes.std
-    elif kind == "folder":
-        folder = open_folder(Path(rest))
-        busy, whole = joint_transform(size, augment, mean, std), joint_transform(None, "none", mean, std)
-        train = Labelled(folder.train, folder.meaning, busy, size, short, train_n, seed, f"{data} train")
-        val = Labelled(folder.val, folder.meaning, whole, None, short, val_n, seed, f"{data} val")
-        middle = joint_transform(size, "none", mean, std)
-        plain = Labelled(folder.train, folder.meaning, middle, size, short, train_n, seed, f"{data} train")
-        classes = folder.classes
+        splits = Splits(train, val, train, train.scenes.regions, Scenes.mean, Scenes.std)
     else:
-        raise ValueError(f"data={data!r} is not known; use folder:ROOT or one of {', '.join(SCENES)}")
-    return Loaders(
-        make_loader(train, batch, seed, workers, True, collate_padded),
-        make_loader(val, val_batch, seed, workers, False, collate_padded),
-        make_loader(plain, batch, seed, workers, True, collate_padded),
-        classes,
-        tuple(mean),
-        tuple(std),
-        size,
-        len(train) // min(batch, len(train)),
-    )
+        if kind != "folder":
+            one_of("data", data, (*SCENES, "folder:ROOT"))
+        folder = open_folder(Path(rest))
+
+        def labelled(files: list, crop: tuple[int, int] | None, augment: str, n: int, split: str) -> Labelled:
+            transform = joint_transform(crop, augment, mean, std)
+            return Labelled(files, folder.meaning, transform, crop, short, n, seed, f"{data} {split}")
+
+        splits = Splits(
+            labelled(folder.train, size, augment, train_n, "train"),
+            labelled(folder.val, None, "none", val_n, "val"),
+            labelled(folder.train, size, "none", train_n, "train"),
+            folder.classes, mean, std,
+        )  # fmt: skip
+    return load_splits(splits, size, batch, val_batch, seed, workers, collate_padded)

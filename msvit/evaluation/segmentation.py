@@ -4,23 +4,20 @@ Everything is counted over a data set and divided at the end, picture by picture
 the work. Pixels labelled 255 are in no count.
 """
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..data.loaders import Batch
-from ..data.segmentation import IGNORE
-from ..models.heads import Segmenter
-from ..models.msvit import Result
+from ..data import IGNORE
+from ..models.msvit import MSViT, Result
+from .predictions import Predict, gathered, predictions
 
 BAND = 4  # pixels on both sides of an edge
-Predict = Callable[[Tensor, Tensor], Result]  # of pictures and their indices
 
 
 class Quality(NamedTuple):
@@ -81,34 +78,9 @@ def fine_pixels(coarse: Tensor, patch: int, size: tuple[int, int]) -> Tensor:
     return fine[:, : size[0], : size[1]]
 
 
-def answers(
-    model: nn.Module, loader: Iterable, predict: Predict | None = None, accelerator=None
-) -> Iterator[tuple[Batch, Result]]:
-    """What a model in evaluation makes of the batches of a loader; afterwards it is in the same mode as before.
-
-    Args:
-        predict: Asked with pictures and their indices instead of `model.run`.
-        accelerator: Has prepared the loader; with several processes or autocast.
-    """
-    training, device = model.training, next(model.parameters()).device
-    predict = predict or (lambda images, indices: model.run(images))
-    model.eval()
-    for images, targets, indices in loader:
-        images, targets = images.to(device), targets.to(device)
-        with accelerator.autocast() if accelerator else contextlib.nullcontext():
-            result = predict(images, indices)
-        yield Batch(images, targets, indices), result
-    model.train(training)
-
-
 @torch.no_grad()
-def evaluate(
-    model: Segmenter,
-    loader: Iterable,
-    predict: Predict | None = None,
-    accelerator=None,
-) -> Quality:
-    """What a model does on a loader of `msvit.data.loaders.Batch`es, see `answers`.
+def evaluate(model: MSViT, loader: Iterable, predict: Predict | None = None, accelerator=None) -> Quality:
+    """Return what a model with a dense head does on a loader; arguments as of `evaluation.evaluate`.
 
     Returns:
         miou, accuracy (of pixels), band_accuracy (of pixels within 4 px of an edge), loss, boundary_fine (the share of
@@ -117,19 +89,18 @@ def evaluate(
         over pictures (`_sd`), iou (of each class; None if it is nowhere) and pictures; for built-in scenes also
         fine_object and fine_rest.
     """
-    names, parts = model.classes, []
+    names, parts = model.head.classes, []
     scenes = getattr(getattr(loader, "dataset", None), "scenes", None)
-    for (_, targets, indices), result in answers(model, loader, predict, accelerator):
-        columns = _columns(model, result, targets)
-        if scenes:
-            columns |= _agreement(scenes.object_regions(indices.cpu().numpy(), model.coarse_patch), result.coarse)
-        columns["read"] = indices.to(targets.device) >= 0
-        matrix = confusion(result.logits.argmax(1), targets, len(names)).flatten(1)
-        table = torch.cat([torch.stack([c.double() for c in columns.values()], 1), matrix.double()], 1)
-        parts.append((accelerator.gather_for_metrics(table) if accelerator else table).cpu())
-    if not parts:
-        raise ValueError("the loader has no pictures to evaluate on")
-    table = torch.cat(parts)
+    with model.evaluating():
+        for (_, targets, indices), result in predictions(model, loader, predict, accelerator):
+            columns = _columns(model, result, targets)
+            if scenes:
+                columns |= _agreement(scenes.object_regions(indices.cpu().numpy(), model.coarse_patch), result.coarse)
+            columns["read"] = indices.to(targets.device) >= 0
+            matrix = confusion(result.logits.argmax(1), targets, len(names)).flatten(1)
+            table = torch.cat([torch.stack([c.double() for c in columns.values()], 1), matrix.double()], 1)
+            parts.append((accelerator.gather_for_metrics(table) if accelerator else table).cpu())
+    table = gathered(parts)
     counts = dict(zip(columns, table[:, : len(columns)].T, strict=True))
     read = counts.pop("read") > 0
     matrix = table[read, len(columns) :].sum(0).view(len(names), len(names))
@@ -137,7 +108,7 @@ def evaluate(
     return Quality(_summary({name: c[read] for name, c in counts.items()}, matrix, by_class, read), by_class)
 
 
-def _columns(model: Segmenter, result: Result, targets: Tensor) -> dict[str, Tensor]:
+def _columns(model: MSViT, result: Result, targets: Tensor) -> dict[str, Tensor]:
     """What is counted in each picture, `[B]` each."""
     size = targets.shape[1:]
     known, right = targets != IGNORE, result.logits.argmax(1) == targets

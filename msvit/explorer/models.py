@@ -24,10 +24,10 @@ from ..core.fast_linear import fast_linear
 from ..data.loaders import SCENES
 from ..data.scenes import DIFFICULTIES, Scenes
 from ..gating.rules import Rule
-from ..models.heads import Segmenter, load
 from ..models.msvit import MSViT
+from ..training.files import RunError
 from ..training.recipe import Recipe
-from ..training.runs import RunError, read_recipe
+from ..training.runs import read_recipe
 
 DEMO = "demo"
 # The smallest that names nearly all easy scenes; the controller brings it near to its budget at a threshold of 0.5.
@@ -42,7 +42,7 @@ class ModelError(ValueError):
 
 @dataclass(frozen=True)
 class Subject:
-    """A model under a name, with what it takes to feed it and to read its answer; a `Segmenter` labels pixels."""
+    """A model under a name, with what it takes to feed it and to read its answer."""
 
     name: str
     model: MSViT
@@ -61,16 +61,12 @@ class Subject:
     @property
     def segments(self) -> bool:
         """Whether its answer is a class for each pixel."""
-        return isinstance(self.model, Segmenter)
+        return self.model.head.dense
 
     @cached_property
     def closed(self) -> bool:
         """Whether MACs follow from the number of coarse regions alone, which a reducer can prevent."""
-        try:
-            self.model.macs_of(torch.tensor([0]), self.size)
-        except ValueError:
-            return False
-        return True
+        return self.model.reducer is None or not self.model.reducer.adaptive
 
     @property
     def size(self) -> tuple[int, int]:
@@ -83,7 +79,7 @@ class Subject:
     def dense_ms(self) -> float:
         """Milliseconds of the plain backbone on one picture, with the same linear layers as the model itself."""
         pixels = torch.zeros(1, 3, *self.model.vit.patch_embed.img_size)
-        with torch.inference_mode(), fast_linear():
+        with torch.inference_mode(), fast_linear(self.model.fast_cpu):
             run_dense(self.model, pixels)  # the first call is slower than all later ones
             return timed(lambda: run_dense(self.model, pixels)).ms
 
@@ -114,10 +110,10 @@ def timed(function: Callable[[], Any], patience: float = 40.0) -> Timed:
 def run_dense(model: MSViT, images: torch.Tensor) -> torch.Tensor:
     """The plain backbone's logits; a segmenter's decoder reads all of its patch tokens."""
     vit = model.vit
-    if not isinstance(model, Segmenter):
+    if not model.head.dense:
         return vit(images)
     x = vit.fc_norm(vit.forward_features(images))[:, backbone.prefix_count(vit) :]
-    logits = model.decoder(x.flatten(0, 1), None, Layout([x.shape[1]] * len(x), x.device))
+    logits = model.head.decoder(x.flatten(0, 1), None, Layout([x.shape[1]] * len(x), x.device))
     grid = logits.view(len(x), *(side // backbone.patch_size(vit) for side in images.shape[-2:]), -1)
     return F.interpolate(grid.permute(0, 3, 1, 2), images.shape[-2:], mode="bilinear", align_corners=False)
 
@@ -143,7 +139,7 @@ def load_model(name: str, runs: str | Path) -> Subject:
             raise ModelError(f"{name!r} is neither {DEMO!r}, a folder in {runs}, a folder, nor a model of timm")
         try:
             torch.manual_seed(0)
-            model = MSViT(timm.create_model(name)).eval()
+            model = MSViT(timm.create_model(name), fast_cpu=True).eval()
         except (TypeError, ValueError) as error:
             raise ModelError(f"{name}: {error}") from error
         return describe(name, model, note="random weights: good for tokens, MACs and time only")
@@ -161,8 +157,8 @@ def describe(name: str, model: MSViT, note: str = "") -> Subject:
     Without a note, it is said if a rule stands in the gate's place.
     """
     config, count = model.vit.pretrained_cfg or {}, model.vit.num_classes
-    classes = model.classes if isinstance(model, Segmenter) else [f"class {i}" for i in range(count)]
-    if count == 1000 and not isinstance(model, Segmenter):
+    classes = model.head.classes if model.head.dense else [f"class {i}" for i in range(count)]
+    if count == 1000 and not model.head.dense:
         info = ImageNetInfo()
         classes = [info.index_to_description(i).partition(",")[0] for i in range(count)]
     mean, std = config.get("mean", IMAGENET_DEFAULT_MEAN), config.get("std", IMAGENET_DEFAULT_STD)
@@ -174,7 +170,7 @@ def describe(name: str, model: MSViT, note: str = "") -> Subject:
 def train_demo() -> Path:
     """The folder of a small gated model of the built-in scenes, in the user's cache; trained if it cannot be read."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    folder = cache / "msvit" / DEMO_RECIPE.name
+    folder = cache / "msvit" / DEMO_RECIPE.run_name
     try:
         MSViT.from_pretrained(folder)
     except UNREADABLE:
@@ -187,18 +183,18 @@ def train_demo() -> Path:
 
 def _subject_of(name: str, folder: Path) -> Subject:
     """The model of a folder, with the classes and the normalisation of the data that its run was trained on."""
-    subject = describe(name, load(folder).eval())
+    subject = describe(name, MSViT.from_pretrained(folder, fast_cpu=True).eval())
     home = folder.parent if folder.name == "dense" else folder
     try:
         recipe = read_recipe(home)
     except RunError:  # a checkpoint without a run
         return subject
     classes, mean, std = subject.classes, subject.mean, subject.std
-    if recipe.data in SCENES:
+    if recipe.data.source in SCENES:
         mean, std = Scenes.mean, Scenes.std
     if not subject.segments:
-        kind = recipe.data.partition(":")[2]
-        known = DIFFICULTIES[kind].classes if recipe.data in SCENES else _saved_classes(home, recipe.data)
+        kind = recipe.data.source.partition(":")[2]
+        known = DIFFICULTIES[kind].classes if recipe.data.source in SCENES else _saved_classes(home, recipe.data.source)
         classes = known if len(known) == len(classes) else classes
     note = subject.note or _untrained(recipe, dense=home != folder)
     return Subject(name, subject.model, tuple(classes), mean, std, note)
@@ -206,9 +202,9 @@ def _subject_of(name: str, folder: Path) -> Subject:
 
 def _untrained(recipe: Recipe, dense: bool) -> str:
     """Why the gate of a run's model has learned nothing; empty if it has."""
-    if dense or not recipe.epochs:
+    if dense or not recipe.training.epochs:
         return "the dense stage: its gate is untrained"
-    if recipe.gating == "oracle":
+    if recipe.gating.by == "oracle":
         return "trained with the oracle's masks, which know where the object is: the gate shown here is untrained"
     return ""
 

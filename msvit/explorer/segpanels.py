@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from ..data.segmentation import IGNORE
+from ..data import IGNORE
 from ..evaluation.segmentation import near_edges
 from .drawing import WRONG, Colour, enlarged, font, hatched, ink_on, legend, notice, stacked
 from .state import State, shares_of

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from ..data import IGNORE
 from ..data.images import UNREADABLE
 from ..data.scenes import DIFFICULTIES, Scenes
-from ..data.segmentation import IGNORE, Folder, open_folder
+from ..data.segmentation import Folder, open_folder
 from .uploads import FORMATS, PictureError, read_picture
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")

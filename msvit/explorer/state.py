@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core import macs as measure
-from ..data.segmentation import IGNORE
+from ..data import IGNORE
 from ..evaluation.segmentation import class_table, confusion
 from ..models.msvit import Result
 from .models import Subject, timed

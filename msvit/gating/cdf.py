@@ -9,13 +9,14 @@ the derivative in x is the one at that distance from it, and at exactly 0 and 1 
 gradient of its own to multiply it with, and zero times infinity would be NaN.
 """
 
-import difflib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..checks import in_interval, one_of
 
 GRADIENTS, TIES = ("both", "values", "prior"), ("order", "average")
 
@@ -67,7 +68,7 @@ def cvm(
         gradients: What they flow to: "values", "prior" (that is, `params`) or "both".
         ties: Equal values get ranks in the "order" they come, or all of them their "average" rank.
     """
-    known("ties", ties, TIES)
+    one_of("ties", ties, TIES)
     values, params = route(values, params, gradients)
     u = cdf(values, *params)
     u = u.flatten() if dim is None else u.movedim(dim, -1)
@@ -85,9 +86,9 @@ def cvm(
 
 def normal_cdf(x: Tensor, mean: Tensor | float, std: Tensor | float) -> Tensor:
     """Normal distribution: F(x) = Φ((x − mean) / std)."""
-    require("x", x, -math.inf, math.inf)
-    require("mean", mean, -math.inf, math.inf)
-    require("std", std, 0, math.inf)
+    in_interval("x", x, "(-inf, inf)")
+    in_interval("mean", mean, "(-inf, inf)")
+    in_interval("std", std, "(0, inf)")
     x, mean, std = _tensors(x, mean, std)
     return torch.special.ndtr((x - mean) / std)
 
@@ -98,9 +99,9 @@ def relaxed_bernoulli_cdf(x: Tensor, p: Tensor | float, temperature: Tensor | fl
     It is the distribution of σ((logit p + noise) / T) for logistic noise, that is, of a Gumbel-sigmoid gate (Maddison
     et al. 2017). p is its location: P(x > 1/2) = p at every temperature T, while the mean of x is p only as T → 0.
     """
-    require("x", x, 0, 1, closed=True)
-    require("p", p, 0, 1)
-    require("temperature", temperature, 0, math.inf)
+    in_interval("x", x, "[0, 1]")
+    in_interval("p", p, "(0, 1)")
+    in_interval("temperature", temperature, "(0, inf)")
     return _Cdf.apply(_relaxed_bernoulli, *_tensors(x, p, temperature))
 
 
@@ -109,41 +110,15 @@ def beta_cdf(x: Tensor, a: Tensor | float, b: Tensor | float) -> Tensor:
 
     Accurate to 1e-8 or better for a, b from 0.05 to 50 and any x, and usable far beyond; see `_incomplete_beta`.
     """
-    require("x", x, 0, 1, closed=True)
-    require("a", a, 0, math.inf)
-    require("b", b, 0, math.inf)
+    in_interval("x", x, "[0, 1]")
+    in_interval("a", a, "(0, inf)")
+    in_interval("b", b, "(0, inf)")
     return _Cdf.apply(_beta, *_tensors(x, a, b))
-
-
-def require(name: str, value: Tensor | float, low: float, high: float, closed: bool = False):
-    """Raise ValueError unless all of `value` is in (low, high), or in [low, high] if `closed`; NaN never is.
-
-    One pass over a tensor and one wait for its device: what breaks a bound in training is to be said, not averaged.
-    """
-    if isinstance(value, Tensor):
-        if not value.numel():
-            raise ValueError(f"{name} is empty, shape {list(value.shape)}; expected at least one value")
-        least, most = torch.stack(value.detach().aminmax()).tolist()
-    else:
-        least = most = value
-    if not (low <= least and most <= high and most < math.inf if closed else low < least and most < high):
-        bounds = f"{'[' if closed else '('}{low:g}, {high:g}{']' if closed and high < math.inf else ')'}"
-        got = f"{least:g}" if least == most else f"values from {least:g} to {most:g}"
-        got = "NaN" if math.isnan(least) else got
-        raise ValueError(f"{name} has {got}; expected values in {bounds}")
-
-
-def known(what: str, name: str, names: Iterable[str]):
-    """Raise ValueError unless `name` is one of `names`, with the nearest of them."""
-    if name not in names:
-        near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown {what} {name!r}; known: {', '.join(names)}{hint}")
 
 
 def route(values: Tensor, params: tuple, gradients: str) -> tuple[Tensor, tuple]:
     """Values and parameters, detached where no gradient is to flow."""
-    known("gradients", gradients, GRADIENTS)
+    one_of("gradients", gradients, GRADIENTS)
     if gradients == "values":
         params = tuple(q.detach() if isinstance(q, Tensor) else q for q in params)
     return values.detach() if gradients == "prior" else values, params

@@ -19,7 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .cdf import GRADIENTS, TIES, beta_cdf, cvm, known, normal_cdf, relaxed_bernoulli_cdf, require, route
+from ..checks import in_interval, known_settings, one_of
+from .cdf import GRADIENTS, TIES, beta_cdf, cvm, normal_cdf, relaxed_bernoulli_cdf, route
 
 __all__ = [
     "BaS", "GBaS", "GateLoss", "L0", "NoLoss", "Ratio", "bas_loss", "beta_cdf", "cvm",
@@ -39,8 +40,8 @@ def bas_loss(
     ties: str = "order",
 ) -> Tensor:
     """Batch shaping: all gates of the batch in one CvM against a prior with the two `params` of its CDF."""
-    known("prior", prior, PRIORS)
-    require("gates", gates, 0, 1, closed=True)
+    one_of("prior", prior, PRIORS)
+    in_interval("gates", gates, "[0, 1]")
     return cvm(gates, PRIORS[prior], params=params, gradients=gradients, ties=ties)
 
 
@@ -74,10 +75,10 @@ def gbas_loss(
         gradients: As in `cvm`; p and T are the prior.
         ties: As in `cvm`, for the gates.
     """
-    known("prior", prior, PRIORS)
+    one_of("prior", prior, PRIORS)
     if gates.shape[1:] != p.shape:
         raise ValueError(f"p has shape {list(p.shape)}; expected the gates' grid {list(gates.shape[1:])}")
-    require("gates", gates, 0, 1, closed=True)
+    in_interval("gates", gates, "[0, 1]")
     gates, (p, temperature) = route(gates, (p, temperature), gradients)
     loss = cvm(gates, PRIORS[prior], dim=0, params=_prior_params(prior, p, temperature), ties=ties).mean()
     if not hyper_weight:
@@ -93,9 +94,9 @@ def _prior_params(prior: str, p: Tensor | float, temperature: Tensor | float) ->
 
 def _hyper_params(hyperprior: str, target: float, sigma: float) -> tuple[float, float]:
     """The two parameters of the hyperprior with mean `target` and standard deviation `sigma`."""
-    known("hyperprior", hyperprior, HYPERPRIORS)
-    require("target", target, 0, 1)
-    require("sigma", sigma, 0, math.inf)
+    one_of("hyperprior", hyperprior, HYPERPRIORS)
+    in_interval("target", target, "(0, 1)")
+    in_interval("sigma", sigma, "(0, inf)")
     if hyperprior == "normal":
         return target, sigma
     concentration = target * (1 - target) / sigma**2 - 1
@@ -153,8 +154,8 @@ class GateLoss(nn.Module):
         super().__init__()
         if len(grid) != 2 or min(grid) < 1:
             raise ValueError(f"grid={tuple(grid)}; expected (h, w), the coarse regions of a picture")
-        require("target", target, 0, 1)
-        require("weight", weight, 0, math.inf, closed=True)
+        in_interval("target", target, "(0, 1)")
+        in_interval("weight", weight, "[0, inf)")
         self.grid, self.target, self.weight = tuple(grid), float(target), float(weight)
 
     def forward(self, gates: Tensor) -> Tensor:
@@ -164,7 +165,7 @@ class GateLoss(nn.Module):
                 "(another picture size has another grid: make the loss for `model.grid(images.shape[-2:])`)"
             )
         gates = global_batch(gates if gates.dtype == torch.float64 else gates.float())
-        require("gates", gates, 0, 1, closed=True)
+        in_interval("gates", gates, "[0, 1]")
         return self.distance(gates)
 
     def distance(self, gates: Tensor) -> Tensor:
@@ -201,11 +202,11 @@ class GBaS(GateLoss):
         weight: float = 30.0,
     ):
         super().__init__(grid, target, weight)
-        known("prior", prior, PRIORS)
-        known("gradients", gradients, GRADIENTS)
-        known("ties", ties, TIES)
-        require("temperature", temperature, 0, math.inf)
-        require("hyper_weight", hyper_weight, 0, math.inf, closed=True)
+        one_of("prior", prior, PRIORS)
+        one_of("gradients", gradients, GRADIENTS)
+        one_of("ties", ties, TIES)
+        in_interval("temperature", temperature, "(0, inf)")
+        in_interval("hyper_weight", hyper_weight, "[0, inf)")
         self.hyper = _hyper_params(hyperprior, target, sigma)
         self.sigma, self.hyperprior, self.hyper_weight = float(sigma), hyperprior, float(hyper_weight)
         self.prior, self.gradients, self.ties = prior, gradients, ties
@@ -259,9 +260,9 @@ class BaS(GateLoss):
         weight: float = 30.0,
     ):
         super().__init__(grid, target, weight)
-        known("prior", prior, PRIORS)
-        known("ties", ties, TIES)
-        require("temperature", temperature, 0, math.inf)
+        one_of("prior", prior, PRIORS)
+        one_of("ties", ties, TIES)
+        in_interval("temperature", temperature, "(0, inf)")
         self.temperature, self.prior, self.ties = float(temperature), prior, ties
 
     def distance(self, gates: Tensor) -> Tensor:
@@ -298,8 +299,6 @@ LOSSES = {"gbas": GBaS, "bas": BaS, "l0": L0, "ratio": Ratio, "none": NoLoss}
 
 def make_loss(name: str, grid: tuple[int, int], target: float = 0.6, **settings) -> GateLoss:
     """The gate loss of this name; `settings` are those of its class."""
-    known("gate loss", name, LOSSES)
-    exist = list(inspect.signature(LOSSES[name]).parameters)[2:]
-    for setting in settings:
-        known(f"setting of the gate loss {name!r}:", setting, exist)
-    return LOSSES[name](grid, target, **settings)
+    one_of("gate loss", name, LOSSES)
+    takes = [setting for setting in inspect.signature(LOSSES[name]).parameters if setting not in ("grid", "target")]
+    return LOSSES[name](grid, target, **known_settings(f"the gate loss {name!r}", settings, takes))

@@ -1,23 +1,24 @@
 """Decisions without learning: rules that stand where a gate stands, and masks to run a model with.
 
-A rule is a module that MSViT takes as its gate, `MSViT(vit, gate=msvit.make_rule("centre", rate=0.6))`. It judges
+A rule is a module that MSViT takes as its gate, `MSViT(vit, gate=msvit.make_rule("centre", rate=0.6))`. It scores
 each coarse region of a picture with a number in [0, 1], and the model makes coarse what exceeds its threshold.
 """
 
+import inspect
 import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..checks import known_settings, one_of
 from ..core.tokens import patchify
-from ..reducers.registry import checked_settings, pick
 
 # Mean and standard deviation that most backbones' pictures are normalised with (ImageNet's).
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class Judgement(NamedTuple):
+class Scores(NamedTuple):
     """Soft decisions in [0, 1], 1 = coarse, `[B, h, w]`; for blocks of 2 x 2 regions `[B, h // 2, w // 2]`, or None."""
 
     regions: Tensor
@@ -25,15 +26,15 @@ class Judgement(NamedTuple):
 
 
 class Rule(nn.Module):
-    """A module that judges pictures `[B, c, H, W]` with h x w coarse regions. It learns nothing.
+    """A module that scores pictures `[B, c, H, W]` with h x w coarse regions. It learns nothing.
 
     Attributes:
-        adjustable: Whether a threshold on its judgement means something, so that a budget can be calibrated.
+        adjustable: Whether a threshold on its scores means something, so that a budget can be calibrated.
     """
 
     adjustable: bool = False
 
-    def judge(self, images: Tensor, grid: tuple[int, int]) -> Judgement:
+    def score(self, images: Tensor, grid: tuple[int, int]) -> Scores:
         raise NotImplementedError
 
 
@@ -53,7 +54,7 @@ class Static(Rule):
 
     def __init__(self, kind: str, rate: float | None = None, seed: int = 0):
         super().__init__()
-        pick("static mask", kind, dict.fromkeys(self.KINDS))
+        one_of("static mask", kind, self.KINDS)
         fixed = {"fine": 0.0, "coarse": 1.0, "checkerboard": 0.5}.get(kind)
         if fixed is not None and rate not in (None, fixed):
             raise ValueError(f"rate={rate}: a {kind} mask has the rate {fixed:g}; use centre, border or random")
@@ -62,7 +63,7 @@ class Static(Rule):
             raise ValueError(f"rate={rate}: the share of coarse regions lies in [0, 1]")
         self.kind, self.rate, self.seed = kind, rate, seed
 
-    def judge(self, images: Tensor, grid: tuple[int, int]) -> Judgement:
+    def score(self, images: Tensor, grid: tuple[int, int]) -> Scores:
         b, (h, w), device = len(images), grid, images.device
         y, x = torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij")
         if self.kind == "random" and self.training:
@@ -77,7 +78,7 @@ class Static(Rule):
             order = (distance if self.kind == "border" else -distance).flatten().expand(b, -1)
         count = math.floor(self.rate * h * w + 0.5)
         first = order.sort(dim=1, stable=True).indices[:, :count]
-        return Judgement(torch.zeros(b, h * w, device=device).scatter(1, first, 1.0).view(b, h, w))
+        return Scores(torch.zeros(b, h * w, device=device).scatter(1, first, 1.0).view(b, h, w))
 
     def extra_repr(self) -> str:
         return f"{self.kind}, rate={self.rate:g}"
@@ -86,7 +87,7 @@ class Static(Rule):
 class Entropy(Rule):
     """Coarse where a patch says little (Choudhury et al. 2025, APT): its grey values' entropy is below a threshold.
 
-        H = - sum_i p_i log2 p_i,    p the histogram of 256 grey values,    judgement = sigmoid(bits - H)
+        H = - sum_i p_i log2 p_i,    p the histogram of 256 grey values,    score = sigmoid(bits - H)
 
     With three scales, a block of 2 x 2 regions becomes one token where the block's own entropy is below `bits - gap`,
     as APT decides from the largest patch to the smallest.
@@ -116,14 +117,14 @@ class Entropy(Rule):
         self.bits, self.scales, self.gap = bits, scales, gap
         self.mean, self.std = tuple(mean), tuple(std)
 
-    def judge(self, images: Tensor, grid: tuple[int, int]) -> Judgement:
+    def score(self, images: Tensor, grid: tuple[int, int]) -> Scores:
         counts = self.histograms(images, grid)
         regions = torch.sigmoid(self.bits - entropy(counts))
         if self.scales == 2:
-            return Judgement(regions)
+            return Scores(regions)
         h, w = grid[0] // 2, grid[1] // 2
         blocks = counts[:, : 2 * h, : 2 * w].unflatten(2, (w, 2)).unflatten(1, (h, 2)).sum((2, 4))
-        return Judgement(regions, torch.sigmoid(self.bits - self.gap - entropy(blocks)))
+        return Scores(regions, torch.sigmoid(self.bits - self.gap - entropy(blocks)))
 
     def histograms(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         """How many pixels of each region have each of 256 grey values, `[B, h, w, 256]`."""
@@ -177,8 +178,9 @@ RULES = {"entropy": Entropy, **dict.fromkeys(Static.KINDS, Static)}
 
 def make_rule(name: str, **settings) -> Rule:
     """A rule by its name in `RULES`; the settings are the class's own, as JSON has them."""
-    kind = pick("rule", name, RULES)
-    settings = checked_settings(name, kind, settings)
+    kind = RULES[one_of("rule", name, RULES)]
+    takes = [setting for setting in inspect.signature(kind).parameters if setting != "kind"]
+    known_settings(name, settings, takes)
     rule = Entropy(**settings) if kind is Entropy else Static(name, **settings)
     rule.settings = {"name": name, **settings}
     return rule

@@ -1,37 +1,56 @@
-"""Budgets met afterwards: the threshold that gives a model the MACs that it is allowed."""
+"""Budgets met afterwards: the threshold, or any other setting, that gives a model the MACs that it is allowed."""
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_images
-from ..core import macs as measure
-from ..core.tokens import spread
+from ..checks import in_interval
+from ..core.candidates import spread
 from ..gating.rules import Rule
+
+
+def nearest_to_budget(candidates: Sequence[Any], cost: Callable[[Any], float], budget: float) -> Any:
+    """Return the first of the candidates whose cost is nearest to a budget; costs must not fall along the candidates.
+
+    By bisection: `cost` is asked of a few candidates only.
+    """
+
+    @cache
+    def price(i: int) -> float:
+        return cost(candidates[i])
+
+    everything = range(len(candidates))
+    best = bisect_left(everything, budget, key=price)
+    if best == len(candidates) or (best and budget - price(best - 1) <= price(best) - budget):
+        best = bisect_left(everything, price(best - 1), key=price)
+    return candidates[best]
+
+
+def thresholds(soft: Tensor) -> Tensor:
+    """Return one threshold for each way to cut soft values, from 0 (all coarse) to 1 (all fine)."""
+    levels = soft.unique()
+    return torch.cat([levels.new_zeros(1), (levels[1:] + levels[:-1]) / 2, levels.new_ones(1)])
 
 
 @torch.no_grad()
 def calibrate(model: nn.Module, loader, macs: float) -> float:
-    """Sets `model.threshold` so that the mean MACs over a loader come nearest to that share of dense; returns it."""
-    if not 0 < macs <= 1.1:
-        raise ValueError(f"macs={macs}: a share of the dense model's MACs, such as 0.6")
+    """Set `model.threshold` so that the mean MACs over a loader come nearest to that share of dense; return it."""
+    in_interval("macs, a share of the dense model's MACs,", macs, "(0, 1.1]")
     if isinstance(model.gate, Rule) and not model.gate.adjustable:
         raise ValueError(f"{model.gate} has no threshold to calibrate; choose its rate, with macs_of for the budget")
-    training, before = model.training, model.cut.clone()
-    model.eval()
-    try:
-        pictures = _Pictures(model, loader)
-        levels = pictures.soft.unique()
-        cuts = torch.cat([levels.new_zeros(1), (levels[1:] + levels[:-1]) / 2, levels.new_ones(1)])
-        low, high = 0, len(cuts) - 1
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if pictures.share(cuts[middle]) <= macs else (low, middle)
-        best = min((low, high), key=lambda i: abs(pictures.share(cuts[i]) - macs))
-        share = pictures.share(cuts[best])
-        before = cuts[best]
-    finally:
-        model.cut.copy_(before)
-        model.train(training)
+    before = model.cut.clone()
+    with model.evaluating():
+        try:
+            pictures = _Pictures(model, loader)
+            best = nearest_to_budget(thresholds(pictures.soft), pictures.share, macs)
+            share = pictures.share(best)
+            before = best
+        finally:
+            model.cut.copy_(before)
     return share
 
 
@@ -40,30 +59,25 @@ class _Pictures:
 
     def __init__(self, model: nn.Module, loader):
         self.model, self.size = model, None
-        self.images, judged, device = [], [], model.cut.device
-        try:
-            measure.plan(len(model.vit.blocks), torch.tensor([model.vit.num_prefix_tokens + 1]), model.reducer)
-            self.closed = True
-        except ValueError:
-            self.closed = False
+        self.images, scores, device = [], [], model.cut.device
+        self.closed = model.reducer is None or not model.reducer.adaptive
         for batch in loader:
             images = (batch if isinstance(batch, Tensor) else batch[0]).to(device)
-            check_images(images, model.vit.patch_embed.proj.in_channels, model.coarse_patch)
+            model.check(images)
             if self.size not in (None, images.shape[-2:]):
                 raise ValueError(
                     f"pictures of {tuple(self.size)} and {tuple(images.shape[-2:])} px; calibrate on one size"
                 )
-            self.size = images.shape[-2:]
-            grid = model.grid(self.size)
+            self.size, images = images.shape[-2:], model.pad(images)
             if isinstance(model.gate, Rule):
-                judged.append(model.gate.judge(images, grid))
+                scores.append(model.gate.score(images, model.grid(self.size)))
             else:
-                judged.append((model.decide(images).soft, None))
+                scores.append((model.decide(images).soft, None))
             self.images += [] if self.closed else [images.cpu()]
-        if not judged:
+        if not scores:
             raise ValueError("the loader is empty; calibrate on some pictures")
-        self.regions = torch.cat([regions for regions, _ in judged])
-        self.blocks = torch.cat([blocks for _, blocks in judged]) if judged[0][1] is not None else None
+        self.regions = torch.cat([regions for regions, _ in scores])
+        self.blocks = torch.cat([blocks for _, blocks in scores]) if scores[0][1] is not None else None
         self.soft = torch.cat([x.flatten() for x in (self.regions, self.blocks) if x is not None])
         self.dense = model.dense_macs(self.size)
 

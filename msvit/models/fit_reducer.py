@@ -5,14 +5,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..core import macs as measure
+from ..core.macs import classifier_macs, encoder_macs, token_counts, vit_macs
 from ..gating.rules import make_rule
-from ..reducers.registry import Reducer, make_reducer
+from ..reducers.base import Reducer
+from ..reducers.registry import make_reducer
+from .calibrate import nearest_to_budget
 from .msvit import MSViT
 
 
-def fit(name: str, vit: nn.Module, share: float, tokens: int | None = None, **settings: Any) -> dict[str, Any]:
-    """Settings with which a reducer's MACs come as near as they can to a share of the dense backbone's.
+def fit_reducer(name: str, vit: nn.Module, share: float, tokens: int | None = None, **settings: Any) -> dict[str, Any]:
+    """Return settings with which a reducer's MACs come as near as they can to a share of the dense backbone's.
 
     What is turned is `keep`; ToMe's is `r`, and a grid's the block at which it acts, so that these two meet a budget
     only roughly.
@@ -22,28 +24,24 @@ def fit(name: str, vit: nn.Module, share: float, tokens: int | None = None, **se
         settings: Others of the reducer, which stay as they are.
     """
     entering = torch.tensor([tokens or vit.num_prefix_tokens + vit.patch_embed.num_patches])
-    dense = measure.vit_macs(vit, entering).item()
     if name == "tome":
-        knobs = [{"r": r} for r in range(1, int(entering) // 2)]
+        turned = [{"r": r} for r in range(int(entering) // 2 - 1, 0, -1)]
     elif name == "grid":
-        knobs = [{"layers": [layer]} for layer in range(len(vit.blocks))]
+        turned = [{"layers": [layer]} for layer in range(len(vit.blocks))]
     else:
-        knobs = [{"keep": k / 200} for k in range(10, 200)]
+        turned = [{"keep": k / 200} for k in range(10, 200)]
 
-    def miss(knob: dict[str, Any]) -> float:
-        reducer = make_reducer(name, vit, **settings | knob)
-        if name == "grid":
-            macs = _measured(vit, reducer)
-        else:
-            counts = measure.plan(len(vit.blocks), entering, reducer)
-            macs = measure.path_macs(vit, entering, counts, reducer).item()
-        return abs(macs / dense - share)
+    def macs(choice: dict[str, Any]) -> float:
+        return _macs(vit, make_reducer(name, vit, **settings | choice), entering)
 
-    return settings | min(knobs, key=miss)
+    return settings | nearest_to_budget(turned, macs, share * vit_macs(vit, entering).item())
 
 
 @torch.no_grad()
-def _measured(vit: nn.Module, reducer: Reducer) -> float:
-    """MACs on a picture: how many tokens a grid leaves is no function of how many there were."""
+def _macs(vit: nn.Module, reducer: Reducer, entering: torch.Tensor) -> float:
+    """Return the MACs of so many tokens, or of a picture where counts depend on it."""
+    if not reducer.adaptive:
+        counts = token_counts(len(vit.blocks), entering, reducer)
+        return (encoder_macs(vit, entering, counts, reducer) + classifier_macs(vit, counts[-1, 1])).item()
     model = MSViT(vit, gate=make_rule("fine"), reducer=reducer).eval()
     return model.run(torch.zeros(1, vit.patch_embed.proj.in_channels, *vit.patch_embed.img_size)).macs.item()

@@ -1,241 +1,207 @@
-"""Semantic segmentation on mixed-scale tokens: every pixel still has a token, so a decoder finds all of them.
+"""Heads: what a model says at the end. A class for each picture by timm's own head, or one for each pixel.
 
-The decoders (see `msvit.decoders`) work on the mixed-scale tokens themselves, through the same layouts as the backbone.
-What they say of a token goes to all the fine patches that it covers, and from there bilinearly to the pixels.
+A head has `logits`, `macs`, `loss` and `accuracy`, and says whether its task is `dense`. The decoders of the dense one
+(Segmenter, Strudel et al. 2021) work on the mixed-scale tokens themselves, through the same layouts as the backbone:
+called `decoder(x [T, C], weight [T] or None, layout)` on patch tokens alone, they return `[T, K]`. What they say of a
+token goes to all the fine patches that it covers, and from there bilinearly to the pixels.
 """
 
-import json
-import math
 from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import hf_hub_download
-from torch import Tensor
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
 
-from ..checks import check_images
+from ..checks import one_of
 from ..core import backbone
-from ..core import macs as measure
-from ..core import tokens as tk
-from ..core.attention import Layout
+from ..core.attention import Layout, attend
+from ..core.blocks import after_attention, before_attention, mlp
+from ..core.candidates import enlarge
+from ..core.macs import classifier_macs, linear_macs
 from ..core.tokens import Tokens
-from ..reducers.registry import check_lossless
-from .decoders import DECODERS
-from .hub import CONFIG, load_folder, save_folder
-from .msvit import Gating, MSViT, Result
+from ..data import IGNORE
 
 
-class Segmenter(MSViT):
-    """An MSViT whose head is a decoder.
+class ClassificationHead(nn.Module):
+    """timm's own pooling and classifier, which stay in the backbone."""
 
-        model = msvit.segment.Segmenter(msvit.MSViT(vit), classes=11, decoder="mask")
-        logits = model(images)
+    dense = False
 
-    Pictures whose sides are no multiples of the coarse patch are padded with the mean colour at bottom and right, and
-    what is predicted there is cut off again. Masks and gates are those of the padded picture, see `grid`.
+    def num_classes(self, vit: nn.Module) -> int:
+        return vit.num_classes
+
+    def logits(self, vit: nn.Module, tokens: Tokens, decisions: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return `[B, K]` from the tokens after the last norm."""
+        return backbone.pooled_logits(vit, tokens)
+
+    def macs(self, vit: nn.Module, tokens: Tensor, fine_patches: int) -> Tensor:
+        """Return the head's MACs on so many tokens per picture, prefix included, int64 `[B]`."""
+        return classifier_macs(vit, tokens)
+
+    def loss(self, logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+        """Return the cross-entropy with labels `[B]` or, after mixup, with shares `[B, K]` (smoothed already)."""
+        return F.cross_entropy(logits, targets, label_smoothing=0.0 if targets.is_floating_point() else smoothing)
+
+    def accuracy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        labels = targets.argmax(1) if targets.is_floating_point() else targets
+        return (logits.argmax(1) == labels).float().mean()
+
+
+class SegmentationHead(nn.Module):
+    """A class for each pixel, by a decoder on mixed-scale tokens: every pixel still has a token, so all are found.
+
+        head = msvit.SegmentationHead(vit, classes=11, decoder="mask")
+        logits = msvit.MSViT(vit, head=head)(images)  # [B, 11, H, W]
 
     While the gate trains, it also learns from which of a cell's two tokens the decoder should have read:
     y_i = m y_coarse(i) + (1 - m) y_i, with the value of the hard decision and the gradient of this sum.
 
     Args:
-        model: Backbone and gate (of a classifier, say) are used as they are, not copied; the backbone's own head is
-            left alone.
+        vit: For its width; the backbone's own head is left alone.
         classes: Their names, or how many.
         decoder: "linear" or "mask" (mask transformer).
         scatter: "after" the decoder, which then has as few tokens as the backbone, or "before" it.
     """
 
-    def __init__(self, model: MSViT, classes: int | list[str], decoder: str = "linear", scatter: str = "after"):
-        check_lossless(model.reducer)
-        super().__init__(model.vit, model.scale, model.gate, model.margin, model.reducer)
-        self.coarse_embed = model.coarse_embed
-        self.cut.copy_(model.cut)
-        if decoder not in DECODERS:
-            raise ValueError(f"decoder={decoder!r}; use one of {', '.join(DECODERS)}")
-        if scatter not in ("after", "before"):
-            raise ValueError(f"scatter={scatter!r}; tokens go to the fine grid 'after' or 'before' the decoder")
+    dense = True
+
+    def __init__(self, vit: nn.Module, classes: int | list[str], decoder: str = "linear", scatter: str = "after"):
+        super().__init__()
+        one_of("decoder", decoder, DECODERS)
+        one_of("scatter", scatter, ("after", "before"))
         self.classes = [f"class {k}" for k in range(classes)] if isinstance(classes, int) else list(classes)
         if len(self.classes) < 2:
             raise ValueError(f"classes={classes!r}: segmentation needs at least two")
-        self.settings = {"classes": self.classes, "decoder": decoder, "scatter": scatter}
         self.scatter = scatter
-        self.decoder = DECODERS[decoder](self.vit.embed_dim, len(self.classes), self.vit.blocks[0].attn.num_heads)
+        self.settings: dict[str, Any] = {"classes": self.classes, "decoder": decoder, "scatter": scatter}
+        self.decoder = DECODERS[decoder](vit.embed_dim, len(self.classes), vit.blocks[0].attn.num_heads)
 
-    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Coarse regions (h, w) of a picture of `size` pixels once it is padded."""
-        return -(-size[0] // self.coarse_patch), -(-size[1] // self.coarse_patch)
+    def num_classes(self, vit: nn.Module) -> int:
+        return len(self.classes)
 
-    def pad(self, images: Tensor) -> Tensor:
-        """Pictures with sides that are multiples of the coarse patch."""
-        bottom, right = (-side % self.coarse_patch for side in images.shape[-2:])
-        return F.pad(images, (0, right, 0, bottom)) if bottom or right else images
+    def no_weight_decay(self) -> set[str]:
+        return {f"decoder.{name}" for name in getattr(self.decoder, "no_weight_decay", set)()}
 
-    def run(
-        self, images: Tensor, mask: Tensor | None = None, execution: str | None = None, check: bool = False
-    ) -> Result:
-        """Logits for each pixel, `[B, K, H, W]`, and what was decided on the way.
+    def logits(self, vit: nn.Module, tokens: Tokens, decisions: Tensor, size: tuple[int, int]) -> Tensor:
+        """Return `[B, K, *size]`; what lies beyond the size, where pictures were padded, is cut off."""
+        grid = self.decode(vit, tokens, decisions).permute(0, 3, 1, 2)
+        whole = [side * backbone.patch_size(vit) for side in grid.shape[-2:]]
+        return F.interpolate(grid, whole, mode="bilinear", align_corners=False)[..., : size[0], : size[1]]
 
-        Arguments and result are those of `MSViT.run`; the MACs include the decoder's.
-        """
-        check_images(images, self.vit.patch_embed.proj.in_channels, 1, finite=check)
-        height, width = images.shape[-2:]
-        images = self.pad(images)
-        result = self._result(images, self.decide(images, mask), execution, gated=mask is None)
-        return result._replace(logits=result.logits[..., :height, :width])
-
-    def _read_out(self, tokens: Tokens, gating: Gating) -> Tensor:
-        """The decoder's logits on the pixels of the padded picture, `[B, K, H, W]`."""
-        grid = self.decode(tokens, gating).permute(0, 3, 1, 2)
-        size = [side * backbone.patch_size(self.vit) for side in grid.shape[-2:]]
-        return F.interpolate(grid, size, mode="bilinear", align_corners=False)
-
-    def decode(self, tokens: Tokens, gating: Gating) -> Tensor:
-        """What the decoder makes of the tokens of `encode`: logits on the fine grid, `[B, H_f, W_f, K]`."""
-        others = self._others(tokens, gating)
+    def decode(self, vit: nn.Module, tokens: Tokens, decisions: Tensor) -> Tensor:
+        """Return what the decoder makes of the tokens after the last norm: logits `[B, H_f, W_f, K]`."""
+        prefix = backbone.prefix_count(vit)
         seeing = (tokens.area > 0).nonzero()[:, 0]
-        prefix = backbone.prefix_count(self.vit)
-        lengths = [n - prefix for n in tokens.layout.lengths]
-        patches = tokens.select(seeing, lengths)
-        if others is not None:
-            others = replace(tokens, where=others).select(seeing, lengths).where
-        x = self.vit.fc_norm(patches.x)
+        patches = tokens.select(seeing, [n - prefix for n in tokens.layout.lengths])
+        x = vit.fc_norm(patches.x)
         if self.scatter == "after":
-            logits = self.decoder(x, patches.weight, patches.layout)
-            return _covered(logits, patches, others, gating)
-        grid = _covered(x, patches, others, gating)
+            return _covered(self.decoder(x, patches.weight, patches.layout), patches, decisions)
+        grid = _covered(x, patches, decisions)
         b, rows, columns, _ = grid.shape
         layout = Layout([rows * columns] * b, x.device)
         return self.decoder(grid.flatten(0, 2), None, layout).view(b, rows, columns, -1)
 
-    def _others(self, tokens: Tokens, gating: Gating) -> Tensor | None:
-        """The row that would cover each fine patch if its region were decided the other way, `[B, H_f, W_f]`.
+    def macs(self, vit: nn.Module, tokens: Tensor, fine_patches: int) -> Tensor:
+        """Return the decoder's MACs on so many tokens per picture, prefix included, int64 `[B]`."""
+        patches = tokens - backbone.prefix_count(vit)
+        return self.decoder.macs(torch.full_like(tokens, fine_patches) if self.scatter == "before" else patches)
 
-        -1 where trimming left it out; None where no gate learns from it, or where a reducer has merged the tokens.
-        """
-        if tokens.activity is None or not gating.decisions.requires_grad or self.reducer is not None:
-            return None
-        activity, rows, _ = self._choose(gating, "trimmed")
-        if len(rows) < len(tokens.x):  # masked execution
-            rows = torch.arange(activity.numel(), device=rows.device)
-        seats = rows.new_full((activity.numel(),), -1)
-        seats[rows] = torch.arange(len(rows), device=rows.device)
-        start = torch.arange(len(activity), device=rows.device)[:, None, None] * activity.shape[1]
-        decided_otherwise = gating.decisions.detach() <= 0.5
-        return seats[tk.candidate_map(decided_otherwise, self.scale, backbone.prefix_count(self.vit)) + start]
+    def loss(self, logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
+        """Return the cross-entropy with labels `[B, H, W]`."""
+        return F.cross_entropy(logits, targets, label_smoothing=smoothing, ignore_index=IGNORE)
 
-    def dense_macs(self, size: tuple[int, int]) -> int:
-        """MACs of backbone and decoder on a picture of `size` pixels with all tokens fine, without gate and reducer."""
-        regions = math.prod(self.grid(size))
-        tokens = torch.tensor([backbone.prefix_count(self.vit) + regions * self.scale**2])
-        counts = measure.plan(len(self.vit.blocks), tokens)
-        return int(measure.path_macs(self.vit, tokens, counts) + self._decoder_macs(counts[-1, 1], regions))
-
-    def _macs(self, tokens: Tensor, regions: int, gated: bool, counts: Tensor | None = None) -> Tensor:
-        if counts is None:
-            counts = measure.plan(len(self.vit.blocks), tokens, self.reducer)
-        return super()._macs(tokens, regions, gated, counts) + self._decoder_macs(counts[-1, 1], regions)
-
-    def _decoder_macs(self, tokens: Tensor, regions: int) -> Tensor:
-        """What the decoder has over the backbone's own head, which does not run."""
-        patches = tokens - backbone.prefix_count(self.vit)
-        if self.scatter == "before":
-            patches = torch.full_like(tokens, regions * self.scale**2)
-        return self.decoder.macs(patches) - measure.head_macs(self.vit, tokens)
-
-    def calibrate(self, loader, macs: float = 0.6) -> float:
-        """As `MSViT.calibrate`, with MACs that include the decoder."""
-        images = (batch if isinstance(batch, Tensor) else batch[0] for batch in loader)
-        return super().calibrate(map(self.pad, images), macs)
-
-    def _save_pretrained(self, folder):
-        save_folder(self, folder)
-        path = Path(folder) / CONFIG
-        config = json.loads(path.read_text()) | {"segmenter": self.settings}
-        path.write_text(json.dumps(config, indent=2) + "\n")
-
-    @classmethod
-    def _from_pretrained(cls, *, model_id, **options):
-        settings = _settings(model_id, options)
-        if settings is None:
-            raise ValueError(
-                f"{model_id} holds a classifier; build Segmenter(MSViT.from_pretrained({str(model_id)!r}), classes=…) "
-                "on it and train its decoder"
-            )
-        return load_folder(lambda vit, **parts: cls(MSViT(vit, **parts), **settings), model_id, **options)
+    def accuracy(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return (logits.argmax(1) == targets)[targets != IGNORE].float().mean()
 
 
-def load(model_id: str, **options) -> MSViT:
-    """The model of a run's folder or of a hub id: a `Segmenter` if it is one, else an `MSViT`."""
-    kind = MSViT if _settings(model_id, options) is None else Segmenter
-    return kind.from_pretrained(model_id, **options)
-
-
-def _settings(model_id: str, options: dict) -> dict | None:
-    """What the config of a folder or a hub id says of a decoder; None for a classifier."""
-    path = Path(model_id) / CONFIG
-    if not Path(model_id).is_dir():
-        known = ("revision", "cache_dir", "force_download", "local_files_only", "token")
-        path = Path(hf_hub_download(model_id, CONFIG, **{k: v for k, v in options.items() if k in known}))
-    if not path.is_file():
-        raise FileNotFoundError(f"{model_id} has no {CONFIG}; is it a folder that save_pretrained wrote?")
-    return json.loads(path.read_text()).get("segmenter")
-
-
-@torch.no_grad()
-def slide(model: Segmenter, images: Tensor, window: int, stride: int, mask: Tensor | None = None) -> Result:
-    """Evaluation through windows of the size that the model was trained with: logits are means over windows.
-
-    The gate sees one region at a time, so that it decides once for the whole picture, and all windows follow.
-
-    Args:
-        window: Side in pixels; a multiple of the coarse patch.
-        stride: From a window to the next, likewise. The last one ends where the picture does.
-        mask: Decisions instead of the gate's, as in `MSViT.run`, for all regions of the picture.
-    """
-    patch = model.coarse_patch
-    if window % patch or stride % patch or not 0 < stride <= window:
-        raise ValueError(
-            f"window={window}, stride={stride}: both are multiples of the coarse patch of {patch} px, "
-            "and the stride is not the larger one"
-        )
-    check_images(images, model.vit.patch_embed.proj.in_channels, 1)
-    (height, width), (h, w) = images.shape[-2:], model.grid(images.shape[-2:])
-    images = model.pad(images)
-    gating = model.decide(images, mask)
-    coarse = gating.decisions > 0.5
-    rows, columns = max(h, window // patch), max(w, window // patch)
-    images = F.pad(images, (0, (columns - w) * patch, 0, (rows - h) * patch))
-    padded = F.pad(coarse, (0, columns - w, 0, rows - h), value=True)
-    total = images.new_zeros(len(images), len(model.classes), *images.shape[-2:])
-    count = images.new_zeros(images.shape[-2:])
-    tokens, macs = 0, measure.gate_macs(model.gate, h * w) if mask is None else 0
-    for y in _starts(rows * patch, window, stride):
-        for x in _starts(columns * patch, window, stride):
-            at = (slice(None), slice(y // patch, (y + window) // patch), slice(x // patch, (x + window) // patch))
-            seen = model.run(images[..., y : y + window, x : x + window], padded[at])
-            total[..., y : y + window, x : x + window] += seen.logits
-            count[y : y + window, x : x + window] += 1
-            tokens, macs = tokens + seen.tokens, macs + seen.macs
-    logits = (total / count)[..., :height, :width]
-    return Result(logits, gating.soft, gating.scores, coarse, tokens, macs)
-
-
-def _starts(side: int, window: int, stride: int) -> list[int]:
-    return sorted({*range(0, side - window, stride), side - window})
-
-
-def _covered(rows: Tensor, tokens: Tokens, others: Tensor | None, gating: Gating) -> Tensor:
-    """Rows of the tokens on the fine grid, with the gate's gradient of which token covers a patch.
+def _covered(rows: Tensor, tokens: Tokens, decisions: Tensor) -> Tensor:
+    """Return the rows of the tokens on the fine grid, with the gate's gradient of which token covers a patch.
 
     y = m c + (1 - m) f has at a hard m the value of the one token, and the gradient c - f by m.
     """
     grid = tokens.scatter(rows)
-    if others is None:
+    if tokens.other is None:
         return grid
-    scale = grid.shape[1] // gating.decisions.shape[1]
-    m = gating.decisions.repeat_interleave(scale, 1).repeat_interleave(scale, 2)[..., None]
+    m = enlarge(decisions, grid.shape[1] // decisions.shape[1])[..., None]
     hard = (m.detach() > 0.5).to(m.dtype)
-    other = replace(tokens, where=others).scatter(rows.detach())
+    other = replace(tokens, where=tokens.other).scatter(rows.detach())
     gain = (grid.detach() - other) * (2 * hard - 1)
-    return grid + ((m - hard) * gain.masked_fill(others[..., None] < 0, 0)).to(grid.dtype)
+    return grid + ((m - hard) * gain.masked_fill(tokens.other[..., None] < 0, 0)).to(grid.dtype)
+
+
+class LinearDecoder(nn.Module):
+    """The logits of each token by one linear layer."""
+
+    def __init__(self, width: int, classes: int, heads: int):
+        super().__init__()
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: Tensor, weight: Tensor | None, layout: Layout) -> Tensor:
+        """Return logits `[T, K]` of rows `[T, C]`."""
+        return self.head(x)
+
+    def macs(self, tokens: Tensor) -> Tensor:
+        return tokens * linear_macs(self)
+
+
+class MaskTransformer(nn.Module):
+    """Class embeddings c_k pass through two blocks together with a picture's tokens x_i, and meet them again:
+
+        mask_ik = LayerNorm_k( x_i / |x_i| . c_k / |c_k| )
+
+    The weight says how often a token counts as a key, as in the backbone; a class embedding counts once.
+    """
+
+    def __init__(self, width: int, classes: int, heads: int, depth: int = 2):
+        super().__init__()
+        self.classes = nn.Parameter(torch.empty(classes, width))
+        self.blocks = nn.ModuleList(Block(width, heads, qkv_bias=True) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.mask_norm = nn.LayerNorm(classes)
+        self.apply(_small_weights)
+        nn.init.trunc_normal_(self.classes, std=0.02)
+
+    def no_weight_decay(self) -> set[str]:
+        """As for the backbone's class token."""
+        return {"classes"}
+
+    def forward(self, x: Tensor, weight: Tensor | None, layout: Layout) -> Tensor:
+        """Return logits `[T, K]` of rows `[T, C]`."""
+        classes, b = len(self.classes), len(layout.lengths)
+        joint = Layout([n + classes for n in layout.lengths], x.device)
+        first = joint.ends[:-1, None] + torch.arange(classes, device=x.device)
+        place = torch.arange(len(x), device=x.device) + classes * (layout.picture + 1)
+        z = x.new_zeros(len(x) + b * classes, x.shape[1]).index_copy(0, place, x)
+        z = z.index_copy(0, first.flatten(), self.classes.to(x.dtype).repeat(b, 1))
+        if weight is not None:
+            weight = weight.new_ones(len(z)).index_copy(0, place, weight)
+        for block in self.blocks:
+            normed, q, k, v = before_attention(block, z)
+            z = after_attention(block, z, normed, attend(joint, q, k, v, weight), joint)
+            z = mlp(block, z, joint)
+        z = F.normalize(self.norm(z), dim=-1)
+        return self.mask_norm(_products(layout, z[place], z[first]))
+
+    def macs(self, tokens: Tensor) -> Tensor:
+        k, width = self.classes.shape
+        rows = tokens + k
+        return rows * linear_macs(self.blocks) + len(self.blocks) * 2 * rows**2 * width + tokens * k * width
+
+
+def _products(layout: Layout, rows: Tensor, classes: Tensor) -> Tensor:
+    """Each row `[T, C]` times its own picture's class embeddings `[B, K, C]`, `[T, K]`."""
+    if layout.uniform or rows.is_cuda:
+        return layout.unpad(layout.pad(rows) @ classes.transpose(1, 2))
+    return torch.cat([part @ own.T for part, own in zip(rows.split(layout.lengths), classes, strict=True)])
+
+
+def _small_weights(module: nn.Module):
+    """As timm initialises a vision transformer."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
+DECODERS = {"linear": LinearDecoder, "mask": MaskTransformer}

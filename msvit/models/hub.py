@@ -13,6 +13,7 @@ from ..gating.gate import Gate
 from ..gating.rules import make_rule
 from ..reducers.registry import make_reducer
 from . import zoo  # noqa: F401 (registers its backbones with timm, so that their folders load)
+from .heads import SegmentationHead
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
@@ -71,30 +72,36 @@ def save_folder(model: nn.Module, folder: Path):
     }
     if reducer is not None:
         config["reducer"] = reducer.settings
+    if model.head.dense:
+        config["head"] = model.head.settings
     (Path(folder) / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     state = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
     save_file(state, Path(folder) / WEIGHTS)
 
 
-def load_folder(cls, model_id: str, map_location: str = "cpu", strict: bool = True, **download) -> nn.Module:
-    """Builds the model of a folder or a hub id, without timm's own pretrained weights."""
-
-    def fetch(name: str) -> Path:
-        if Path(model_id).is_dir():
-            if not (path := Path(model_id) / name).is_file():
-                raise FileNotFoundError(f"{model_id} has no {name}; is it a folder that save_pretrained wrote?")
-            return path
-        known = ("revision", "cache_dir", "force_download", "local_files_only", "token")
-        return Path(hf_hub_download(model_id, name, **{k: v for k, v in download.items() if k in known}))
-
-    config = json.loads(fetch(CONFIG).read_text())
+def load_folder(
+    cls, model_id: str, map_location: str = "cpu", strict: bool = True, fast_cpu: bool = False, **download
+) -> nn.Module:
+    """Build the model of a folder or a hub id, without timm's own pretrained weights."""
+    config = json.loads(_fetch(model_id, CONFIG, download).read_text())
     vit = timm.create_model(config["backbone"]["name"], pretrained=False, **config["backbone"]["args"])
     gate = (make_rule if "name" in config["gate"] else Gate)(**config["gate"])
-    parts = {"scale": config["scale"], "gate": gate, "margin": config["margin"]}
-    parts["share_embedding"] = config["share_embedding"]
+    parts = {name: config[name] for name in ("scale", "margin", "share_embedding")} | {"gate": gate}
     if "reducer" in config:
         settings = dict(config["reducer"])
         parts["reducer"] = make_reducer(settings.pop("name"), vit, **settings)
-    model = cls(vit, **parts)
-    model.load_state_dict(load_file(fetch(WEIGHTS), device=map_location), strict=strict)
+    if (head := config.get("head", config.get("segmenter"))) is not None:  # its name until version 0.1
+        parts["head"] = SegmentationHead(vit, **head)
+    model = cls(vit, **parts, fast_cpu=fast_cpu)
+    model.load_state_dict(load_file(_fetch(model_id, WEIGHTS, download), device=map_location), strict=strict)
     return model.to(map_location).eval()
+
+
+def _fetch(model_id: str, name: str, download: dict) -> Path:
+    """Return the path of a folder's file, or of a downloaded one."""
+    if Path(model_id).is_dir():
+        if not (path := Path(model_id) / name).is_file():
+            raise FileNotFoundError(f"{model_id} has no {name}; is it a folder that save_pretrained wrote?")
+        return path
+    known = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+    return Path(hf_hub_download(model_id, name, **{k: v for k, v in download.items() if k in known}))

@@ -5,7 +5,6 @@ pictures stand in one matrix and the `Layout` knows the pictures, so everything 
 lengths. Rows keep their order: the prefix tokens of a picture come first, then its patches as the picture has them.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -27,8 +26,8 @@ class Teacher(NamedTuple):
 class Reducer(nn.Module):
     """Fewer tokens from some blocks on.
 
-    Subclasses implement `reduce` on active tokens, `macs`, and `count` where the number of tokens that are left follows
-    from the number before.
+    Subclasses implement `reduce` on active tokens, `macs`, and `count` unless how many tokens are left depends on the
+    picture. What acts before a block instead of in it implements `before_block` and `counts`.
 
     While a gate trains, its inactive tokens ride along untouched: reducing sees the active ones alone, as in
     evaluation, so that all executions agree; an inactive token's gradient is that of its coming back as itself. The
@@ -36,14 +35,14 @@ class Reducer(nn.Module):
 
     Attributes:
         layers: Blocks at which it acts.
-        place: "before" the block or "between" its attention and its MLP.
+        adaptive: Whether how many tokens are left depends on the picture, and so do the MACs.
         needs: What of the block's attention `reduce` is told as `seen`: None, "received" (`[T]`, the attention that a
             token receives), "class" (`[T]`, the attention that the class token gives) or "keys" (`[T, D]`, their mean
             over the heads). Only the layers in `layers` compute it.
         needs_teacher: Whether `loss` compares with the dense backbone.
     """
 
-    place: str = "between"
+    adaptive: bool = False
     needs: str | None = None
     needs_teacher: bool = False
 
@@ -58,8 +57,12 @@ class Reducer(nn.Module):
         """Whether every pixel still has a token afterwards, as dense tasks need."""
         return True
 
-    def forward(self, layer: int, tokens: Tokens, seen: Tensor | None) -> Tokens:
-        """The tokens that are left."""
+    def before_block(self, layer: int, tokens: Tokens) -> Tokens:
+        """Return the tokens that enter a block."""
+        return tokens
+
+    def after_attention(self, layer: int, tokens: Tokens, seen: Tensor | None) -> Tokens:
+        """Return the tokens that a block's MLP will see; `seen` is what `needs` asks for."""
         if tokens.activity is None:
             return self.reduce(layer, tokens, seen)
         active = tokens.activity.detach() > 0.5
@@ -70,14 +73,18 @@ class Reducer(nn.Module):
         return join(self.reduce(layer, tokens.select(rows, counts), seen), tokens.select(rest, resting))
 
     def reduce(self, layer: int, tokens: Tokens, seen: Tensor | None) -> Tokens:
-        """`forward` on active tokens."""
+        """Return what is left of active tokens."""
         raise NotImplementedError
 
     def count(self, layer: int, tokens: Tensor) -> Tensor:
-        """How many tokens are left of so many (int64, prefix included)."""
+        """Return how many tokens are left of so many (int64, prefix included)."""
         raise ValueError(
             f"how many tokens {type(self).__name__} leaves depends on the picture; run the model and read Result.macs"
         )
+
+    def counts(self, layer: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return how many tokens attention and MLP of a block see of so many that come to it."""
+        return tokens, self.count(layer, tokens)
 
     def macs(self, layer: int, tokens: Tensor) -> Tensor:
         """MACs, int64, of the reducer's own matrix products on so many tokens (prefix included)."""
@@ -92,7 +99,7 @@ class Reducer(nn.Module):
         return self.count(layer, torch.tensor(layout.lengths)).tolist()
 
     def extra_repr(self) -> str:
-        return f"layers={list(self.layers)}, place={self.place}"
+        return f"layers={list(self.layers)}"
 
 
 class Keeping(Reducer):
@@ -118,10 +125,13 @@ class Keeping(Reducer):
         """How many patch tokens are left of so many."""
         return (patches * self.keep[layer] + 0.5).floor().long().clamp(min=1).minimum(patches)
 
-    def top(self, layer: int, tokens: Tokens, scores: Tensor) -> Tensor:
-        """The rows of the prefix tokens and of the patch tokens with the highest scores `[T]`."""
+    def top(self, layer: int, tokens: Tokens, scores: Tensor) -> Tokens:
+        """Return the prefix tokens and the patch tokens with the highest scores `[T]`."""
+        lengths = self.lengths(layer, tokens.layout)
+        if lengths == tokens.layout.lengths:
+            return tokens
         scores = scores.masked_fill(tokens.layout.position < self.prefix, torch.inf)
-        return top_rows(tokens.layout, scores, self.lengths(layer, tokens.layout))
+        return tokens.select(top_rows(tokens.layout, scores, lengths), lengths)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, keep={list(self.keep.values())}"
@@ -247,28 +257,3 @@ def patch_rows(layout: Layout, prefix: int) -> Tensor:
         each = torch.arange(prefix, layout.lengths[0], device=layout.device)
         return (layout.ends[:-1, None] + each).flatten()
     return (layout.position >= prefix).nonzero()[:, 0]
-
-
-def nearest_error(x: Tensor, centres: Tensor) -> float:
-    """The reconstruction error that Token Pooling minimises: sum_i min_j |x_i - c_j|², of `[N, C]` by `[K, C]`."""
-    return math.nan if not len(centres) else torch.cdist(x, centres).square().amin(1).sum().item()
-
-
-def reconstruction_errors(reducer: Reducer, model: nn.Module, images: Tensor) -> Tensor:
-    """`nearest_error` of the patch tokens at each layer of a reducer, as a share of their variance, `[layers, B]`."""
-    errors = []
-
-    def watch(module: Reducer, arguments: tuple, after: Tokens):
-        before = arguments[1]
-        parts = [t.x.float().split(t.layout.lengths) for t in (before, after)]
-        spread = [(x[module.prefix :] - x[module.prefix :].mean(0)).square().sum().item() for x in parts[0]]
-        lost = [nearest_error(a[module.prefix :], b[module.prefix :]) for a, b in zip(*parts, strict=True)]
-        errors.append([e / s if s else 0.0 for e, s in zip(lost, spread, strict=True)])
-
-    hook = reducer.register_forward_hook(watch)
-    try:
-        with torch.no_grad():
-            model.run(images, execution="packed")
-    finally:
-        hook.remove()
-    return torch.tensor(errors)

@@ -53,8 +53,6 @@ class DynamicViT(Keeping):
         threshold: Keep what the predictor finds worth it with more than this probability, in place of the best `keep`.
     """
 
-    place = "before"
-
     def __init__(
         self,
         vit: nn.Module,
@@ -80,7 +78,14 @@ class DynamicViT(Keeping):
     def needs_teacher(self) -> bool:
         return self.weights["kl"] > 0 or self.weights["tokens"] > 0
 
-    def forward(self, layer: int, tokens: Tokens, seen: Tensor | None) -> Tokens:
+    @property
+    def adaptive(self) -> bool:
+        return self.threshold is not None
+
+    def after_attention(self, layer: int, tokens: Tokens, seen: Tensor | None) -> Tokens:
+        return tokens
+
+    def before_block(self, layer: int, tokens: Tokens) -> Tokens:
         rows = patch_rows(tokens.layout, self.prefix)
         layout = Layout([n - self.prefix for n in tokens.layout.lengths], rows.device)
         kept = tokens.x.new_ones(len(rows)) if tokens.activity is None else tokens.activity[rows]
@@ -119,6 +124,10 @@ class DynamicViT(Keeping):
         if self.threshold is not None:
             raise ValueError("with a threshold every picture keeps its own number; run the model and read Result.macs")
         return super().count(layer, tokens)
+
+    def counts(self, layer: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        kept = self.count(layer, tokens)
+        return kept, kept
 
     def macs(self, layer: int, tokens: Tensor) -> Tensor:
         if self.threshold is None and self.keep[layer] == 1:

@@ -19,8 +19,7 @@ class PowerBert(Keeping):
         return False
 
     def reduce(self, layer: int, tokens: Tokens, seen: Tensor | None) -> Tokens:
-        lengths = self.lengths(layer, tokens.layout)
-        return tokens.select(self.top(layer, tokens, seen), lengths) if lengths != tokens.layout.lengths else tokens
+        return self.top(layer, tokens, seen)
 
 
 class RandomPruning(Keeping):
@@ -49,10 +48,9 @@ class RandomPruning(Keeping):
         if self.training:
             scores = torch.rand(len(position), device=position.device)
         else:
-            dice = torch.Generator().manual_seed(self.seed * 1000 + layer)
-            scores = torch.rand(max(tokens.layout.lengths), generator=dice).to(position.device)[position]
-        lengths = self.lengths(layer, tokens.layout)
-        return tokens.select(self.top(layer, tokens, scores), lengths) if lengths != tokens.layout.lengths else tokens
+            generator = torch.Generator().manual_seed(self.seed * 1000 + layer)
+            scores = torch.rand(max(tokens.layout.lengths), generator=generator).to(position.device)[position]
+        return self.top(layer, tokens, scores)
 
 
 class GridPooling(Reducer):
@@ -61,6 +59,8 @@ class GridPooling(Reducer):
     At its n-th layer the cells are stride^n wide. A token that is wider than a cell already, such as a coarse one,
     stays as it is. By default it acts once, at half the depth.
     """
+
+    adaptive = True
 
     def __init__(self, vit: nn.Module, stride: int = 2, layers: Sequence[int] | None = None):
         super().__init__(vit, [len(vit.blocks) // 2] if layers is None else layers)

@@ -1,12 +1,12 @@
 """Methods that drop or merge tokens inside the network, by name, and the table of everything on this bench."""
 
-import difflib
 import inspect
 from typing import NamedTuple
 
 from torch import nn
 
-from .base import Reducer, Teacher, check_lossless, nearest_error, reconstruction_errors
+from ..checks import known_settings, one_of
+from .base import Reducer
 from .dynamicvit import DynamicViT
 from .evit import EViT
 from .pruning import GridPooling, PowerBert, RandomPruning
@@ -68,45 +68,8 @@ REDUCERS = {
 
 def make_reducer(name: str, vit: nn.Module, **settings) -> Reducer:
     """A reducer for a backbone, by its name in `REDUCERS`; the settings are the class's own, as JSON has them."""
-    reducer = pick("reducer", name, REDUCERS)(vit, **checked_settings(name, REDUCERS[name], settings))
+    kind = REDUCERS[one_of("reducer", name, REDUCERS)]
+    takes = [setting for setting in inspect.signature(kind).parameters if setting != "vit"]
+    reducer = kind(vit, **known_settings(name, settings, takes))
     reducer.settings = {"name": name, **settings}
     return reducer
-
-
-def pick(what: str, name: str, known: dict):
-    """`known[name]`, or a ValueError that lists what there is and the nearest."""
-    if name not in known:
-        near = difflib.get_close_matches(str(name), known, 1, cutoff=0.4)
-        hint = f"; the nearest is {near[0]!r}" if near else ""
-        raise ValueError(f"no {what} is called {name!r}{hint}. There are: {', '.join(known)}")
-    return known[name]
-
-
-def checked_settings(name: str, kind: type, settings: dict) -> dict:
-    """The settings if `kind` takes them all."""
-    takes = [p for p in inspect.signature(kind).parameters if p not in ("vit", "args", "kwargs")]
-    if unknown := [key for key in settings if key not in takes]:
-        near = difflib.get_close_matches(unknown[0], takes, 1)
-        hint = f"; the nearest is {near[0]!r}" if near else ""
-        raise ValueError(f"{name} has no setting {unknown[0]!r}{hint}. It takes: {', '.join(takes)}")
-    return settings
-
-
-__all__ = [
-    "METHODS",
-    "REDUCERS",
-    "DynamicViT",
-    "EViT",
-    "GridPooling",
-    "Method",
-    "PowerBert",
-    "RandomPruning",
-    "Reducer",
-    "Teacher",
-    "ToMe",
-    "TokenPooling",
-    "check_lossless",
-    "make_reducer",
-    "nearest_error",
-    "reconstruction_errors",
-]

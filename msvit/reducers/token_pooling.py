@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import one_of
 from ..core.tokens import Tokens
 from .base import Keeping, merge
 
-METHODS = ("kmeans", "kmedoids")
+ALGORITHMS = ("kmeans", "kmedoids")
 
 
 class TokenPooling(Keeping):
@@ -45,8 +46,7 @@ class TokenPooling(Keeping):
         iterations: int = 3,
     ):
         super().__init__(vit, keep, layers)
-        if method not in METHODS:
-            raise ValueError(f"method={method!r}; use one of {', '.join(METHODS)}")
+        one_of("method", method, ALGORITHMS)
         if not isinstance(iterations, int) or iterations < 1:
             raise ValueError(f"iterations={iterations!r}: tokens are assigned once at least")
         if clusters is not None:

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from ..core.fast_linear import fast_linear
 from ..data.loaders import Loaders
-from ..evaluation.classification import object_finder
+from ..evaluation.predictions import object_finder
 from ..gating.losses import make_loss
-from ..models.heads import load
 from ..models.msvit import MSViT
 from ..plots import runs as figures
 from ..training import runs
-from ..training.build import Budget, load_data
+from ..training.budget import Budget
+from ..training.build import load_data
 
 
 @dataclass(frozen=True)
@@ -57,15 +57,15 @@ class Look:
 def open_run(folder: str | Path):
     """The model of a finished run, and the loaders of its pictures."""
     run = runs.read(folder)
-    model = load(folder)
-    return run, model, load_data(run.recipe, model)
+    model = MSViT.from_pretrained(folder, fast_cpu=True)
+    return run, model, load_data(run.recipe.data, run.recipe.training.seed, model)
 
 
 def mask_of(run: runs.Run, model: MSViT, loaders: Loaders, indices: Tensor) -> Tensor | None:
     """All fine for a dense run, whose gate has learned nothing; the oracle's; None where the model decides."""
-    if not run.recipe.epochs:
+    if not run.recipe.training.epochs:
         return torch.zeros(model.grid(loaders.size), dtype=torch.bool)
-    if run.recipe.gating == "oracle":
+    if run.recipe.gating.by == "oracle":
         return ~object_finder(loaders.val)(indices, model.coarse_patch)
     return None
 
@@ -105,11 +105,11 @@ def gate_loss(folder: str | Path) -> nn.Module | None:
     """The GBaS loss of a run with the priors it has learned; None if the run was trained without."""
     path = Path(folder) / "gate_loss.safetensors"
     recipe = runs.read(folder).recipe
-    if recipe.loss != "gbas" or not path.exists():
+    if recipe.gating.loss != "gbas" or not path.exists():
         return None
-    model = load(folder)
-    budget = Budget(model, (recipe.size, recipe.size), recipe)
-    loss = make_loss(recipe.loss, budget.grid, budget.rate, **recipe.loss_settings)
+    model = MSViT.from_pretrained(folder, fast_cpu=True)
+    budget = Budget(model, (recipe.data.size, recipe.data.size), recipe.gating)
+    loss = make_loss(recipe.gating.loss, budget.grid, budget.rate, **recipe.gating.loss_settings)
     loss.load_state_dict(load_file(path))
     return loss
 
@@ -149,7 +149,9 @@ def speeds(folder: Path, table: pd.DataFrame, batch: int = 32, repeats: int = 5)
         steps.append(
             (
                 len(images),
-                partial(MSViT.run, model, images, mask) if run.recipe.epochs else partial(_plain, model, images),
+                partial(MSViT.run, model, images, mask)
+                if run.recipe.training.epochs
+                else partial(_plain, model, images),
             )
         )
     turns = [[_seconds(step) for _, step in steps] for _ in range(repeats + 1)][1:]
@@ -159,7 +161,7 @@ def speeds(folder: Path, table: pd.DataFrame, batch: int = 32, repeats: int = 5)
 
 def _plain(model: MSViT, images: Tensor) -> Tensor:
     """The backbone alone, with the linear layers that all methods have."""
-    with fast_linear():
+    with fast_linear(model.fast_cpu):
         return model.vit(images)
 
 

@@ -13,7 +13,7 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from ..core import macs as measure
+from ..core.macs import vit_macs
 from ..plots.runs import as_the_model_sees, draw_grid, to_pixels
 from ..training.build import build
 from ..training.recipe import Recipe
@@ -49,10 +49,10 @@ def smaller(base: Recipe) -> int:
     """The side of the pictures on which the dense model's MACs are nearest to the target."""
     model = build(base, Path())
     patch, vit = model.coarse_patch, model.vit
-    sides = torch.arange(patch, base.size + 1, patch)
+    sides = torch.arange(patch, base.data.size + 1, patch)
     tokens = vit.num_prefix_tokens + (sides // vit.patch_embed.patch_size[0]) ** 2
-    shares = measure.vit_macs(vit, tokens) / model.dense_macs((base.size, base.size))
-    return int(sides[(shares - base.target).abs().argmin()])
+    shares = vit_macs(vit, tokens) / model.dense_macs((base.data.size, base.data.size))
+    return int(sides[(shares - base.gating.target).abs().argmin()])
 
 
 def run(base: Recipe, full: bool, lr: float, seeds: Iterable[int], folder: Path) -> pd.DataFrame:

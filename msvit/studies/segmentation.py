@@ -11,8 +11,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from ..data.segmentation import IGNORE
-from ..models.heads import Segmenter
+from ..data import IGNORE
+from ..models.msvit import MSViT
 from ..plots.runs import COLOURS, draw_grid, style, to_pixels
 from ..training import runs
 from ..training.build import load_data
@@ -85,8 +85,8 @@ def quality(table: pd.DataFrame) -> Figure:
 @torch.no_grad()
 def pictures(folder: str | Path, count: int = 6) -> Figure:
     """The first validation pictures of a run: tokens, truth, prediction and error side by side."""
-    recipe, model = runs.read(folder).recipe, Segmenter.from_pretrained(folder)
-    loaders = load_data(recipe, model)
+    recipe, model = runs.read(folder).recipe, MSViT.from_pretrained(folder, fast_cpu=True)
+    loaders = load_data(recipe.data, recipe.training.seed, model)
     images, targets, _ = next(iter(loaders.val))
     images, targets = images[:count], targets[:count]
     result = model.run(images)
@@ -101,7 +101,7 @@ def pictures(folder: str | Path, count: int = 6) -> Figure:
         limits = {"xlim": (-0.5, image.shape[2] - 0.5), "ylim": (image.shape[1] - 0.5, -0.5)}
         grid[0, column].set(**limits, xlabel=f"{int(result.tokens[column])} tokens")
         for row, labels in ((1, targets[column]), (2, found[column])):
-            grid[row, column].imshow(colour_map(labels, len(model.classes)), interpolation="nearest")
+            grid[row, column].imshow(colour_map(labels, len(model.head.classes)), interpolation="nearest")
         wrong = (found[column] != targets[column]) & (targets[column] != IGNORE)
         grid[3, column].imshow(shown.mean(2), cmap="gray", vmin=-0.5, vmax=1.5, interpolation="nearest")
         grid[3, column].imshow(np.where(wrong, 1.0, np.nan), cmap=ListedColormap(["#D55E00"]), interpolation="nearest")

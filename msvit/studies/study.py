@@ -10,8 +10,9 @@ from typing import Any
 
 import pandas as pd
 
-from ..models.fit_reducer import fit
-from ..reducers.registry import REDUCERS, pick
+from ..checks import one_of
+from ..models.fit_reducer import fit_reducer
+from ..reducers.registry import REDUCERS
 from ..training import runs
 from ..training.build import build
 from ..training.recipe import Recipe
@@ -83,11 +84,11 @@ def methods(names: Iterable[str], base: Recipe) -> list[Row]:
     """
     names = list(names)
     for name in names:
-        pick("method", name, dict.fromkeys(METHODS))
+        one_of("method", name, METHODS)
     vit, rows = build(base, Path()).vit if names else None, []
     for name in names:
         gate, _, reducer = name.rpartition("+")
-        own = fit(reducer, vit, (1 + base.target) / 2 if gate else base.target)
+        own = fit_reducer(reducer, vit, (1 + base.gating.target) / 2 if gate else base.gating.target)
         gating = {} if gate else {"gating": "fine"}
         rows.append(Row(name.replace("gate+", f"{FULL} + "), gating | {"reducer": reducer, "reducer_settings": own}))
     return rows
@@ -122,17 +123,19 @@ def train_all(plan: list[tuple[str, Recipe]], folder: str | Path, tell: Callable
 
     table = []
     for number, (label, recipe) in enumerate(plan, 1):
-        tell(f"{number}/{len(plan)}: {label}, seed {recipe.seed}")
-        run = train(recipe, Path(folder) / recipe.name, progress=False)
-        table.append({"method": label, "seed": recipe.seed, "run": recipe.name} | run.summary)
+        tell(f"{number}/{len(plan)}: {label}, seed {recipe.training.seed}")
+        run = train(recipe, Path(folder) / recipe.run_name, progress=False)
+        table.append({"method": label, "seed": recipe.training.seed, "run": recipe.run_name} | run.summary)
     return pd.DataFrame(table)
 
 
 def recipe_of(base: Recipe, row: Row, dense: Recipe, seed: int) -> Recipe:
     """The settings of a row: from the seed's dense model, or from scratch in one stage that is as long as both."""
     if row.dense:
-        return base.replace(seed=seed, epochs_dense=0, model=f"run:{dense.name}", **row.changes)
-    return base.replace(seed=seed, epochs_dense=0, epochs=base.epochs_dense + base.epochs, **row.changes)
+        return base.replace(seed=seed, epochs_dense=0, model=f"run:{dense.run_name}", **row.changes)
+    return base.replace(
+        seed=seed, epochs_dense=0, epochs=base.training.epochs_dense + base.training.epochs, **row.changes
+    )
 
 
 def transfer(
@@ -142,15 +145,15 @@ def transfer(
     plan, source = [], []
     for seed in seeds:
         teacher = base.replace(model=first, seed=seed, epochs=0)
-        taught = base.replace(model=f"run:{teacher.name}", seed=seed, epochs_dense=0)
+        taught = base.replace(model=f"run:{teacher.run_name}", seed=seed, epochs_dense=0)
         dense = base.replace(model=second, seed=seed, epochs=0)
-        own = base.replace(model=f"run:{dense.name}", seed=seed, epochs_dense=0)
+        own = base.replace(model=f"run:{dense.run_name}", seed=seed, epochs_dense=0)
         source += [("first, dense", teacher), ("first", taught)]
         plan += [
             ("dense", dense),
             ("own gate", own),
-            ("gate of the first, frozen", own.replace(gate=f"run:{taught.name}", gate_lr=0.0)),
-            ("gate of the first, trained on", own.replace(gate=f"run:{taught.name}")),
+            ("gate of the first, frozen", own.replace(gate=f"run:{taught.run_name}", gate_lr=0.0)),
+            ("gate of the first, trained on", own.replace(gate=f"run:{taught.run_name}")),
             ("random mask", own.replace(gating="random")),
         ]
     train_all(source, folder, tell)

@@ -21,9 +21,10 @@ from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.trial import TrialState
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 
+from ..checks import one_of
+from ..training.files import RunBusy
 from ..training.loop import train
 from ..training.recipe import Recipe
-from ..training.runs import RunBusy
 
 
 class Range(NamedTuple):
@@ -59,8 +60,7 @@ def open_study(name: str, storage: str, pruner: str = "asha", seed: int = 0) -> 
             SQLite serves one machine; many workers on many machines want a server.
         seed: Of the sampler; workers that run at the same time take different ones.
     """
-    if pruner not in PRUNERS:
-        raise ValueError(f"pruner={pruner!r} is not known; there are {', '.join(PRUNERS)}")
+    one_of("pruner", pruner, PRUNERS)
     if "://" not in storage:
         Path(storage).parent.mkdir(parents=True, exist_ok=True)
         storage = f"sqlite:///{Path(storage).absolute()}"
@@ -108,7 +108,7 @@ def sweep(
         folder: Where the trials' runs are kept.
         price: Accuracy that a MAC share of one is worth.
     """
-    if base.holdout <= 0:
+    if base.data.holdout <= 0:
         raise ValueError("holdout=0 would tune on the validation split; set it to a share of training pictures")
 
     folder = Path(folder)
@@ -140,13 +140,13 @@ def sweep(
 
 def from_dense(base: Recipe, folder: Path) -> Recipe:
     """The same settings from a dense model on; it is trained by whichever worker comes first."""
-    if not base.epochs_dense:
+    if not base.training.epochs_dense:
         return base
     dense = base.replace(epochs=0)
     while True:
         try:
-            train(dense, folder / dense.name, progress=False)
-            return base.replace(epochs_dense=0, model=f"run:{dense.name}")
+            train(dense, folder / dense.run_name, progress=False)
+            return base.replace(epochs_dense=0, model=f"run:{dense.run_name}")
         except RunBusy:
             time.sleep(1)
 

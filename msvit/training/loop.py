@@ -11,6 +11,7 @@ import random
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,15 @@ from tqdm import tqdm
 
 from ..data.loaders import set_epoch
 from ..data.seeds import hashed
-from ..evaluation.classification import evaluate, object_finder
-from . import runs
-from .build import build, choose_gate, first_pictures, fit_head, load_data
+from ..evaluation.evaluate import evaluate
+from ..evaluation.predictions import object_finder
+from .budget import choose_gate
+from .build import build, fit_head, load_data
 from .environment import environment
+from .files import RunError
 from .objectives import Gated, Objective
 from .recipe import Recipe, RecipeError
-from .runs import Folder, Run, RunError
+from .runs import Run, RunFolder, read
 from .stage import Stage
 
 CURVE = 50  # points of an epoch's loss curve that are kept
@@ -44,7 +47,7 @@ def train(
     tensorboard: bool = False,
     watch: Callable[[dict[str, Any]], None] | None = None,
 ) -> Run:
-    """Trains a recipe in a folder, continues the run that was stopped there, or returns the one that is finished.
+    """Train a recipe in a folder, continue the run that was stopped there, or return the one that is finished.
 
     Under `accelerate launch` or `torchrun` every process calls this with the same arguments.
 
@@ -56,9 +59,9 @@ def train(
         watch: Called by the main process with the line of metrics of each epoch, once it is on the disk. What it
             raises ends the run, which can still be continued.
     """
-    records = Folder(folder)
+    records = RunFolder(folder)
     if records.check(recipe):
-        return runs.read(folder)
+        return read(folder)
     accelerator = _accelerator(recipe, records.path, tensorboard)
     trainer = Trainer(recipe, records, accelerator, progress, watch)
     try:
@@ -74,7 +77,7 @@ def train(
         records.close()
         for tracker in accelerator.trackers:
             tracker.finish()
-    return runs.read(folder)
+    return read(folder)
 
 
 class Trainer:
@@ -83,33 +86,34 @@ class Trainer:
     def __init__(
         self,
         recipe: Recipe,
-        records: Folder,
+        records: RunFolder,
         accelerator: Accelerator,
         progress: bool,
         watch: Callable[[dict[str, Any]], None] | None = None,
     ):
         self.recipe, self.records, self.accelerator, self.watch = recipe, records, accelerator, watch
         self.progress = progress and accelerator.is_main_process
-        torch.manual_seed(recipe.seed)
+        torch.manual_seed(recipe.training.seed)
         self.model = build(recipe, records.path.parent)
-        self.loaders = load_data(recipe, self.model, accelerator.device)
+        self.loaders = load_data(recipe.data, recipe.training.seed, self.model, accelerator.device)
         self._check_batches()
-        classes = len(self.loaders.classes)
-        self.model = fit_head(self.model, self.loaders.classes, recipe)
-        self.budget = choose_gate(self.model, recipe, self.loaders)
+        fit_head(self.model, self.loaders.classes, recipe.data.task, recipe.model)
+        gating = recipe.gating if recipe.training.epochs else None
+        self.budget = choose_gate(self.model, gating, recipe.training.seed, self.loaders)
         self.objects = {name: object_finder(getattr(self.loaders, name)) for name in ("train", "val")}
-        if recipe.epochs:
+        if recipe.training.epochs:
             self._objective(Gated)
         self.model.to(accelerator.device)
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.train_loader, self.val_loader = accelerator.prepare(self.loaders.train, self.loaders.val)
         self.mixup = None
-        if recipe.mixup or recipe.cutmix:
-            self.mixup = Mixup(recipe.mixup, recipe.cutmix, label_smoothing=recipe.smoothing, num_classes=classes)
+        if (settings := recipe.training).mixup or settings.cutmix:
+            labels = {"label_smoothing": settings.smoothing, "num_classes": len(self.loaders.classes)}
+            self.mixup = Mixup(settings.mixup, settings.cutmix, **labels)
         self.history: list[dict[str, Any]] = []
 
     def run(self):
-        """The epochs that are still to come, and the summary."""
+        """Go through the epochs that are still to come, and write the summary."""
         state = self.records.load_state()
         if state is not None:
             self.history = state["history"]
@@ -119,7 +123,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             self.records.restore(self.history)
         first = 0
-        plan = (("dense", self.recipe.epochs_dense, Objective), ("gated", self.recipe.epochs, Gated))
+        plan = (("dense", self.recipe.training.epochs_dense, Objective), ("gated", self.recipe.training.epochs, Gated))
         for name, epochs, kind in plan:
             if len(self.history) < first + epochs:
                 stage = self._begin(name, first, epochs, kind)
@@ -137,7 +141,7 @@ class Trainer:
         for parameter in self.trainable:
             parameter.requires_grad_(True)  # the stage before may have frozen some
         objective, steps = self._objective(kind), self.loaders.steps
-        return Stage(name, first, epochs, steps, objective, self.recipe, self.accelerator, self.mixup)
+        return Stage(name, first, epochs, steps, objective, self.recipe.training, self.accelerator, self.mixup)
 
     def _objective(self, kind: type[Objective]) -> Objective:
         try:
@@ -146,23 +150,18 @@ class Trainer:
             raise RecipeError(str(error)) from error
 
     def _epoch(self, stage: Stage, epoch: int):
-        """One epoch: train, evaluate, and make both durable."""
+        """Train and evaluate for an epoch, and make both durable."""
         start = time.perf_counter()
         means = self._train(stage, epoch)
         speed = self.loaders.steps * self.train_loader.total_batch_size / (time.perf_counter() - start)
         last = epoch + 1 == stage.last
         if last:
             stage.finish()
-            if self.recipe.calibrate and stage.name == "gated" and self.recipe.gating == "learned":
+            if self.recipe.gating.calibrate and stage.name == "gated" and self.recipe.gating.learned:
                 with self.accelerator.autocast():
-                    self.model.calibrate(first_pictures(self.loaders), macs=self.budget.macs)
+                    self.model.calibrate(self.loaders.first_pictures(), macs=self.budget.macs)
         model = self.model if last else stage.model
-        found = evaluate(
-            model,
-            self.val_loader,
-            lambda images, indices: stage.objective.predict(model, images, indices),
-            self.accelerator,
-        )
+        found = evaluate(model, self.val_loader, partial(stage.objective.predict, model), self.accelerator)
         line = {"epoch": epoch + 1, "stage": stage.name, **means}
         line |= {f"val_{name}": value for name, value in found.items()}
         line |= {"pictures_per_s": speed, "seconds": time.perf_counter() - start}
@@ -170,7 +169,7 @@ class Trainer:
         self._save(stage, line, last)
 
     def _save(self, stage: Stage, line: dict[str, Any], last: bool):
-        """The state comes first: should all end between it and the line of metrics, the state has the line too."""
+        """Write the state first: should all end between it and the line of metrics, the state has the line too."""
         unreadable = gather_object([tuple(bad) for bad in self.loaders.unreadable("train")])
         if not self.accelerator.is_main_process:
             return
@@ -191,8 +190,8 @@ class Trainer:
         self.accelerator.log({k: v for k, v in line.items() if isinstance(v, float)}, step=line["epoch"])
 
     def _train(self, stage: Stage, epoch: int) -> dict[str, Any]:
-        """The steps of an epoch; returns the means of what they showed, and the loss curve."""
-        word = int(hashed(self.recipe.seed, 4, epoch)[0])
+        """Do the steps of an epoch; return the means of what they showed, and the loss curve."""
+        word = int(hashed(self.recipe.training.seed, 4, epoch)[0])
         random.seed(word)
         np.random.seed(word & 0xFFFFFFFF)  # noqa: NPY002 (timm's Mixup draws from it)
         stage.wrapped.train()
@@ -213,7 +212,7 @@ class Trainer:
         return {"lr": lr, **means, "curve": curve}
 
     def _failure(self, stage: Stage, epoch: int, step: int, seen: dict[str, float], batch) -> RunError:
-        """The error of a run whose loss or gradient is no number any more."""
+        """Return the error of a run whose loss or gradient is no number any more."""
         names = self.loaders.names("train", batch.indices)
         finite = batch.images.flatten(1).isfinite().all(1).tolist()
         bad = [name for name, ok in zip(names, finite, strict=True) if not ok]
@@ -256,9 +255,9 @@ def _accelerator(recipe: Recipe, folder: Path, tensorboard: bool) -> Accelerator
         raise RunError("TensorBoard is not installed; install the package tensorboard, or train without it")
     AcceleratorState._reset_state()  # a second run of this process may have another precision
     return Accelerator(
-        cpu=recipe.device == "cpu",
-        mixed_precision={"fp32": "no", "bf16": "bf16"}[recipe.precision],
-        gradient_accumulation_steps=recipe.accumulate,
+        cpu=recipe.training.device == "cpu",
+        mixed_precision={"fp32": "no", "bf16": "bf16"}[recipe.training.precision],
+        gradient_accumulation_steps=recipe.training.accumulate,
         dataloader_config=DataLoaderConfiguration(split_batches=True),
         log_with="tensorboard" if tensorboard else None,
         project_dir=folder if tensorboard else None,
@@ -266,7 +265,7 @@ def _accelerator(recipe: Recipe, folder: Path, tensorboard: bool) -> Accelerator
 
 
 def _shown(seen: list[dict[str, float]]) -> str:
-    """What the progress bar says of the last steps."""
+    """Return what the progress bar says of the last steps."""
     return ", ".join(f"{name} {_mean(seen, name):.3f}" for name in ("loss", "accuracy", "coarse", "macs"))
 
 
@@ -276,7 +275,7 @@ def _mean(seen: list[dict[str, float]], name: str) -> float:
 
 
 def _parts(values: list, count: int) -> list[list]:
-    """A list in `count` runs of nearly equal length, or one of each value."""
+    """Return a list in `count` runs of nearly equal length, or one of each value."""
     count = min(count, len(values))
     edges = [round(i * len(values) / count) for i in range(count + 1)]
     return [values[a:b] for a, b in itertools.pairwise(edges)]

@@ -1,13 +1,12 @@
 """Objectives: what a training step of each stage computes.
 
 The loop (`msvit.training.loop`) knows nothing of gates. A method is a subclass of `Objective`: its forward makes the
-loss and whatever scalars are worth recording, its parameters are what trains, and its state is what a resumed run needs.
+loss and the scalars that are recorded, its parameters are what trains, and its state is what a resumed run needs.
 """
 
 import copy
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,16 +14,28 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 
 from ..core.fast_linear import fast_linear
-from ..data.segmentation import IGNORE
+from ..evaluation.predictions import Objects
 from ..gating.controller import BudgetController
 from ..gating.losses import make_loss
-from ..models.heads import Segmenter, slide
 from ..models.msvit import MSViT, Result
-from ..reducers.registry import Teacher
-from .build import Budget
+from ..models.sliding import slide
+from ..reducers.base import Teacher
+from .budget import Budget
 from .recipe import Recipe
 
-Objects = Callable[[Tensor, int], Tensor]  # of indices and the side of a patch: bool [B, h, w], where the object is
+
+class StepOutput(NamedTuple):
+    """What a training step computes.
+
+    Attributes:
+        loss: Carries the gradient.
+        scalars: What is recorded of a step.
+        gate_error: The controller's: how far the scores of a batch lie above those that meet the budget.
+    """
+
+    loss: Tensor
+    scalars: dict[str, Tensor]
+    gate_error: Tensor | None = None
 
 
 class Objective(nn.Module):
@@ -40,79 +51,77 @@ class Objective(nn.Module):
         self.model, self.recipe, self.budget, self.objects = model, recipe, budget, objects or {}
 
     def parts(self) -> list[tuple[nn.Module, float, float]]:
-        """What trains: module, learning rate (0 = frozen) and weight decay. What is not named is frozen."""
-        networks = [self.model.vit] + ([self.model.decoder] if isinstance(self.model, Segmenter) else [])
-        return [(network, self.recipe.lr, self.recipe.weight_decay) for network in networks]
+        """Return what trains: module, learning rate (0 = frozen) and weight decay. What is not named is frozen."""
+        training = self.recipe.training
+        networks = [part for part in (self.model.vit, self.model.head) if any(True for _ in part.parameters())]
+        return [(network, training.lr, training.weight_decay) for network in networks]
 
     def groups(self) -> list[dict[str, Any]]:
-        """Parameter groups for the optimizer: decay for matrices alone, smaller rates for lower blocks."""
+        """Return parameter groups for the optimizer: decay for matrices alone, smaller rates for lower blocks."""
         parts, groups = [part for part in self.parts() if part[1] > 0], []
         kept = {id(p) for part, _, _ in parts for p in part.parameters() if p.requires_grad}
         for parameter in self.parameters():
             parameter.requires_grad_(id(parameter) in kept)
         for part, rate, decay in parts:
             settings = {"weight_decay": decay, "no_weight_decay_list": getattr(part, "no_weight_decay", tuple)()}
-            if part is self.model.vit and self.recipe.layer_decay < 1:
-                made = param_groups_layer_decay(part, layer_decay=self.recipe.layer_decay, **settings)
+            if part is self.model.vit and self.recipe.training.layer_decay < 1:
+                made = param_groups_layer_decay(part, layer_decay=self.recipe.training.layer_decay, **settings)
             else:
                 made = param_groups_weight_decay(part, **settings)
             groups += [group | {"lr": rate} for group in made]
         return groups
 
     def priors(self) -> dict[str, Tensor]:
-        """What the gate loss has learned, for the records."""
+        """Return what the gate loss has learned, for the records."""
         return {}
 
     def begin(self, progress: float):
         """Called before each step with the share of the stage that is over."""
 
-    def update(self, seen: dict[str, float]):
-        """Called after each step with the scalars of forward, averaged over all processes."""
+    def update(self, gate_error: float):
+        """Called after each step that told a gate error, with its mean over all processes."""
 
-    def forward(self, images: Tensor, targets: Tensor, indices: Tensor) -> dict[str, Tensor]:
-        """Scalars; "loss" carries the gradient."""
+    def forward(self, images: Tensor, targets: Tensor, indices: Tensor) -> StepOutput:
         return self.scored(self.predict(self.model, images, indices), targets)
 
     def predict(self, model: MSViT, images: Tensor, indices: Tensor) -> Result:
-        """What a model (this one's, or its moving average) makes of pictures, in training and in evaluation."""
+        """Return what a model (this one's, or its moving average) makes of pictures, in training and evaluation."""
         b, (h, w) = len(images), model.grid(images.shape[-2:])
         fine = torch.zeros(b, h, w, device=images.device)
-        if isinstance(model, Segmenter):
+        if model.head.dense:
             return self._run(model, images, fine.bool(), "packed")
         tokens = torch.full((b,), model.vit.num_prefix_tokens + h * w * model.scale**2, device=images.device)
         macs = torch.full((b,), self.budget.dense, dtype=torch.float64, device=images.device)
-        with fast_linear():
-            return Result(model.vit(images), fine, None, fine.bool(), tokens, macs)
+        with fast_linear(model.fast_cpu):
+            logits = model.vit(images)
+        return Result(logits=logits, gates=fine, scores=None, coarse=fine.bool(), tokens=tokens, macs=macs)
 
     def _run(self, model: MSViT, images: Tensor, mask: Tensor | None, execution: str | None) -> Result:
         """Whole pictures; in evaluation, on request, windows of the training size that overlap by a third."""
-        if model.training or not self.recipe.sliding:
+        if model.training or not self.recipe.model.sliding:
             return model.run(images, mask, execution)
-        patch, side = model.coarse_patch, self.recipe.size
+        patch, side = model.coarse_patch, self.recipe.data.size
         return slide(model, images, side, max(1, 2 * side // (3 * patch)) * patch, mask)
 
-    def scored(self, result: Result, targets: Tensor) -> dict[str, Tensor]:
-        """The task's loss on labels `[B]` (after mixup: shares `[B, K]`) or `[B, H, W]`, and what is shown of a step.
+    def scored(self, result: Result, targets: Tensor) -> StepOutput:
+        """Return the task's loss, and what is shown of a step.
 
         The rate of coarse regions is that of the decisions without noise, since these are what evaluation takes.
         """
-        hard, pixels = not targets.is_floating_point(), targets.dim() == 3
-        smoothing, ignored = self.recipe.smoothing if hard else 0.0, IGNORE if pixels else -100
-        task = F.cross_entropy(result.logits, targets, label_smoothing=smoothing, ignore_index=ignored)
-        labels = targets if hard else targets.argmax(1)
-        right = result.logits.argmax(1) == labels
-        right = right[labels != IGNORE] if pixels else right
+        head = self.model.head
+        task = head.loss(result.logits, targets, self.recipe.training.smoothing)
         coarse, macs = result.coarse, result.macs / self.budget.dense
         if result.scores is not None:
             coarse = result.scores > 0
             macs = self.budget.shares.to(coarse.device)[coarse.sum((1, 2))]
-        return {
-            "loss": task,
+        scalars = {
+            "loss": task.detach(),
             "task": task.detach(),
-            "accuracy": right.float().mean(),
+            "accuracy": head.accuracy(result.logits, targets),
             "coarse": coarse.float().mean(),
             "macs": macs.mean(),
         }
+        return StepOutput(task, scalars)
 
 
 class Gated(Objective):
@@ -130,30 +139,32 @@ class Gated(Objective):
 
     def __init__(self, model: MSViT, recipe: Recipe, budget: Budget, objects: dict[str, Objects] | None = None):
         super().__init__(model, recipe, budget, objects)
-        self.learned = recipe.gating == "learned" and recipe.gate_lr > 0
-        taught = recipe.distill or (model.reducer is not None and model.reducer.needs_teacher)
+        gating = recipe.gating
+        self.learned = gating.learned and recipe.training.gate_lr > 0
+        taught = recipe.training.distill or (model.reducer is not None and model.reducer.needs_teacher)
         self.teacher = copy.deepcopy(model.vit) if taught else None
         self.loss, self.controller = None, None
         if self.learned:
-            self.loss = make_loss(recipe.loss, grid=budget.grid, target=budget.rate, **recipe.loss_settings)
-            pull = 1 / math.prod(budget.grid) if isinstance(model, Segmenter) else 1.0
-            self.weight = self.loss.weight * pull if recipe.loss_weight is None else recipe.loss_weight
-            if recipe.control:
+            self.loss = make_loss(gating.loss, grid=budget.grid, target=budget.rate, **gating.loss_settings)
+            pull = 1 / math.prod(budget.grid) if model.head.dense else 1.0
+            self.weight = self.loss.weight * pull if gating.loss_weight is None else gating.loss_weight
+            if gating.control:
                 self.controller = BudgetController(budget.rate)
 
     def parts(self) -> list[tuple[nn.Module, float, float]]:
-        recipe, parts = self.recipe, super().parts()
+        training, parts = self.recipe.training, super().parts()
         if self.model.coarse_embed is not None:
-            parts.append((self.model.coarse_embed, recipe.lr, recipe.weight_decay))
+            parts.append((self.model.coarse_embed, training.lr, training.weight_decay))
         if self.learned:
-            parts += [(self.model.gate, recipe.gate_lr, recipe.weight_decay), (self.loss, recipe.prior_lr, 0.0)]
+            parts.append((self.model.gate, training.gate_lr, training.weight_decay))
+            parts.append((self.loss, training.prior_lr, 0.0))
         if self.model.reducer is not None:
-            parts.append((self.model.reducer, recipe.reducer_lr, recipe.weight_decay))
+            parts.append((self.model.reducer, training.reducer_lr, training.weight_decay))
         return parts
 
     def train(self, mode: bool = True) -> "Gated":
         super().train(mode)
-        if not self.learned and self.recipe.gating == "learned":
+        if not self.learned and self.recipe.gating.learned:
             self.model.gate.eval()
         if self.teacher is not None:
             self.teacher.eval()
@@ -164,45 +175,45 @@ class Gated(Objective):
 
     def begin(self, progress: float):
         if self.learned:
-            first, last = self.recipe.temperature, self.recipe.temperature_end
+            first, last = self.recipe.gating.temperature, self.recipe.gating.temperature_end
             self.model.gate.temperature = first * (last / first) ** progress
 
-    def update(self, seen: dict[str, float]):
-        if self.controller is not None:
-            self.controller.correct(self.model.gate.mlp[-1].bias, seen["error"])
+    def update(self, gate_error: float):
+        self.controller.correct(self.model.gate.mlp[-1].bias, gate_error)
 
-    def forward(self, images: Tensor, targets: Tensor, indices: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, targets: Tensor, indices: Tensor) -> StepOutput:
         result = self.predict(self.model, images, indices)
-        out = self.scored(result, targets)
-        extra = {}
+        task, scalars, _ = self.scored(result, targets)
+        extra, gate_error = {}, None
         if self.learned:
             extra["gate"] = self.weight * self.loss(result.gates)
         if self.controller is not None:
             self.controller.hold(result.gates)
-            out["error"] = self.controller.error(result.scores)
+            gate_error = self.controller.error(result.scores)
         teacher = self._teach(images) if self.teacher is not None else None
         if self.model.reducer is not None:
             extra |= self.model.reducer.loss(result, teacher)
-        if self.recipe.distill:
+        if self.recipe.training.distill:
             student, dense = (x.float().log_softmax(1) for x in (result.logits, teacher.logits))
             distance = F.kl_div(student, dense, reduction="batchmean", log_target=True)
-            extra["distill"] = self.recipe.distill * distance
-        loss = out["loss"] + sum(extra.values())
-        return out | {name: term.detach() for name, term in extra.items()} | {"loss": loss}
+            extra["distill"] = self.recipe.training.distill * distance
+        loss = task + sum(extra.values())
+        scalars |= {name: term.detach() for name, term in extra.items()} | {"loss": loss.detach()}
+        return StepOutput(loss, scalars, gate_error)
 
     def predict(self, model: MSViT, images: Tensor, indices: Tensor) -> Result:
-        execution = "masked" if model.training and not self.recipe.trim else None
+        execution = "masked" if model.training and not self.recipe.gating.trim else None
         mask = None
-        if self.recipe.gating == "oracle":
+        if self.recipe.gating.by == "oracle":
             where = self.objects["train" if model.training else "val"]
             mask = ~where(indices, model.coarse_patch).to(images.device)
         return self._run(model, images, mask, execution)
 
     @torch.no_grad()
     def _teach(self, images: Tensor) -> Teacher:
-        """What the dense backbone says, its patch tokens on the fine grid."""
+        """Return what the dense backbone says, its patch tokens on the fine grid."""
         h, w = (side * self.model.scale for side in self.budget.grid)
-        with fast_linear():
+        with fast_linear(self.model.fast_cpu):
             tokens = self.teacher.forward_features(images)
         patches = tokens[:, self.teacher.num_prefix_tokens :].unflatten(1, (h, w))
         return Teacher(self.teacher.forward_head(tokens), patches)

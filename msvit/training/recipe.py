@@ -1,56 +1,81 @@
-"""The recipe: all settings of a training run in one frozen dataclass for CLI, notebooks and records."""
+"""The recipe: all settings of a training run, in small groups, for the command line, notebooks and records.
+
+Commands, notebooks and `settings.json` know every setting by a flat name (`epochs_dense`, `reducer_settings`); code
+is handed the group that it needs (`recipe.training.epochs_dense`, `recipe.reducer.settings`).
+"""
 
 import ast
 import dataclasses
-import difflib
 import hashlib
 import json
 import re
 import types
 from collections.abc import Mapping
-from typing import Any, Self, get_args
+from typing import Any, NamedTuple, Self, get_args
+
+from ..checks import hint, inside
 
 
 class RecipeError(ValueError):
     """A setting that does not exist, or a value that it cannot have."""
 
 
-def setting(default: Any, about: str, within: str = "", choices: tuple[str, ...] = ()) -> Any:
-    """A field, what it means, and the interval or the names it is confined to."""
+def setting(default: Any, about: str, within: str = "", choices: tuple[str, ...] = (), flat: str = "") -> Any:
+    """Return a field: what it means, the interval or the names it is confined to, and its flat name if another."""
     make = {"default_factory": lambda: dict(default)} if isinstance(default, dict) else {"default": default}
-    return dataclasses.field(**make, metadata={"about": about, "within": within, "choices": choices})
+    return dataclasses.field(**make, metadata={"about": about, "within": within, "choices": choices, "flat": flat})
 
 
 GATINGS = ("learned", "fine", "coarse", "centre", "border", "checkerboard", "random", "entropy", "oracle")
 
 
+class _Checked:
+    """A group of settings whose values are checked when it is made."""
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            object.__setattr__(self, field.name, checked(field, getattr(self, field.name)))
+
+
 @dataclasses.dataclass(frozen=True)
-class Recipe:
-    """What a run learns from, what it trains, and how.
+class DataSettings(_Checked):
+    """Pictures: what a run learns from."""
 
-    Stage one trains the backbone alone with all tokens fine (`epochs_dense`), stage two the gate with it
-    (`epochs`). With `epochs_dense=0` the backbone enters stage two as it is built or loaded.
-    """
-
-    data: str = setting("scenes:easy", "scenes:easy|middle|hard, folder:/path, or what timm's create_dataset reads")
+    source: str = setting(
+        "scenes:easy", "scenes:easy|middle|hard, folder:/path, or what timm's create_dataset reads", flat="data"
+    )
     size: int = setting(64, "side of the pictures (segmentation: of the crops to train on) in pixels", "[8, inf)")
     train_n: int = setting(0, "training pictures an epoch; 0 = all there are (of scenes 8192)", "[0, inf)")
     val_n: int = setting(0, "pictures to evaluate on; 0 = all there are (of scenes 2048)", "[0, inf)")
     holdout: float = setting(0.0, "share of the training pictures to evaluate on in their place", "[0, 1)")
-    augment: str = setting("none", "augmentation of training pictures, by the names in msvit.data.loaders")
+    augment: str = setting("none", "augmentation of training pictures: none, light or timm")
     batch: int = setting(128, "pictures in a step, over all processes", "[1, inf)")
     workers: int = setting(0, "processes that read pictures, for each process that trains", "[0, inf)")
     task: str = setting("classify", "a label for each picture, or for each pixel", choices=("classify", "segment"))
     short: int = setting(0, "segmentation: resize a folder's pictures to this shorter side first; 0 = no", "[0, inf)")
 
-    model: str = setting("tiny", "tiny (3 blocks of width 64, patch 8), a timm name, a run's folder or a hub id")
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings(_Checked):
+    """Model: what is trained, and from where it starts."""
+
+    name: str = setting(
+        "tiny", "tiny (3 blocks of width 64, patch 8), a timm name, a run's folder or a hub id", flat="model"
+    )
     checkpoint: str = setting("", "safetensors (or weights-only) file for the backbone")
     pretrained: bool = setting(False, "start a timm model from its published weights")
     gate: str = setting("", "folder or hub id of the run whose trained gate is taken over")
     scale: int = setting(2, "a coarse patch is scale x scale fine ones", "[2, inf)")
+    share_embedding: bool = setting(True, "coarse patches go through the same embedding as fine ones")
+    drop_path: float = setting(0.0, "stochastic depth of the last block", "[0, 1)")
     decoder: str = setting("linear", "segmentation: what labels the tokens", choices=("linear", "mask"))
     scatter: str = setting("after", "segmentation: fine grid after or before the decoder", choices=("after", "before"))
     sliding: bool = setting(False, "segmentation: evaluate through overlapping windows of the training size")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingSettings(_Checked):
+    """Training: how long, how fast, and on what."""
 
     epochs_dense: int = setting(3, "epochs of the backbone alone, all tokens fine", "[0, inf)")
     epochs: int = setting(5, "epochs of the gate and the backbone together", "[0, inf)")
@@ -69,11 +94,18 @@ class Recipe:
     smoothing: float = setting(0.0, "label smoothing", "[0, 1)")
     mixup: float = setting(0.0, "timm's mixup alpha; 0 = none", "[0, inf)")
     cutmix: float = setting(0.0, "timm's cutmix alpha; 0 = none", "[0, inf)")
-    drop_path: float = setting(0.0, "stochastic depth of the last block", "[0, 1)")
     distill: float = setting(0.0, "weight of KL(dense || gated), the teacher as stage one left it", "[0, inf)")
+    precision: str = setting("fp32", "bf16 = autocast", choices=("fp32", "bf16"))
+    device: str = setting("auto", "auto = an accelerator if there is one", choices=("auto", "cpu"))
+    seed: int = setting(0, "of weights, order, augmentation and noise", "[0, inf)")
 
-    gating: str = setting("learned", "who decides: the gate, or a rule in its place", choices=GATINGS)
-    loss: str = setting("gbas", "the gate loss, by the names in msvit.gating.losses")
+
+@dataclasses.dataclass(frozen=True)
+class GatingSettings(_Checked):
+    """Gate: who decides, what it costs, and what shapes it."""
+
+    by: str = setting("learned", "who decides: the gate, or a rule in its place", choices=GATINGS, flat="gating")
+    loss: str = setting("gbas", "the gate loss: gbas, bas, l0, ratio or none")
     loss_weight: float | None = setting(
         None, "weight of the gate loss; none = the loss's own, segmentation: over the regions", "[0, inf)"
     )
@@ -86,70 +118,130 @@ class Recipe:
     calibrate: bool = setting(True, "set the threshold after training so that training pictures meet the budget")
     temperature: float = setting(0.3, "of the Gumbel-sigmoid in the first step", "(0, inf)")
     temperature_end: float = setting(0.3, "and in the last; between them it moves geometrically", "(0, inf)")
-    share_embedding: bool = setting(True, "coarse patches go through the same embedding as fine ones")
     trim: bool = setting(True, "cut training sequences to what is active; false = all tokens, masked")
     margin: float = setting(0.1, "inactive tokens with this soft activity stay in cut sequences", "[0, 0.5]")
 
-    reducer: str = setting("", "what drops or merges tokens in the network, by the names of `msvit methods`")
-    reducer_settings: dict = setting({}, "its settings, as in keep=0.7")
-
-    precision: str = setting("fp32", "bf16 = autocast", choices=("fp32", "bf16"))
-    device: str = setting("auto", "auto = an accelerator if there is one", choices=("auto", "cpu"))
-    seed: int = setting(0, "of weights, order, augmentation and noise", "[0, inf)")
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
-        if self.epochs_dense + self.epochs == 0:
-            raise RecipeError("epochs_dense=0 and epochs=0 train nothing; make one of them positive")
-        alien = ("mixup", "cutmix", "distill") if self.task == "segment" else ("short", "sliding")
-        if wrong := [name for name in alien if getattr(self, name)]:
-            raise RecipeError(f"{wrong[0]}={getattr(self, wrong[0])!r} is not for task={self.task!r}; leave it at 0")
-        if self.epochs and not (self.lr or (self.gating == "learned" and self.gate_lr)):
-            raise RecipeError(f"lr=0 and gate_lr={self.gate_lr:g} with gating={self.gating!r} leave nothing to train")
-
-    @classmethod
-    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
-        """A recipe from a mapping; a name that does not exist is refused, with the nearest that does."""
-        return cls(**{_field(name).name: value for name, value in settings.items()})
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every setting, as JSON has it."""
-        return dataclasses.asdict(self)
-
-    def replace(self, **changes: Any) -> Self:
-        """The same recipe but for `changes`, checked as new."""
-        return self.from_dict(self.to_dict() | changes)
-
-    def difference(self, other: Self) -> dict[str, tuple[Any, Any]]:
-        """The settings that differ and can change a result: name -> (here, there)."""
-        here, there = self.to_dict(), other.to_dict()
-        return {k: (here[k], there[k]) for k in here if here[k] != there[k] and k not in HARMLESS}
-
     @property
-    def name(self) -> str:
-        """A folder's name for the run: readable, and another one for every other recipe."""
-        settings = {k: v for k, v in self.to_dict().items() if k not in HARMLESS}
-        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
-        method = "dense" if not self.epochs else self.loss if self.gating == "learned" else self.gating
-        words = [
-            self.data,
-            self.model,
-            f"{method}{self.target:g}" if self.epochs else method,
-            f"s{self.seed}",
-        ]
-        plain = "_".join(word.strip("/").rsplit("/", 1)[-1] for word in words)
-        return "".join(c if c.isalnum() or c in ".-_" else "-" for c in plain) + "-" + digest
+    def learned(self) -> bool:
+        return self.by == "learned"
 
 
-FIELDS = {field.name: field for field in dataclasses.fields(Recipe)}
+@dataclasses.dataclass(frozen=True)
+class ReducerSettings(_Checked):
+    """Reducer: what drops or merges tokens in the network."""
+
+    name: str = setting(
+        "", "what drops or merges tokens in the network, by the names of `msvit methods`", flat="reducer"
+    )
+    settings: dict = setting({}, "its settings, as in keep=0.7", flat="reducer_settings")
+
+
+GROUPS = {
+    "data": DataSettings,
+    "model": ModelSettings,
+    "training": TrainingSettings,
+    "gating": GatingSettings,
+    "reducer": ReducerSettings,
+}
+
+
+class Setting(NamedTuple):
+    """Where a flat name leads: the group, and the field in it."""
+
+    group: str
+    field: dataclasses.Field
+
+
+FIELDS = {
+    field.metadata["flat"] or field.name: Setting(group, field)
+    for group, kind in GROUPS.items()
+    for field in dataclasses.fields(kind)
+}
 # How a run is carried out, not what comes out.
 HARMLESS = ("workers", "device")
 
 
+@dataclasses.dataclass(frozen=True, init=False)
+class Recipe:
+    """What a run learns from, what it trains, and how: `Recipe(epochs=2, data="scenes:hard")`, by flat names.
+
+    Stage one trains the backbone alone with all tokens fine (`epochs_dense`), stage two the gate with it
+    (`epochs`). With `epochs_dense=0` the backbone enters stage two as it is built or loaded.
+    """
+
+    data: DataSettings
+    model: ModelSettings
+    training: TrainingSettings
+    gating: GatingSettings
+    reducer: ReducerSettings
+
+    def __init__(self, **settings: Any):
+        groups: dict[str, dict[str, Any]] = {group: {} for group in GROUPS}
+        for name, value in settings.items():
+            group, field = find(name)
+            groups[group][field.name] = value
+        for group, kind in GROUPS.items():
+            object.__setattr__(self, group, kind(**groups[group]))
+        self._check_together()
+
+    def _check_together(self):
+        """Raise for settings that are good alone and mean nothing together."""
+        training, gating, task = self.training, self.gating, self.data.task
+        if training.epochs_dense + training.epochs == 0:
+            raise RecipeError("epochs_dense=0 and epochs=0 train nothing; make one of them positive")
+        flat = self.to_dict()
+        foreign = ("mixup", "cutmix", "distill") if task == "segment" else ("short", "sliding")
+        if wrong := [name for name in foreign if flat[name]]:
+            raise RecipeError(f"{wrong[0]}={flat[wrong[0]]!r} is not for task={task!r}; leave it at 0")
+        if training.epochs and not (training.lr or (gating.learned and training.gate_lr)):
+            raise RecipeError(f"lr=0 and gate_lr={training.gate_lr:g} with gating={gating.by!r} leave nothing to train")
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
+        """Return the recipe of a mapping; a name that does not exist is refused, with the nearest that does."""
+        return cls(**settings)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every setting by its flat name, as JSON has it."""
+        return {name: getattr(getattr(self, group), field.name) for name, (group, field) in FIELDS.items()}
+
+    def replace(self, **changes: Any) -> Self:
+        """Return the same recipe but for `changes`, checked as new."""
+        return self.from_dict(self.to_dict() | changes)
+
+    def difference(self, other: Self) -> dict[str, tuple[Any, Any]]:
+        """Return the settings that differ and can change a result: name -> (here, there)."""
+        here, there = self.to_dict(), other.to_dict()
+        return {k: (here[k], there[k]) for k in here if here[k] != there[k] and k not in HARMLESS}
+
+    @property
+    def method(self) -> str:
+        """What saves tokens: nothing ("dense"), the gate by its loss, or the rule in its place."""
+        if not self.training.epochs:
+            return "dense"
+        return self.gating.loss if self.gating.learned else self.gating.by
+
+    @property
+    def run_name(self) -> str:
+        """A folder's name for the run: readable, and another one for every other recipe."""
+        settings = {k: v for k, v in self.to_dict().items() if k not in HARMLESS}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:6]
+        method = f"{self.method}{self.gating.target:g}" if self.training.epochs else self.method
+        words = [self.data.source, self.model.name, method, f"s{self.training.seed}"]
+        plain = "_".join(word.strip("/").rsplit("/", 1)[-1] for word in words)
+        return "".join(c if c.isalnum() or c in ".-_" else "-" for c in plain) + "-" + digest
+
+
+def find(name: str) -> Setting:
+    """Return where a flat name leads, or raise an error with the nearest that there is."""
+    if name not in FIELDS:
+        raise RecipeError(f"no setting is called {name!r}{hint(name, FIELDS)}. There are: {', '.join(FIELDS)}")
+    return FIELDS[name]
+
+
 def parse(name: str, text: str) -> Any:
-    """The value that was typed for a setting, read by the setting's type."""
-    field = _field(name)
+    """Return the value that was typed for a setting, read by the setting's type."""
+    field = find(name).field
     kind = _kind(field)
     if kind is str:
         value = text
@@ -160,11 +252,11 @@ def parse(name: str, text: str) -> Any:
         value = {key: _literal(value) for key, _, value in pairs}
     else:
         value = _literal(text)
-    return _checked(field, value)
+    return checked(field, value)
 
 
 def _literal(text: str) -> Any:
-    """A number, a list of numbers, true, false or none; what is none of these stays text."""
+    """Return a number, a list of numbers, true, false or none; what is none of these stays text."""
     word = text.strip()
     if word.lower() in ("true", "false", "none"):
         return {"true": True, "false": False, "none": None}[word.lower()]
@@ -176,54 +268,31 @@ def _literal(text: str) -> Any:
     return value if all(isinstance(number, int | float) for number in numbers) else text
 
 
-def _field(name: str) -> dataclasses.Field:
-    if name in FIELDS:
-        return FIELDS[name]
-    near = difflib.get_close_matches(str(name), FIELDS, 1, cutoff=0.5)
-    hint = f"; the nearest is {near[0]!r}" if near else ""
-    raise RecipeError(f"no setting is called {name!r}{hint}. There are: {', '.join(FIELDS)}")
-
-
 def _kind(field: dataclasses.Field) -> type:
-    """The field's type, without the None that it may also be."""
+    """Return the field's type, without the None that it may also be."""
     return get_args(field.type)[0] if isinstance(field.type, types.UnionType) else field.type
 
 
 def expected(field: dataclasses.Field) -> str:
-    """What a setting may be, in words."""
+    """Return what a setting may be, in words."""
     kind, within, choices = _kind(field), field.metadata["within"], field.metadata["choices"]
-    words = {
-        bool: "true or false",
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        dict: "name=value pairs",
-    }
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "name=value pairs"}
     some = " or ".join(choices) if choices else words[kind] + (f" in {within}" if within else "")
     return some if kind is field.type else f"{some}, or none"
 
 
-def _checked(field: dataclasses.Field, value: Any) -> Any:
-    """The value if the field may have it; a whole number where a number is meant becomes a float."""
+def checked(field: dataclasses.Field, value: Any) -> Any:
+    """Return the value if the field may have it; a whole number where a number is meant becomes a float."""
     kind, within, choices = _kind(field), field.metadata["within"], field.metadata["choices"]
     if value is None and kind is not field.type:
         return None
     if kind is float and type(value) is int:
         value = float(value)
-    good = type(value) is kind and (not choices or value in choices) and (not within or _inside(value, within))
+    good = type(value) is kind and (not choices or value in choices) and (not within or inside(value, within))
     if kind is dict and good:
         good = all(isinstance(k, str) and isinstance(v, str | int | float | list | None) for k, v in value.items())
     if not good:
-        near = difflib.get_close_matches(str(value), choices, 1)
-        hint = f"; the nearest is {near[0]!r}" if near else ""
-        kind_of = "" if type(value) in (kind, str) else f" ({type(value).__name__})"
-        raise RecipeError(f"{field.name}={value!r}{kind_of}: expected {expected(field)}{hint}")
+        name, kind_of = field.metadata["flat"] or field.name, f" ({type(value).__name__})"
+        kind_of = "" if type(value) in (kind, str) else kind_of
+        raise RecipeError(f"{name}={value!r}{kind_of}: expected {expected(field)}{hint(value, choices)}")
     return dict(value) if kind is dict else value
-
-
-def _inside(value: float, within: str) -> bool:
-    """Whether value lies in an interval such as "[0, 1)". NaN lies in none."""
-    low, high = (float(end) for end in within[1:-1].split(","))
-    return (low <= value if within[0] == "[" else low < value) and (
-        value <= high if within[-1] == "]" else value < high
-    )

@@ -12,11 +12,8 @@
 Every file appears under its name only when all of its bytes are on the disk.
 """
 
-import contextlib
-import hashlib
 import io
 import json
-import os
 import pickle
 import shutil
 import tempfile
@@ -29,21 +26,10 @@ from typing import Any
 import pandas as pd
 import torch
 
+from .files import RunError, RunWarning, append_line, digest, locked, read_json, write_whole
 from .recipe import Recipe, RecipeError
 
 TIMINGS = ("seconds", "pictures_per_s")  # of a line of metrics: all that two equal runs may differ in
-
-
-class RunError(RuntimeError):
-    """A run that cannot be started, continued or read."""
-
-
-class RunBusy(RunError):
-    """A run that another process is training."""
-
-
-class RunWarning(UserWarning):
-    """A damaged file of a run that could be done without."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +42,7 @@ class Run:
     summary: dict[str, Any] | None
 
 
-class Folder:
+class RunFolder:
     """The one writer of a run's folder."""
 
     def __init__(self, path: str | Path):
@@ -75,8 +61,8 @@ class Folder:
                 )
             return (self.path / "summary.json").exists()
         names = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
-        if alien := [name for name in names if name != ".lock" and not name.endswith(".tmp")]:
-            raise RunError(f"{self.path} is no run but has {alien[0]!r} in it; choose a new or an empty folder")
+        if unexpected := [name for name in names if name != ".lock" and not name.endswith(".tmp")]:
+            raise RunError(f"{self.path} is no run but has {unexpected[0]!r} in it; choose a new or an empty folder")
         return False
 
     def open(self, recipe: Recipe):
@@ -84,7 +70,7 @@ class Folder:
         self.check(recipe)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = _locked(self.path / ".lock")
+            self._lock = locked(self.path / ".lock")
         except OSError as error:
             raise RunError(f"{self.path} cannot be written ({error.strerror}); choose another folder") from error
         if not (self.path / "settings.json").exists():
@@ -92,7 +78,7 @@ class Folder:
 
     def note(self, environment: dict[str, Any]):
         """Adds a start to environment.json."""
-        starts = _json(self.path / "environment.json") if (self.path / "environment.json").exists() else []
+        starts = read_json(self.path / "environment.json") if (self.path / "environment.json").exists() else []
         self.write_json("environment.json", [*starts, environment])
 
     def close(self):
@@ -101,19 +87,9 @@ class Folder:
 
     def write(self, name: str, data: bytes):
         """A whole file or none."""
-        path = self.path / name
-        part = path.with_name(path.name + ".tmp")
         try:
-            path.parent.mkdir(exist_ok=True)
-            with open(part, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-            _sync(path.parent)
+            write_whole(self.path / name, data)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                part.unlink()
             raise self._failed(name, error) from error
 
     def write_json(self, name: str, value: Any):
@@ -122,10 +98,7 @@ class Folder:
     def append(self, line: dict[str, Any]):
         """A line of metrics, on the disk when this returns."""
         try:
-            with open(self.path / "metrics.jsonl", "ab") as file:
-                file.write((json.dumps(line) + "\n").encode())
-                file.flush()
-                os.fsync(file.fileno())
+            append_line(self.path / "metrics.jsonl", line)
         except OSError as error:
             raise self._failed("metrics.jsonl", error) from error
 
@@ -139,7 +112,7 @@ class Folder:
         buffer = io.BytesIO()
         torch.save(state, buffer)
         data = buffer.getvalue()
-        path = self.path / "state" / f"{epoch:05d}-{_hash(data)}.pt"
+        path = self.path / "state" / f"{epoch:05d}-{digest(data)}.pt"
         self.write(f"state/{path.name}", data)
         for other in set(_states(self.path)) - {path, self._good}:
             other.unlink(missing_ok=True)
@@ -155,7 +128,7 @@ class Folder:
         for path in _states(self.path):
             try:
                 data = path.read_bytes()
-                if _hash(data) != path.stem[6:]:
+                if digest(data) != path.stem[6:]:
                     raise RunError("its bytes are not those that were written")
                 state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             except (OSError, RuntimeError, pickle.UnpicklingError) as error:
@@ -190,7 +163,7 @@ def read_recipe(folder: Path) -> Recipe:
     if not path.exists():
         raise RunError(f"{folder} is no run: it has no settings.json")
     try:
-        return Recipe.from_dict(_json(path))
+        return Recipe.from_dict(read_json(path))
     except RecipeError as error:
         raise RunError(f"{path} is no recipe of this version of msvit: {error}") from error
 
@@ -215,7 +188,7 @@ def read(folder: str | Path) -> Run:
     folder = Path(folder)
     summary = folder / "summary.json"
     recipe = read_recipe(folder)
-    return Run(folder, recipe, read_metrics(folder), _json(summary) if summary.exists() else None)
+    return Run(folder, recipe, read_metrics(folder), read_json(summary) if summary.exists() else None)
 
 
 def load(folder: str | Path = "runs") -> pd.DataFrame:
@@ -243,17 +216,6 @@ def load(folder: str | Path = "runs") -> pd.DataFrame:
     return pd.DataFrame(rows, columns=None if rows else ["run", "status"])
 
 
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise RunError(f"{path} is damaged ({error}); delete it, or the whole run, and train again") from error
-
-
-def _hash(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:32]
-
-
 def _states(folder: Path) -> list[Path]:
     """Newest first."""
     return sorted((folder / "state").glob("[0-9]*.pt"), reverse=True)
@@ -271,27 +233,3 @@ def _flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from _flat({f"{name}.{key}": v for key, v in value.items()})
         elif not isinstance(value, list):
             yield name, value
-
-
-def _sync(folder: Path):
-    """A rename is on the disk only when its folder is."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _locked(path: Path) -> io.BufferedWriter:
-    """The file, locked for as long as it is open; a killed process gives it up."""
-    file = path.open("ab")
-    with contextlib.suppress(ImportError):  # Windows has no fcntl
-        import fcntl
-
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise RunBusy(f"another process is training in {path.parent}; wait for it, or stop it") from None
-    return file

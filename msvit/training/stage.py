@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from ..data.seeds import hashed
 from .objectives import Objective
-from .recipe import Recipe
+from .recipe import TrainingSettings
 
 
 class Stage:
-    """Trains an objective.
+    """Train an objective.
 
     Args:
         name: For the records.
@@ -34,24 +34,24 @@ class Stage:
         epochs: int,
         steps: int,
         objective: Objective,
-        recipe: Recipe,
+        settings: TrainingSettings,
         accelerator: Accelerator,
         mixup: Mixup | None = None,
     ):
         self.name, self.first, self.last, self.objective = name, first, first + epochs, objective
-        self.recipe, self.accelerator, self.mixup = recipe, accelerator, mixup
-        self.updates = math.ceil(steps / recipe.accumulate)  # in an epoch
-        optimizer = create_optimizer_v2(objective.groups(), recipe.optimizer, lr=recipe.lr)
+        self.settings, self.accelerator, self.mixup = settings, accelerator, mixup
+        self.updates = math.ceil(steps / settings.accumulate)  # in an epoch
+        optimizer = create_optimizer_v2(objective.groups(), settings.optimizer, lr=settings.lr)
         self.schedule, _ = create_scheduler_v2(
             optimizer,
-            recipe.schedule,
+            settings.schedule,
             num_epochs=epochs,
-            warmup_epochs=min(recipe.warmup, epochs / 2),
-            warmup_lr=recipe.lr / 100,
+            warmup_epochs=min(settings.warmup, epochs / 2),
+            warmup_lr=settings.lr / 100,
             step_on_epochs=False,
             updates_per_epoch=self.updates,
         )
-        self.ema = ModelEmaV3(objective.model, recipe.ema, use_warmup=True) if recipe.ema else None
+        self.ema = ModelEmaV3(objective.model, settings.ema, use_warmup=True) if settings.ema else None
         self.wrapped, self.optimizer = accelerator.prepare(objective, optimizer)
 
     @property
@@ -60,7 +60,7 @@ class Stage:
         return self.ema.module if self.ema else self.objective.model
 
     def finish(self):
-        """Leaves the moving average in the model."""
+        """Leave the moving average in the model."""
         if self.ema:
             self.objective.model.load_state_dict(self.ema.module.state_dict())
 
@@ -75,40 +75,44 @@ class Stage:
             self.ema.module.load_state_dict(state["ema"])
 
     def step(self, epoch: int, step: int, images: Tensor, targets: Tensor, indices: Tensor) -> dict[str, float]:
-        """Forward, backward, and an update where it is time for one.
+        """Go forward and backward, and update where it is time for it.
 
         Returns:
-            The objective's scalars, averaged over the processes, and the norm of the gradient if there was an update.
+            The scalars of the objective's `StepOutput`, averaged over the processes, and the norm of the gradient if
+            there was an update.
         """
-        done = (epoch - self.first) * self.updates + step // self.recipe.accumulate
+        done = (epoch - self.first) * self.updates + step // self.settings.accumulate
         self.objective.begin(done / ((self.last - self.first) * self.updates))
         self._seed(epoch, step, len(images))
         if self.mixup:
             images, targets = self.mixup(images, targets)
         with self.accelerator.accumulate(self.wrapped):
             out = self.wrapped(images, targets, indices)
-            self.accelerator.backward(out["loss"])
+            scalars = dict(out.scalars)
+            self.accelerator.backward(out.loss)
             if self.accelerator.sync_gradients:
-                limit = self.recipe.clip or math.inf
-                out["gradient"] = self.accelerator.clip_grad_norm_(self.objective.parameters(), limit)
+                limit = self.settings.clip or math.inf
+                scalars["gradient"] = self.accelerator.clip_grad_norm_(self.objective.parameters(), limit)
             self.optimizer.step()
             self.optimizer.zero_grad()
-        if "gradient" in out:
+        if "gradient" in scalars:
             self.schedule.step_update(done + 1)
             if self.ema:
                 self.ema.update(self.objective.model, step=done + 1)
-        seen = self._averaged(out)
-        if all(map(math.isfinite, seen.values())):
-            self.objective.update(seen)
+        seen, gate_error = self._averaged(scalars, out.gate_error)
+        if gate_error is not None and all(map(math.isfinite, (*seen.values(), gate_error))):
+            self.objective.update(gate_error)
         return seen
 
     def _seed(self, epoch: int, step: int, pictures: int):
         """One stream of noise for the whole batch, in which each process begins where its pictures do."""
-        torch.manual_seed(int(hashed(self.recipe.seed, 5, epoch, step)[0]) >> 1)
+        torch.manual_seed(int(hashed(self.settings.seed, 5, epoch, step)[0]) >> 1)
         place = self.accelerator.process_index * pictures * math.prod(self.objective.budget.grid)
         torch.rand(place, device=self.accelerator.device)
 
-    def _averaged(self, out: dict[str, Tensor]) -> dict[str, float]:
-        """One wait for the device, and one message to the other processes, for all scalars."""
-        values = torch.stack([value.detach().to(self.accelerator.device, torch.float32) for value in out.values()])
-        return dict(zip(out, self.accelerator.reduce(values, "mean").tolist(), strict=True))
+    def _averaged(self, scalars: dict[str, Tensor], gate_error: Tensor | None) -> tuple[dict[str, float], float | None]:
+        """Return the means over the processes: one wait for the device, and one message, for all of them."""
+        every = [*scalars.values(), *([] if gate_error is None else [gate_error])]
+        values = torch.stack([value.detach().to(self.accelerator.device, torch.float32) for value in every])
+        means = self.accelerator.reduce(values, "mean").tolist()
+        return dict(zip(scalars, means, strict=False)), None if gate_error is None else means[-1]

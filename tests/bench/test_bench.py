@@ -20,7 +20,7 @@ from msvit.bench.settings import Plan, Settings, plans
 from msvit.gating.gate import Gate
 from msvit.reducers.registry import REDUCERS
 from msvit.training.recipe import RecipeError
-from msvit.training.runs import RunError
+from msvit.training.files import RunError
 
 TINY = "vit_mini_patch8_64"
 FAST = {"models": (TINY,), "batch": (1, 4), "repeats": 2, "device": "cpu", "train": False}

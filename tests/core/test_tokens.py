@@ -5,7 +5,7 @@ import torch
 
 import msvit
 from msvit.core import backbone
-from msvit.core.tokens import choose_trimmed
+from msvit.core.candidates import choose_trimmed
 
 
 def built(make_vit, size=(64, 96), scale=2, execution="packed", **settings):

@@ -16,7 +16,6 @@ from torch.utils.data import Dataset
 from msvit.data import images as pictures
 from msvit.data.images import to_rgb
 from msvit.data.loaders import Batch, make_loaders, set_epoch
-from msvit.training.build import first_pictures
 
 fork = pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")  # Python 3.12, where torch has threads
 
@@ -65,7 +64,7 @@ def test_an_epoch_is_a_function_of_seed_and_epoch(folder, kind):
 
 def test_what_a_threshold_is_calibrated_on_is_not_augmented(folder):
     busy, plain = (make_loaders(**settings(folder, augment=name)) for name in ("light", "none"))
-    for a, b in zip(first_pictures(busy), first_pictures(plain), strict=True):
+    for a, b in zip(busy.first_pictures(), plain.first_pictures(), strict=True):
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.indices, b.indices)
     assert not torch.equal(next(iter(busy.train)).images, next(iter(plain.train)).images)

@@ -5,11 +5,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from helpers import segmenting
 
 import msvit
 from msvit.data.loaders import Batch
 from msvit.evaluation.segmentation import class_table, confusion, evaluate, fine_pixels, near_edges
-from msvit.models.heads import Segmenter
 
 
 def oracle_iou(prediction, target, classes):
@@ -95,7 +95,7 @@ def test_fine_pixels():
 @torch.no_grad()
 def test_evaluate_counts_what_was_predicted(make_vit):
     """Two batches of unlike size, an unreadable picture, ignored pixels: the whole against one count of all pixels."""
-    model = Segmenter(msvit.MSViT(make_vit()), list("abcd")).train()
+    model = segmenting(msvit.MSViT(make_vit()), list("abcd")).train()
     draw = torch.Generator().manual_seed(0)
     batches = []
     for b, indices in ((2, [0, 1]), (3, [2, ~3, 4])):

@@ -22,11 +22,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import bomb, encoded, gradient
+from helpers import bomb, encoded, gradient, segmenting
 
 import msvit
 from msvit.data.scenes import Scenes
-from msvit.models.heads import Segmenter
 from msvit.reducers.registry import make_reducer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,8 +60,8 @@ def workplace(tmp_path_factory):
         model.vit.head.weight.data *= 20  # so that the answer depends on the tokens visibly
         model.save_pretrained(folder / "runs" / name)
     vit = timm.create_model("vit_mini_patch8_64", num_classes=0)
-    pixels = Segmenter(msvit.MSViT(vit, reducer=make_reducer("tome", vit)), Scenes(1).regions)
-    pixels.decoder.head.weight.data.normal_()
+    pixels = segmenting(msvit.MSViT(vit, reducer=make_reducer("tome", vit)), Scenes(1).regions)
+    pixels.head.decoder.head.weight.data.normal_()
     pixels.save_pretrained(folder / "runs" / "pixels")
     settings = {"model": "one", "runs": str(folder / "runs"), "out": str(folder / "out")}
     notebook = json.loads((ROOT / "notebooks/gate_explorer.ipynb").read_text())

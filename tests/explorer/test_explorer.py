@@ -232,9 +232,9 @@ def test_models_are_found_and_loaded(tmp_path):
 
 def test_a_run_brings_its_classes_and_its_normalisation(tmp_path):
     from msvit.training.recipe import Recipe
-    from msvit.training.runs import Folder
+    from msvit.training.runs import RunFolder
 
-    records = Folder(tmp_path / "run")
+    records = RunFolder(tmp_path / "run")
     records.open(Recipe(data="scenes:middle"))
     records.save_model(mini_model())
     records.save_model(mini_model(), "dense")

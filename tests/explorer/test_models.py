@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import COMMON, check_panels, mini_model
+from helpers import COMMON, check_panels, mini_model, segmenting
 from PIL import Image
 
 import msvit
@@ -20,10 +20,9 @@ from msvit.explorer import state as view
 from msvit.explorer.models import ModelError
 from msvit.explorer.uploads import PictureError
 from msvit.gating.rules import make_rule
-from msvit.models.heads import Segmenter
 from msvit.reducers.registry import make_reducer
 from msvit.training.recipe import Recipe
-from msvit.training.runs import Folder
+from msvit.training.runs import RunFolder
 
 ENDED, SEGMENTED = panels.ENDED, ["Prediction", "Ground truth", "Error"]
 
@@ -33,8 +32,8 @@ def segmenter_of(seed=0, reducer=None, classes=None, **settings):
     vit = timm.create_model("vit_mini_patch8_64", num_classes=0)
     parts = {"reducer": make_reducer(reducer, vit)} if reducer else {}
     classes = Scenes(1, difficulty="easy").regions if classes is None else classes
-    model = Segmenter(msvit.MSViT(vit, **parts), classes, **settings).eval()
-    model.decoder.head.weight.data.normal_()  # so that there are several classes in a prediction
+    model = segmenting(msvit.MSViT(vit, **parts), classes, **settings).eval()
+    model.head.decoder.head.weight.data.normal_()  # so that there are several classes in a prediction
     return model
 
 
@@ -167,7 +166,7 @@ def test_the_error_panel_shows_what_is_wrong_and_leaves_ignored_pixels_alone(seg
 
 
 def test_a_run_of_segmentation_can_be_chosen(tmp_path):
-    records = Folder(tmp_path / "run")
+    records = RunFolder(tmp_path / "run")
     records.open(Recipe(task="segment"))
     records.save_model(segmenter_of(decoder="linear"))
     records.save_model(segmenter_of(), "dense")
@@ -392,7 +391,7 @@ def test_three_scales_are_refused_with_a_reason(tmp_path):
     ("settings", "said"), [({"gating": "oracle"}, "oracle"), ({"epochs": 0}, "dense stage"), ({}, "")]
 )
 def test_what_a_gate_has_not_learned_is_said(settings, said, tmp_path):
-    records = Folder(tmp_path / "run")
+    records = RunFolder(tmp_path / "run")
     records.open(Recipe(**settings))
     records.save_model(mini_model())
     records.close()
@@ -426,7 +425,7 @@ def test_the_dense_model_has_the_same_linear_layers(monkeypatch):
 def test_a_dense_segmenter_is_the_model_with_all_tokens_fine(decoder):
     torch.manual_seed(0)
     vit = timm.create_model("vit_mini_patch8_64", num_classes=0)
-    model = Segmenter(msvit.MSViT(vit), 5, decoder).eval()
+    model = segmenting(msvit.MSViT(vit), 5, decoder).eval()
     images = torch.randn(2, 3, 64, 64)
     with torch.inference_mode(), fast_linear():
         fine = model.run(images, torch.zeros(4, 4, dtype=torch.bool)).logits

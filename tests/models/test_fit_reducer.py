@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from msvit import MSViT, make_reducer, make_rule
-from msvit.models.fit_reducer import fit
+from msvit.models.fit_reducer import fit_reducer
 from msvit.reducers.registry import REDUCERS
 from msvit.studies import study
 from msvit.training.recipe import Recipe
@@ -12,7 +12,7 @@ from msvit.training.recipe import Recipe
 @pytest.mark.parametrize("share", [0.6, 0.75])
 def test_the_model_that_runs_costs_what_was_asked(name, share, tiny_vit):
     vit = tiny_vit.eval()
-    model = MSViT(vit, gate=make_rule("fine"), reducer=make_reducer(name, vit, **fit(name, vit, share))).eval()
+    model = MSViT(vit, gate=make_rule("fine"), reducer=make_reducer(name, vit, **fit_reducer(name, vit, share))).eval()
     images = torch.randn(3, 3, *vit.patch_embed.img_size)
     found = model.run(images).macs / model.dense_macs(vit.patch_embed.img_size)
     rough = {"tome": 0.05, "grid": 0.25}  # whole tokens in every block, and whole blocks
@@ -20,7 +20,7 @@ def test_the_model_that_runs_costs_what_was_asked(name, share, tiny_vit):
 
 
 def test_the_other_settings_stay(tiny_vit):
-    settings = fit("token_pooling", tiny_vit, 0.7, method="kmedoids")
+    settings = fit_reducer("token_pooling", tiny_vit, 0.7, method="kmedoids")
     assert settings["method"] == "kmedoids"
     assert 0 < settings["keep"] < 1
 

@@ -4,15 +4,15 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers import shake
+from helpers import segmenting, shake
 from torch import nn
 
 import msvit
 from msvit.bench.timing import counted_macs
 from msvit.core.sampling import straight_through
-from msvit.models.decoders import DECODERS
-from msvit.models.heads import Segmenter, load, slide
+from msvit.models.heads import DECODERS
 from msvit.models.msvit import EXECUTIONS, Gating
+from msvit.models.sliding import slide
 from msvit.reducers.registry import make_reducer
 
 K = 5
@@ -27,18 +27,18 @@ BACKBONES = {
 
 def built(vit, decoder="mask", scatter="after", **settings):
     """A decoder whose classes are far apart, as they are once trained: its LayerNorm divides by their spread."""
-    model = Segmenter(msvit.MSViT(shake(vit), **settings), K, decoder, scatter).eval()
+    model = segmenting(msvit.MSViT(shake(vit), **settings), K, decoder, scatter).eval()
     with torch.no_grad():
-        for p in model.decoder.parameters():
+        for p in model.head.decoder.parameters():
             p.add_((0.2 if p.dim() == 1 else 0.05) * torch.randn_like(p))
         if decoder == "mask":
-            model.decoder.classes.mul_(40)
+            model.head.decoder.classes.mul_(40)
     return model
 
 
 def on_plain_tokens(model, images):
     """The decoder on timm's own tokens, as batches of equal length; a class embedding is a token like any other."""
-    vit, decoder, b = model.vit, model.decoder, len(images)
+    vit, decoder, b = model.vit, model.head.decoder, len(images)
     x = vit.fc_norm(vit.forward_features(images))[:, vit.num_prefix_tokens :]
     if hasattr(decoder, "blocks"):
         z = torch.cat([x, decoder.classes.expand(b, -1, -1)], 1)
@@ -138,7 +138,7 @@ class Numbered(nn.Module):
 @torch.no_grad()
 def test_a_tokens_prediction_covers_exactly_its_pixels(make_vit, execution, size, scale):
     model = built(make_vit(), scale=scale)
-    model.decoder = Numbered()
+    model.head.decoder = Numbered()
     images = torch.randn(2, 3, *size)
     h, w = model.grid(size)
     patch = 8 * scale
@@ -239,7 +239,7 @@ def test_trimming_keeps_the_gradient(make_vit, decoder, scatter):
 
 @pytest.mark.parametrize(("decoder", "scatter"), FORMS)
 def test_training_reaches_every_parameter_but_the_classifier(make_vit, decoder, scatter):
-    model = Segmenter(msvit.MSViT(make_vit()), K, decoder, scatter).train()
+    model = segmenting(msvit.MSViT(make_vit()), K, decoder, scatter).train()
     result = model.run(torch.randn(4, 3, 64, 64))
     F.cross_entropy(result.logits, torch.randint(K, (4, 64, 64))).backward()
     missing = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0}
@@ -282,12 +282,12 @@ def test_windows(make_vit):
 @torch.no_grad()
 def test_saves_and_loads(tmp_path, decoder, scatter):
     classifier = msvit.MSViT(timm.create_model("vit_mini_patch8_64"), share_embedding=scatter == "after")
-    model = Segmenter(classifier, K, decoder, scatter).eval()
+    model = segmenting(classifier, K, decoder, scatter).eval()
     if scatter == "before":
         model.coarse_embed[0].bias.add_(1)
     model.threshold = 0.4
     model.save_pretrained(tmp_path)
-    again = Segmenter.from_pretrained(tmp_path)
+    again = msvit.MSViT.from_pretrained(tmp_path)
     images = torch.randn(2, 3, 50, 64)
     assert torch.equal(again(images), model(images))
     assert again.threshold == pytest.approx(0.4)
@@ -300,18 +300,16 @@ def test_saves_and_loads(tmp_path, decoder, scatter):
 def test_a_classifiers_parts_are_taken_over(tmp_path):
     classifier = msvit.MSViT(timm.create_model("vit_mini_patch8_64"))
     classifier.threshold = 0.3
-    model = Segmenter(classifier, K)
+    model = segmenting(classifier, K)
     assert model.gate is classifier.gate
     assert model.vit is classifier.vit
     assert model.threshold == pytest.approx(0.3)
     classifier.save_pretrained(tmp_path / "classifier")
     model.save_pretrained(tmp_path / "segmenter")
-    assert type(load(tmp_path / "classifier")) is msvit.MSViT
-    assert type(load(tmp_path / "segmenter")) is Segmenter
-    with pytest.raises(ValueError, match=r"holds a classifier; build Segmenter\(MSViT\.from_pretrained"):
-        Segmenter.from_pretrained(tmp_path / "classifier")
+    assert not msvit.MSViT.from_pretrained(tmp_path / "classifier").head.dense
+    assert msvit.MSViT.from_pretrained(tmp_path / "segmenter").head.dense
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
-        load(tmp_path)
+        msvit.MSViT.from_pretrained(tmp_path)
 
 
 def test_calibration_meets_a_budget_that_includes_the_decoder(make_vit):
@@ -331,9 +329,9 @@ def test_reducers_that_merge_serve_and_those_that_prune_are_refused(make_vit, na
     model = msvit.MSViT(vit, reducer=make_reducer(name, vit)).eval()
     if not lossless:
         with pytest.raises(ValueError, match=r"drops tokens.*a dense task must label them all"):
-            Segmenter(model, K)
+            segmenting(model, K)
         return
-    model = Segmenter(model, K, "mask").eval()
+    model = segmenting(model, K, "mask").eval()
     images, mask = torch.randn(2, 3, 64, 96), torch.rand(2, 4, 6) < 0.5
     masked, trimmed, packed = (model.run(images, mask, e) for e in EXECUTIONS)
     assert (masked.logits - packed.logits).abs().max() <= 1e-4
@@ -353,7 +351,7 @@ class TestBadInput:
     )
     def test_settings(self, tiny_vit, settings, match):
         with pytest.raises(ValueError, match=match):
-            Segmenter(msvit.MSViT(tiny_vit), **{"classes": K} | settings)
+            segmenting(msvit.MSViT(tiny_vit), **{"classes": K} | settings)
 
     def test_pictures(self, make_vit):
         model = built(make_vit())

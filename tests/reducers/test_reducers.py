@@ -10,17 +10,12 @@ from msvit.bench.timing import counted_macs
 from msvit.core.backbone import pooled_logits
 from msvit.core.macs import gate_macs
 from msvit.core.sampling import straight_through
+from msvit.evaluation.reconstruction import reconstruction_errors
 from msvit.gating.rules import Static, make_rule
 from msvit.models.msvit import EXECUTIONS, Gating
-from msvit.reducers.registry import (
-    METHODS,
-    REDUCERS,
-    DynamicViT,
-    Teacher,
-    check_lossless,
-    make_reducer,
-    reconstruction_errors,
-)
+from msvit.reducers.base import Teacher, check_lossless
+from msvit.reducers.dynamicvit import DynamicViT
+from msvit.reducers.registry import METHODS, REDUCERS, make_reducer
 
 NEUTRAL = [
     ("dynamicvit", {"keep": 1.0}),
@@ -384,7 +379,7 @@ def test_reconstruction_errors_are_reported(make_vit):
         ("power_bert", {"keep": 1.0}),
     ):
         model = built(vit, name, {**settings, "layers": [1]}, make_rule("fine"))
-        errors[name, settings["keep"]] = reconstruction_errors(model.reducer, model, images)
+        errors[name, settings["keep"]] = reconstruction_errors(model, images)
     assert errors["power_bert", 1.0].abs().max() < 1e-6
     assert errors["token_pooling", 0.5].shape == (1, 4)
     assert (errors["token_pooling", 0.5] < errors["power_bert", 0.5]).all()

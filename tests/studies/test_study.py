@@ -88,12 +88,12 @@ def test_tables_say_the_same_in_three_forms(tmp_path):
 def write_run(folder, **settings):
     """A finished run as training leaves it, without the training."""
     recipe = Recipe(**settings)
-    path = folder / recipe.name
+    path = folder / recipe.run_name
     path.mkdir(parents=True)
     (path / "settings.json").write_text(json.dumps(recipe.to_dict()))
     summary = {
-        "accuracy": 0.9 - recipe.target / 10,
-        "macs": recipe.target,
+        "accuracy": 0.9 - recipe.gating.target / 10,
+        "macs": recipe.gating.target,
         "tokens": 30.0,
         "coarse": 0.5,
         "seconds": 2.0,

@@ -7,7 +7,7 @@ from msvit.plots import interactive
 from msvit.plots import runs as figures
 from msvit.studies import sweep
 from msvit.training.recipe import Recipe
-from msvit.training.runs import RunError
+from msvit.training.files import RunError
 
 TINY = Recipe(train_n=64, val_n=16, batch=16, holdout=0.25, epochs_dense=1, epochs=2)
 

@@ -17,13 +17,15 @@ from safetensors.torch import save_file
 
 import msvit
 from msvit.data.loaders import set_epoch
-from msvit.evaluation.classification import evaluate, evaluate_run
+from msvit.evaluation.evaluate import evaluate
 from msvit.training import runs
-from msvit.training.build import Budget, Part, build, load_data
+from msvit.training.budget import Budget
+from msvit.training.build import build, load_data
+from msvit.training.evaluate_run import evaluate_run
+from msvit.training.files import RunError
 from msvit.training.loop import Trainer, train
 from msvit.training.objectives import Gated, Objective
 from msvit.training.recipe import Recipe, RecipeError
-from msvit.training.runs import RunError
 from msvit.training.stage import Stage
 
 # Four steps an epoch of a few milliseconds each.
@@ -236,17 +238,17 @@ def test_every_setting_trains(tmp_path, settings):
     assert all(np.isfinite(v) for v in run.summary.values() if isinstance(v, float))
     found = evaluate_run(run.folder)
     assert found["coarse"] == run.summary["coarse"], "decisions do not depend on the precision"
-    if recipe.reducer:
+    if recipe.reducer.name:
         assert all(0 < found[f"reconstruction_error_{layer}"] < 2 for layer in (0, 1, 2))
-    if recipe.precision == "fp32":  # on a GPU or under autocast the last digits may differ
+    if recipe.training.precision == "fp32":  # on a GPU or under autocast the last digits may differ
         assert found["accuracy"] == run.summary["accuracy"]
         assert found["macs"] == run.summary["macs"]
-    if recipe.gating == "coarse":
+    if recipe.gating.by == "coarse":
         assert run.summary["coarse"] == 1
-    if recipe.gating == "oracle":
+    if recipe.gating.by == "oracle":
         assert run.summary["fine_object"] == 1
         assert run.summary["fine_rest"] == 0
-    if recipe.holdout:
+    if recipe.data.holdout:
         assert run.summary["pictures"] == 16
 
 
@@ -260,7 +262,7 @@ def test_the_table_has_a_row_of_settings_and_results(finished):
 
 def objective(recipe, kind=Gated):
     model = build(recipe, None)
-    return kind(model, recipe, Budget(model, (64, 64), recipe))
+    return kind(model, recipe, Budget(model, (64, 64), recipe.gating))
 
 
 def test_the_budget_is_inverted_exactly():
@@ -331,7 +333,7 @@ def test_evaluation_is_a_plain_loop_over_pictures():
     recipe = Recipe(val_n=30, train_n=64, batch=8)
     model = build(recipe, None)
     model.threshold = 0.4
-    loaders = load_data(recipe, model)
+    loaders = load_data(recipe.data, recipe.training.seed, model)
     found = evaluate(model.train(), loaders.val)
     assert model.training
     model.eval()
@@ -374,7 +376,7 @@ def test_unreadable_pictures_are_in_no_figure():
 
 def test_a_part_keeps_numbers_and_pictures():
     recipe = Recipe(train_n=40, val_n=8, batch=4, holdout=0.25)
-    loaders = load_data(recipe, build(recipe, None))
+    loaders = load_data(recipe.data, recipe.training.seed, build(recipe, None))
     seen = {}
     for name, loader in (("train", loaders.train), ("val", loaders.val)):
         set_epoch(loader, 2)
@@ -384,7 +386,7 @@ def test_a_part_keeps_numbers_and_pictures():
             expected, labels = loaders.train.dataset.scenes.batch(batch.indices)
             assert torch.equal(batch.images, expected)
             assert torch.equal(batch.targets, labels)
-    assert isinstance(loaders.train.dataset, Part)
+    assert isinstance(loaders.train.dataset, Subset)
     assert len(seen["val"]) == 10
     assert not set(seen["train"]) & set(seen["val"])
     assert len(set(seen["train"])) == 28  # 30 less the incomplete batch
@@ -449,7 +451,7 @@ def test_a_trimmed_step_costs_less_and_gives_the_masked_loss():
     for objective_ in (this, masked):
         torch.manual_seed(3)
         model = objective_.model
-        execution = None if objective_.recipe.trim else "masked"
+        execution = None if objective_.recipe.gating.trim else "masked"
         lengths.append(max(model.tokenize(images, model.decide(images), execution).layout.lengths))
     assert lengths[0] < lengths[1] == 65 + 16
 

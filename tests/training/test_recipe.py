@@ -18,7 +18,7 @@ def test_a_recipe_survives_json_and_is_frozen():
     recipe = Recipe(lr=3e-4, loss_settings={"sigma": 0.2}, loss_weight=None, trim=False)
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
     with pytest.raises(dataclasses.FrozenInstanceError):
-        recipe.lr = 1.0
+        recipe.training.lr = 1.0
 
 
 @pytest.mark.parametrize(
@@ -87,8 +87,11 @@ def test_parse_refuses_the_rest(name, text):
 
 def test_a_name_is_of_the_settings_that_matter():
     recipe = Recipe()
-    assert recipe.name == Recipe(workers=4, device="cpu").name
-    names = {recipe.name, *(recipe.replace(**change).name for change in ({"lr": 2e-3}, {"seed": 1}, {"trim": False}))}
+    assert recipe.run_name == Recipe(workers=4, device="cpu").run_name
+    names = {
+        recipe.run_name,
+        *(recipe.replace(**change).run_name for change in ({"lr": 2e-3}, {"seed": 1}, {"trim": False})),
+    }
     assert len(names) == 4
     assert recipe.difference(Recipe(workers=4)) == {}
     assert recipe.difference(Recipe(seed=3)) == {"seed": (0, 3)}

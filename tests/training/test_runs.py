@@ -14,15 +14,16 @@ import torch
 import msvit
 from msvit.training import runs
 from msvit.training.environment import environment
+from msvit.training.files import RunError, RunWarning, digest
 from msvit.training.recipe import Recipe
-from msvit.training.runs import Folder, RunError, RunWarning
+from msvit.training.runs import RunFolder
 
 LINE = {"epoch": 1, "stage": "dense", "train_loss": 0.5, "curve": [1.0, 0.5]}
 
 
 @pytest.fixture
 def folder(tmp_path):
-    records = Folder(tmp_path / "run")
+    records = RunFolder(tmp_path / "run")
     records.open(Recipe())
     yield records
     records.close()
@@ -42,20 +43,20 @@ def test_open_refuses_another_run_and_another_folder(folder, tmp_path):
     with pytest.raises(
         RunError, match=r"other settings \(lr is 0.001, not 0.01, seed is 0, not 1\); nothing was changed"
     ):
-        Folder(folder.path).open(Recipe(lr=0.01, seed=1))
+        RunFolder(folder.path).open(Recipe(lr=0.01, seed=1))
     assert (folder.path / "settings.json").read_bytes() == settings
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("x")
     with pytest.raises(RunError, match=r"is no run but has 'chapter.tex' in it; choose a new or an empty folder"):
-        Folder(tmp_path / "thesis").open(Recipe())
+        RunFolder(tmp_path / "thesis").open(Recipe())
     assert os.listdir(tmp_path / "thesis") == ["chapter.tex"]
 
 
 def test_workers_may_change_and_one_process_writes(folder):
     with pytest.raises(RunError, match="another process is training in"):
-        Folder(folder.path).open(Recipe())
+        RunFolder(folder.path).open(Recipe())
     folder.close()
-    again = Folder(folder.path)
+    again = RunFolder(folder.path)
     again.open(Recipe(workers=2))
     again.close()
 
@@ -63,7 +64,7 @@ def test_workers_may_change_and_one_process_writes(folder):
 def test_a_start_that_died_early_is_no_obstacle(tmp_path):
     (tmp_path / ".lock").touch()
     (tmp_path / "settings.json.tmp").write_text('{"lr"')
-    records = Folder(tmp_path)
+    records = RunFolder(tmp_path)
     records.open(Recipe())
     assert runs.read(tmp_path).recipe == Recipe()
     records.close()
@@ -72,7 +73,7 @@ def test_a_start_that_died_early_is_no_obstacle(tmp_path):
 def test_where_nothing_can_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match=r"file/run cannot be written \(Not a directory\); choose another folder"):
-        Folder(tmp_path / "file" / "run").open(Recipe())
+        RunFolder(tmp_path / "file" / "run").open(Recipe())
 
 
 def test_the_last_two_states_are_kept(folder):
@@ -109,7 +110,7 @@ def test_a_foreign_pickle_is_refused(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder.save_state(1, state(1))
     data = pickle.dumps({"weights": Evil()}, protocol=2)
-    (folder.path / "state" / f"00002-{runs._hash(data)}.pt").write_bytes(data)
+    (folder.path / "state" / f"00002-{digest(data)}.pt").write_bytes(data)
     with pytest.warns(RunWarning, match="00002.*is damaged"):
         assert torch.equal(folder.load_state()["weights"], state(1)["weights"])
     assert not (tmp_path / "pwned").exists()
@@ -170,8 +171,9 @@ def test_a_file_limit_of_the_system_is_such_an_error(tmp_path):
     code = """
 import resource, sys, torch
 from msvit.recipe import Recipe
-from msvit.runs import Folder, RunError
-folder = Folder(sys.argv[1])
+from msvit.training.files import RunError
+from msvit.training.runs import RunFolder
+folder = RunFolder(sys.argv[1])
 folder.open(Recipe())
 folder.save_state(1, {"x": torch.zeros(10)})
 resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
@@ -196,7 +198,7 @@ def test_load_makes_one_table(tmp_path):
     recipes = {"a": Recipe(loss_settings={"sigma": 0.2}), "b/c": Recipe(seed=1), "d": Recipe(seed=2), "e": Recipe()}
     for name, recipe in recipes.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        records = Folder(tmp_path / name)
+        records = RunFolder(tmp_path / name)
         records.open(recipe)
         records.append(LINE)
         if name != "d":

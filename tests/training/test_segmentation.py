@@ -12,10 +12,10 @@ from PIL import Image
 import msvit
 from msvit.cli import main
 from msvit.data.scenes import Scenes
-from msvit.evaluation.classification import evaluate_run
-from msvit.models.heads import Segmenter, slide
 from msvit.models.msvit import Result
+from msvit.models.sliding import slide
 from msvit.training.build import build, fit_head, load_data
+from msvit.training.evaluate_run import evaluate_run
 from msvit.training.loop import train
 from msvit.training.objectives import Objective
 from msvit.training.recipe import Recipe, RecipeError
@@ -61,7 +61,7 @@ def test_a_run_records_what_segmentation_is_judged_by(finished):
     assert finished.metrics[0]["val_fine"] == 1.0
     seen = [x for x in summary["iou"].values() if x is not None]
     assert summary["miou"] == pytest.approx(sum(seen) / len(seen))
-    model = Segmenter.from_pretrained(finished.folder)
+    model = msvit.MSViT.from_pretrained(finished.folder)
     assert model.classes == REGIONS
     assert summary["dense_macs"] == model.dense_macs((32, 32))
     for line in finished.metrics:
@@ -83,7 +83,7 @@ def test_eval_finds_again_what_the_run_recorded(finished, capsys):
 
 def test_a_run_starts_from_another_with_its_decoder(finished, tmp_path):
     recipe = SMALL.replace(decoder="mask", model=str(finished.folder / "dense"), epochs_dense=0)
-    start = Segmenter.from_pretrained(finished.folder / "dense")
+    start = msvit.MSViT.from_pretrained(finished.folder / "dense")
     model = fit_head(build(recipe, tmp_path), REGIONS, recipe)
     for key, value in start.state_dict().items():
         assert torch.equal(model.state_dict()[key], value), key
@@ -100,7 +100,7 @@ def test_the_gate_may_come_from_classification(tmp_path, gate_lr):
     gate = msvit.MSViT.from_pretrained(tmp_path / "classify").gate.state_dict()
     recipe = SMALL.replace(gate=str(tmp_path / "classify"), gate_lr=gate_lr)
     run = train(recipe, tmp_path / "segment", progress=False)
-    after = Segmenter.from_pretrained(run.folder).gate.state_dict()
+    after = msvit.MSViT.from_pretrained(run.folder).gate.state_dict()
     assert all(torch.equal(after[key], gate[key]) for key in gate) == (gate_lr == 0)
 
 
@@ -136,7 +136,10 @@ def test_a_folder_with_crops_and_whole_pictures(streets, tmp_path, sliding):
     run = train(recipe, tmp_path / "run", progress=False)
     assert list(run.summary["iou"]) == ["Left", "Right"]
     assert run.summary["pictures"] == 2
-    model, val = Segmenter.from_pretrained(run.folder), load_data(recipe, build(recipe, tmp_path)).val
+    model, val = (
+        msvit.MSViT.from_pretrained(run.folder),
+        load_data(recipe.data, recipe.training.seed, build(recipe, tmp_path)).val,
+    )
     images, targets, _ = next(iter(val))
     assert images.shape == (2, 3, 50, 70)
     with torch.no_grad():
@@ -176,7 +179,7 @@ def test_the_study_shows_what_its_runs_recorded(finished, tmp_path):
     assert len(segstudy.quality(table).axes) == 3
     figure = segstudy.pictures(finished.folder, 3)
     assert [axes.get_ylabel() for axes in figure.axes[::3]] == ["tokens", "truth", "prediction", "error"]
-    model, scenes = Segmenter.from_pretrained(finished.folder), Scenes(24, 32, 0, "easy", "val")
+    model, scenes = msvit.MSViT.from_pretrained(finished.folder), Scenes(24, 32, 0, "easy", "val")
     with torch.no_grad():
         result = model.run(scenes.batch([0, 1, 2])[0])
     wrong = (result.logits.argmax(1).numpy() != scenes.masks([0, 1, 2])).mean((1, 2)) * 100

@@ -1,0 +1,162 @@
+"""Candidates: every token that a picture could have, how they are numbered, and which of them an execution takes.
+
+A picture has h x w coarse regions with k x k fine patches each. Its candidates are numbered
+
+    0 ... P-1                   prefix tokens (class, distillation, registers)
+    P ... P+hw-1                coarse tokens, row by row
+    P+hw ... P+hw+hwk²-1        fine tokens, row by row
+
+and a region's decision m says which of them are active: the coarse one (m = 1) or the k x k fine ones (m = 0).
+A rule with three scales merges some 2 x 2 coarse regions into a block with one token. The tokens of blocks, where there
+are any, have the numbers after the fine ones.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .tokens import patchify, shrink
+
+
+class Level(NamedTuple):
+    """Candidates of one size: their side in fine patches, how many rows and columns there are, and the first number."""
+
+    side: int
+    grid: tuple[int, int]
+    first: int
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.grid)
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The candidates of pictures with `grid` coarse regions of `scale` x `scale` fine patches.
+
+    Args:
+        prefix: How many prefix tokens there are.
+        blocks: Whether blocks of 2 x 2 regions are among the candidates.
+    """
+
+    grid: tuple[int, int]
+    scale: int
+    prefix: int
+    blocks: bool = False
+
+    @cached_property
+    def levels(self) -> tuple[Level, ...]:
+        """Coarse, fine, and blocks where there are any, by their numbers."""
+        (h, w), k, levels, first = self.grid, self.scale, [], self.prefix
+        for side, grid in ((k, (h, w)), (1, (h * k, w * k)), (2 * k, (h // 2, w // 2)))[: 3 if self.blocks else 2]:
+            levels.append(Level(side, grid, first))
+            first += levels[-1].count
+        return tuple(levels)
+
+    @property
+    def fine(self) -> Level:
+        return self.levels[1]
+
+    @property
+    def count(self) -> int:
+        """N, candidates of a picture."""
+        return self.levels[-1].first + self.levels[-1].count
+
+    def areas(self, device: torch.device) -> Tensor:
+        """Return how many fine patches each candidate covers, `[N]`; 0 for prefix tokens."""
+        area = torch.zeros(self.count, device=device)
+        for level in self.levels:
+            area[level.first : level.first + level.count] = level.side**2
+        return area
+
+    def positions(self, prefix: Tensor, fine: Tensor) -> Tensor:
+        """Return `[N, C]` from the prefix tokens `[P, C]` and the fine positions; a larger token has their mean."""
+        grid = fine.T.unflatten(1, self.fine.grid)
+        return torch.cat([prefix, *(shrink(grid, level.side).flatten(1).T for level in self.levels)])
+
+    def activity(self, decisions: Tensor, blocks: Tensor | None = None) -> Tensor:
+        """Return the activity of all candidates `[B, N]` from the decisions m `[B, h, w]`.
+
+        Blocks `[B, h // 2, w // 2]` are 1 where 2 x 2 regions, coarse all four, have one token together.
+        """
+        coarse = decisions if blocks is None else decisions * (1 - spread(blocks, self.grid))
+        fine = enlarge(1 - decisions, self.scale)
+        parts = [decisions.new_ones(len(decisions), self.prefix), coarse, fine] + ([] if blocks is None else [blocks])
+        return torch.cat([part.flatten(1) for part in parts], 1)
+
+    def covering(self, coarse: Tensor, blocks: Tensor | None = None) -> Tensor:
+        """Return the candidate that covers each fine patch, `[B, hk, wk]`, from the hard decisions `[B, h, w]`."""
+        coarse_level, fine_level, *block_level = self.levels
+        regions = self._numbers(coarse_level, coarse.device)
+        if blocks is not None:
+            numbers = self._numbers(block_level[0], coarse.device)
+            regions = spread(numbers[None], self.grid).where(spread(blocks, self.grid) > 0.5, regions)
+        fine = self._numbers(fine_level, coarse.device)
+        return enlarge(regions, self.scale).where(enlarge(coarse, self.scale), fine)
+
+    def _numbers(self, level: Level, device: torch.device) -> Tensor:
+        return torch.arange(level.first, level.first + level.count, device=device).view(level.grid)
+
+    def pixels(self, rows: Tensor, images: Tensor, patch: int) -> tuple[Tensor, Tensor]:
+        """Return what chosen candidates see: their places in `rows`, and pixels `[n, c S S]`.
+
+        Rows are counted over all pictures. Prefix tokens see nothing; what is larger than a fine patch is averaged down
+        to the size of one. All patches of a level are cut first: picking pixel by pixel takes longer.
+        """
+        picture, number = rows.div(self.count, rounding_mode="floor"), rows % self.count
+        places, pixels = [], []
+        for side, (h, w), first in self.levels:
+            here = ((number >= first) & (number < first + h * w)).nonzero()[:, 0]
+            places.append(here)
+            whole = images[..., : h * side * patch, : w * side * patch]
+            cut = patchify(shrink(whole, side), patch).flatten(0, 1)
+            pixels.append(cut.index_select(0, (picture * h * w + number - first)[here]))
+        return torch.cat(places), torch.cat(pixels)
+
+    def seats(self, rows: Tensor, pictures: int) -> Tensor:
+        """Return the row in which each candidate of each picture sits, `[B, N]`; -1 for those that were left out."""
+        seats = torch.full((pictures * self.count,), -1, device=rows.device)
+        seats[rows] = torch.arange(len(rows), device=rows.device)
+        return seats.view(pictures, self.count)
+
+
+class Chosen(NamedTuple):
+    """Candidates that an execution takes along: their numbers, counted over all pictures, and how many of each one."""
+
+    rows: Tensor
+    lengths: list[int]
+
+
+def choose_all(active: Tensor) -> Chosen:
+    """Masked execution: every candidate of every picture."""
+    return Chosen(torch.arange(active.numel(), device=active.device), [active.shape[1]] * len(active))
+
+
+def choose_active(active: Tensor) -> Chosen:
+    """Packed execution: the active candidates `[B, N]` alone."""
+    return Chosen(active.flatten().nonzero()[:, 0], active.sum(1).tolist())
+
+
+def choose_trimmed(active: Tensor, soft: Tensor, margin: float) -> Chosen:
+    """Trimmed execution: all active candidates, and inactive ones with a soft activity `[B, N]` of `margin` or more.
+
+    The gate's gradient is only lost where an inactive token is left out, and there it has the factor m (1 - m) of the
+    sigmoid's derivative, which is less than the margin.
+    """
+    return choose_active(active | (soft.detach() >= margin))
+
+
+def enlarge(regions: Tensor, scale: int) -> Tensor:
+    """Return `[..., h, w]` with every region repeated for its scale x scale patches."""
+    return regions.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
+
+
+def spread(blocks: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return what holds for blocks `[B, h // 2, w // 2]`, told of regions `[B, h, w]`; a last odd row has none."""
+    regions = enlarge(blocks, 2)
+    return F.pad(regions, (0, grid[1] - regions.shape[-1], 0, grid[0] - regions.shape[-2]))

@@ -1,0 +1,88 @@
+"""The mixed-scale tokenizer: from decisions to embedded tokens, as many as an execution needs."""
+
+from typing import NamedTuple
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from ..core import backbone
+from ..core.attention import Layout
+from ..core.candidates import Candidates, Chosen, choose_active, choose_all, choose_trimmed
+from ..core.tokens import Tokens
+
+EXECUTIONS = ("masked", "trimmed", "packed")
+
+
+class Gating(NamedTuple):
+    """What was decided about a batch: the gate's logits (None without one), soft values, and m, 1 = coarse.
+
+    Blocks `[B, h // 2, w // 2]` are 1 where 2 x 2 coarse regions have one token; None with two scales.
+    """
+
+    scores: Tensor | None
+    soft: Tensor
+    decisions: Tensor
+    blocks: Tensor | None = None
+
+
+def tokenize(
+    vit: VisionTransformer,
+    images: Tensor,
+    candidates: Candidates,
+    gating: Gating,
+    execution: str,
+    margin: float,
+    coarse_embed: nn.Module | None = None,
+    both: bool = False,
+) -> Tokens:
+    """Return the tokens that an execution needs, embedded, before the first block.
+
+    Args:
+        margin: Of trimming, see `choose_trimmed`.
+        coarse_embed: Embeds coarse patches in place of the backbone's own embedding.
+        both: While a gate learns, also tell which row would cover each fine patch if its region were decided the other
+            way.
+    """
+    activity = candidates.activity(gating.decisions, gating.blocks)
+    rows, lengths = _choose(candidates, activity, gating, execution, margin)
+    numbers = rows % candidates.count
+    seeing, pixels = candidates.pixels(rows, images, backbone.patch_size(vit))
+    patches = _embed(vit, pixels, numbers[seeing] < candidates.fine.first, coarse_embed)
+    x = backbone.bases(vit, candidates)[numbers].to(patches.dtype).index_add_(0, seeing, patches)
+    seats, coarse = candidates.seats(rows, len(images)), gating.decisions.detach() > 0.5
+    both = both and gating.decisions.requires_grad and execution != "packed"
+    return Tokens(
+        x=vit.norm_pre(vit.pos_drop(x)),
+        activity=None if execution == "packed" else activity.flatten()[rows],
+        area=candidates.areas(rows.device)[numbers],
+        where=_seated(seats, candidates.covering(coarse, gating.blocks)),
+        layout=Layout(lengths, x.device),
+        other=_seated(seats, candidates.covering(~coarse)) if both else None,
+    )
+
+
+def _choose(candidates: Candidates, activity: Tensor, gating: Gating, execution: str, margin: float) -> Chosen:
+    """Return the candidates that an execution takes along, from the activity `[B, N]` of all."""
+    active = activity.detach() > 0.5
+    if execution == "packed":
+        return choose_active(active)
+    if execution == "masked":
+        return choose_all(active)
+    # Inactive tokens are there for their gradient.
+    margin = margin if gating.decisions.requires_grad else 1.0
+    return choose_trimmed(active, candidates.activity(gating.soft.detach(), gating.blocks), margin)
+
+
+def _embed(vit: VisionTransformer, pixels: Tensor, coarse: Tensor, coarse_embed: nn.Module | None) -> Tensor:
+    """Return embeddings `[n, C]` of pixels `[n, c S S]`, of which some (bool `[n]`) are coarse patches."""
+    if coarse_embed is None:
+        return backbone.embed(vit, pixels)
+    own, shared = coarse.nonzero()[:, 0], (~coarse).nonzero()[:, 0]
+    both = torch.cat([backbone.embed(vit, pixels[shared]), coarse_embed(pixels[own])])
+    return both[torch.cat([shared, own]).argsort()]
+
+
+def _seated(seats: Tensor, numbers: Tensor) -> Tensor:
+    """Return the rows of candidates that cover fine patches, `[B, H_f, W_f]`, from where each candidate sits."""
+    return seats.gather(1, numbers.flatten(1)).view_as(numbers)

@@ -1,0 +1,67 @@
+"""What a recipe's target means for a model, and the rule in the gate's place that is held to it."""
+
+import numpy as np
+import torch
+
+from ..data.loaders import Loaders
+from ..gating.rules import make_rule
+from ..models.msvit import MSViT
+from .recipe import GatingSettings, RecipeError
+
+BUDGETED = ("learned", "centre", "border", "random", "entropy")  # who decides and is held to the target
+
+
+class Budget:
+    """What the target means for a model.
+
+    Args:
+        gating: None for a model that is trained with all tokens fine.
+
+    Attributes:
+        grid: Coarse regions (h, w).
+        dense: MACs of the backbone alone.
+        shares: `[hw + 1]`, the share of dense MACs by the number of coarse regions, gate and reducer included.
+        rate: The share of coarse regions that belongs to the target.
+        macs: The share of dense MACs at that rate.
+    """
+
+    def __init__(self, model: MSViT, size: tuple[int, int], gating: GatingSettings | None):
+        patch = model.coarse_patch
+        if wrong := [side for side in size if side % patch]:
+            raise RecipeError(
+                f"size={wrong[0]}: pictures must be a whole number of coarse patches of {patch} px; "
+                f"use {max(wrong[0] // patch, 1) * patch}"
+            )
+        h, w = self.grid = model.grid(size)
+        self.dense, self.rate = model.dense_macs(size), gating.target if gating else 0.0
+        if gating is None or gating.by not in BUDGETED:
+            return
+        self.shares = model.macs_of(torch.arange(h * w + 1), size) / self.dense
+        rates, shares = np.linspace(0, 1, h * w + 1), self.shares.numpy()
+        if gating.budget == "macs":
+            if not shares[-1] < gating.target < shares[0]:
+                raise RecipeError(
+                    f"target={gating.target:g} cannot be met: this model's share of dense MACs is {shares[-1]:.3f} "
+                    f"with all regions coarse and {shares[0]:.3f} with all fine; choose one between, or another scale"
+                )
+            self.rate = float(np.interp(gating.target, shares[::-1], rates[::-1]))
+        self.macs = float(np.interp(self.rate, rates, shares))
+
+
+def choose_gate(model: MSViT, gating: GatingSettings | None, seed: int, loaders: Loaders) -> Budget:
+    """Put a rule in the gate's place if the settings say so, and hold it to the budget as far as a rule can be."""
+    if gating is None or gating.by in ("learned", "oracle"):
+        return Budget(model, loaders.size, gating)
+    device = model.cut.device
+    model.gate = make_rule("fine")  # costs what every rule costs, nothing
+    budget, settings = Budget(model, loaders.size, gating), {}
+    if gating.by in ("centre", "border", "random"):
+        settings["rate"] = budget.rate
+    if gating.by == "random":
+        settings["seed"] = seed
+    if gating.by == "entropy":
+        settings = {"mean": loaders.mean, "std": loaders.std}
+    model.gate = make_rule(gating.by, **settings).to(device)
+    if gating.by == "entropy":
+        model.calibrate(loaders.first_pictures(), budget.macs)
+    return budget

@@ -1,0 +1,65 @@
+"""The evaluation of a finished run: of its own model, at other budgets, under other decisions, on other pictures."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..evaluation.evaluate import evaluate
+from ..evaluation.predictions import object_finder
+from ..evaluation.reconstruction import reconstruction_errors
+from ..gating.gate import Gate
+from ..models.msvit import MSViT
+from .budget import Budget, choose_gate
+from .build import load_data
+from .files import RunError
+from .objectives import Gated, Objective
+from .recipe import RecipeError
+from .runs import read
+
+
+def evaluate_run(
+    folder: str | Path, macs: float | None = None, threshold: float | None = None, **changes: Any
+) -> dict[str, float]:
+    """Return `evaluate` for the model of a finished run.
+
+    With a reducer, the reconstruction error of what it leaves is added for each of its layers, as a share of the
+    tokens' variance, on the first pictures.
+
+    Args:
+        folder: The run's.
+        macs: Set the threshold so that training pictures cost this share of dense MACs.
+        threshold: Or set it outright.
+        changes: Settings of the run's recipe to change first, as `data` or `gating`.
+    """
+    run = read(folder)
+    if run.summary is None:
+        raise RunError(f"{folder} is not finished and has no model yet; train on with the command that began it")
+    recipe, model = run.recipe.replace(**changes), MSViT.from_pretrained(folder, fast_cpu=True)
+    loaders = load_data(recipe.data, recipe.training.seed, model)
+    if len(loaders.classes) != model.num_classes:
+        raise RecipeError(
+            f"data={recipe.data.source!r} has {len(loaders.classes)} classes, the run's model {model.num_classes}"
+        )
+    model.to("cuda" if torch.cuda.is_available() and recipe.training.device == "auto" else "cpu")
+    if "gating" in changes:
+        recipe = recipe.replace(epochs=max(recipe.training.epochs, 1))
+        if recipe.gating.learned and type(model.gate) is not Gate:
+            raise RecipeError(f"gating='learned': {folder} was trained with {run.recipe.gating.by!r} and has no gate")
+        budget = choose_gate(model, recipe.gating, recipe.training.seed, loaders)
+    else:
+        budget = Budget(model, loaders.size, recipe.gating if recipe.training.epochs else None)
+    kind = Gated if recipe.training.epochs else Objective
+    objective = kind(model, recipe, budget, {"val": object_finder(loaders.val)})
+    if macs is not None:
+        model.calibrate(loaders.first_pictures(), macs)
+    if threshold is not None:
+        model.threshold = threshold
+    found = evaluate(model, loaders.val, partial(objective.predict, model))
+    found["threshold"] = model.threshold
+    if model.reducer is not None:
+        errors = reconstruction_errors(model, next(iter(loaders.val))[0].to(model.cut.device)).nanmean(1).tolist()
+        layers = zip(model.reducer.layers, errors, strict=True)
+        found |= {f"reconstruction_error_{layer}": error for layer, error in layers}
+    return found
