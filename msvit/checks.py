@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def closest(value: Any, known: Iterable[Any], count: int = 1) -> list[str]:
     """Return the names that `value` may be a misspelling of, the likeliest first."""
-    return difflib.get_close_matches(str(value), [str(name) for name in known], count, cutoff=0.4)
+    return difflib.get_close_matches(str(value), [str(name) for name in known], count, cutoff=0.5)
 
 
 def hint(value: Any, known: Iterable[Any]) -> str:

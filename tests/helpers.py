@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 import msvit
+from msvit.core.blocks import run_blocks
 from msvit.data.loaders import set_epoch
 from msvit.explorer import drawing, panels
 from msvit.explorer import state as view
@@ -37,6 +38,16 @@ def same(a, b):
     return len(a) == len(b) and all(
         torch.equal(x, y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)
     )
+
+
+def encode(model, images, gating, execution=None):
+    """The tokens after the last block and the last norm."""
+    return run_blocks(model.vit, model.tokenize(images, gating, execution), model.reducer).final
+
+
+def decode(model, images, gating, execution=None):
+    """What a decoder makes of them on the fine grid, `[B, H_f, W_f, K]`."""
+    return model.head.decode(model.vit, encode(model, images, gating, execution), gating.decisions)
 
 
 def shake(vit):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checks import in_interval
+from ..checks import inside
 from ..core.candidates import spread
 from ..gating.rules import Rule
 
@@ -39,7 +39,8 @@ def thresholds(soft: Tensor) -> Tensor:
 @torch.no_grad()
 def calibrate(model: nn.Module, loader, macs: float) -> float:
     """Set `model.threshold` so that the mean MACs over a loader come nearest to that share of dense; return it."""
-    in_interval("macs, a share of the dense model's MACs,", macs, "(0, 1.1]")
+    if not inside(macs, "(0, 1.1]"):
+        raise ValueError(f"macs={macs}: a share of the dense model's MACs, such as 0.6")
     if isinstance(model.gate, Rule) and not model.gate.adjustable:
         raise ValueError(f"{model.gate} has no threshold to calibrate; choose its rate, with macs_of for the budget")
     before = model.cut.clone()

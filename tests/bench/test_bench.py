@@ -19,8 +19,8 @@ from msvit.bench.run import bench, build
 from msvit.bench.settings import Plan, Settings, plans
 from msvit.gating.gate import Gate
 from msvit.reducers.registry import REDUCERS
-from msvit.training.recipe import RecipeError
 from msvit.training.files import RunError
+from msvit.training.recipe import RecipeError
 
 TINY = "vit_mini_patch8_64"
 FAST = {"models": (TINY,), "batch": (1, 4), "repeats": 2, "device": "cpu", "train": False}

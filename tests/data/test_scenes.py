@@ -173,8 +173,11 @@ def test_permutation_is_one_and_pinned():
     [
         ({"size": 8}, "size=8: a scene needs"),
         ({"size": (64, 4)}, "at least 16"),
-        ({"difficulty": "esay"}, "difficulty='esay' is not known; use one of easy, middle, hard"),
-        ({"split": "test"}, "split='test' is not known; use one of train, val"),
+        (
+            {"difficulty": "esay"},
+            "difficulty='esay' is not known; .* 'easy'. There are: easy, middle, hard",
+        ),
+        ({"split": "test"}, "split='test' is not known. There are: train, val"),
         ({"n": 0}, "n=0: a data set needs"),
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers import segmenting, shake
+from helpers import decode, encode, segmenting, shake
 from torch import nn
 
 import msvit
@@ -147,7 +147,7 @@ def test_a_tokens_prediction_covers_exactly_its_pixels(make_vit, execution, size
     mask = torch.rand(2, h, w) < 0.5
     padded = model.pad(images)
     gating = model.decide(padded, mask)
-    grid = model.decode(model.encode(padded, gating, execution), gating)
+    grid = decode(model, padded, gating, execution)
     number = (grid * 16 ** torch.arange(K)).sum(3).repeat_interleave(8, 1).repeat_interleave(8, 2)
     assert number.shape[1:] == padded.shape[2:]
     owners = {}
@@ -181,7 +181,7 @@ def test_scatter_then_gather_is_the_identity(make_vit, execution):
     model = built(make_vit())
     images = torch.randn(3, 3, 64, 96)
     gating = model.decide(images, torch.rand(3, 4, 6) < 0.5)
-    tokens = model.encode(images, gating, execution)
+    tokens = encode(model, images, gating, execution)
     grid = tokens.scatter()
     seen = tokens.where.unique()
     gathered = tokens.x.new_zeros(len(tokens.x), 64).index_put((tokens.where.flatten(),), grid.flatten(0, 2))
@@ -200,7 +200,7 @@ def test_gate_gradient_is_the_finite_difference(make_vit, decoder, scatter, unbo
 
     def loss(m):
         gating = Gating(None, soft, m)
-        grid = model.decode(model.encode(images, gating, "masked"), gating).permute(0, 3, 1, 2)
+        grid = decode(model, images, gating, "masked").permute(0, 3, 1, 2)
         return F.cross_entropy(F.interpolate(grid, (32, 32), mode="bilinear"), labels)
 
     loss(straight_through(soft)).backward()
@@ -218,7 +218,7 @@ def gate_gradient(model, images, labels, scores, execution):
     scores = scores.clone().requires_grad_()
     soft = torch.sigmoid(scores / 0.3)
     gating = Gating(scores, soft, straight_through(soft))
-    grid = model.decode(model.encode(images, gating, execution), gating).permute(0, 3, 1, 2)
+    grid = decode(model, images, gating, execution).permute(0, 3, 1, 2)
     F.cross_entropy(F.interpolate(grid, images.shape[2:]), labels).backward()
     return scores.grad
 
@@ -294,7 +294,7 @@ def test_saves_and_loads(tmp_path, decoder, scatter):
     coarse = torch.ones(4, 4, dtype=torch.bool)
     expected = model.run(images[..., :48, :], coarse[:3]).logits
     assert torch.equal(again.run(images[..., :48, :], coarse[:3]).logits, expected)
-    assert again.settings == model.settings
+    assert again.head.settings == model.head.settings
 
 
 def test_a_classifiers_parts_are_taken_over(tmp_path):
@@ -344,8 +344,8 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("settings", "match"),
         [
-            ({"decoder": "unet"}, "'unet'; use one of linear, mask"),
-            ({"scatter": "never"}, "'never'.*'after' or 'before'"),
+            ({"decoder": "unet"}, "'unet' is not known. There are: linear, mask"),
+            ({"scatter": "never"}, "scatter='never' is not known. There are: after, before"),
             ({"classes": 1}, "classes=1.*at least two"),
         ],
     )

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers import shake
+from helpers import encode, shake
 
 import msvit
 from msvit.core import backbone
@@ -131,7 +131,7 @@ def gate_gradient(model, images, labels, scores, noise, execution):
     """dL/d scores, with the noise given."""
     scores = scores.clone().requires_grad_()
     soft = torch.sigmoid((scores + noise) / model.gate.tau)
-    tokens = model.encode(images, Gating(scores, soft, straight_through(soft)), execution)
+    tokens = encode(model, images, Gating(scores, soft, straight_through(soft)), execution)
     F.cross_entropy(backbone.pooled_logits(model.vit, tokens), labels).backward()
     return scores.grad
 
@@ -147,7 +147,7 @@ def test_gate_gradient_is_the_finite_difference(make_vit, variant, unbounded):
     soft = torch.sigmoid(scores / tau)
 
     def loss(m):
-        tokens = model.encode(images, Gating(scores, soft, m.requires_grad_()), "masked")
+        tokens = encode(model, images, Gating(scores, soft, m.requires_grad_()), "masked")
         return F.cross_entropy(backbone.pooled_logits(model.vit, tokens), labels).item()
 
     hard, eps = (soft > 0.5).double(), 1e-5
@@ -304,7 +304,7 @@ class TestBadInput:
             model.run(torch.randn(1, 3, 64, 64), mask)
 
     def test_execution(self, model):
-        with pytest.raises(ValueError, match="'fast'; use one of masked, trimmed, packed"):
+        with pytest.raises(ValueError, match="execution='fast' is not known. There are: masked, trimmed, packed"):
             model.run(torch.randn(1, 3, 64, 64), execution="fast")
 
     def test_nan_pixels_on_request(self, model):

@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from helpers import encode
 
 import msvit
 from msvit.bench.timing import counted_macs
@@ -189,12 +190,18 @@ def test_the_map_leads_every_pixel_to_its_token(make_vit, name, settings):
 
 @pytest.mark.parametrize(("name", "needs"), [("power_bert", "received"), ("evit", "class"), ("tome", "keys")])
 @torch.no_grad()
-def test_a_reducer_is_told_of_the_attention_in_its_block(make_vit, name, needs):
+def test_a_reducer_sees_the_attention_in_its_block(make_vit, monkeypatch, name, needs):
     """Against timm's own attention, written out; and the other blocks do not compute it."""
     vit = shake(make_vit(qk_norm=True, reg_tokens=1))
     model = msvit.MSViT(vit, gate=make_rule("fine"), reducer=make_reducer(name, vit, layers=[1])).eval()
-    images, told, inputs = torch.randn(2, 3, *SIZE), [], []
-    model.reducer.register_forward_hook(lambda module, arguments, out: told.append(arguments[2]))
+    images, received, inputs = torch.randn(2, 3, *SIZE), [], []
+    act = model.reducer.after_attention
+
+    def watched(layer, tokens, seen):
+        received.append(seen)
+        return act(layer, tokens, seen)
+
+    monkeypatch.setattr(model.reducer, "after_attention", watched)
     model(images)
     attn = vit.blocks[1].attn
     hook = attn.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
@@ -204,8 +211,8 @@ def test_a_reducer_is_told_of_the_attention_in_its_block(make_vit, name, needs):
     q, k = attn.q_norm(q), attn.k_norm(k)
     a = (q @ k.transpose(2, 3) / 4).softmax(3).mean(1)
     expected = {"received": a.sum(1), "class": a[:, 0], "keys": k.mean(1)}[needs]
-    assert len(told) == 1
-    torch.testing.assert_close(told[0], expected.flatten(0, 1), rtol=1e-4, atol=1e-6)
+    assert len(received) == 1
+    torch.testing.assert_close(received[0], expected.flatten(0, 1), rtol=1e-4, atol=1e-6)
 
 
 @torch.no_grad()
@@ -345,7 +352,7 @@ def test_the_gate_learns_through_a_merge(make_vit):
         s = scores.clone().requires_grad_()
         soft = torch.sigmoid(s / model.gate.tau)
         gating = Gating(s, soft, straight_through(soft))
-        tokens = model.encode(images, gating, "masked")
+        tokens = encode(model, images, gating, "masked")
         F.cross_entropy(pooled_logits(vit, tokens), torch.arange(4)).backward()
         gradients.append(s.grad)
     plain, neutral, merging = gradients
@@ -456,7 +463,7 @@ class TestBadInput:
             ("token_pooling", {"method": "means"}, "kmeans, kmedoids"),
             ("token_pooling", {"iterations": 0}, "iterations=0"),
             ("dynamicvit", {"threshold": 1.0}, "threshold=1.0"),
-            ("tome", {"keap": 0.5}, "no setting 'keap'.*takes: r, layers"),
+            ("tome", {"keap": 0.5}, "no setting 'keap'.*has: r, layers"),
             ("dynamicvit", {"tresh": 0.5}, "nearest is 'threshold'"),
         ],
     )
@@ -465,7 +472,7 @@ class TestBadInput:
             make_reducer(name, tiny_vit, **settings)
 
     def test_name(self, tiny_vit):
-        with pytest.raises(ValueError, match="'tomee'; the nearest is 'tome'. There are: dynamicvit, token_pooling"):
+        with pytest.raises(ValueError, match="reducer='tomee'.*the nearest is 'tome'. There are: dynamicvit, token_pooling"):
             make_reducer("tomee", tiny_vit)
 
     def test_reducer_of_another_backbone(self, make_vit):

@@ -6,8 +6,8 @@ import pytest
 from msvit.plots import interactive
 from msvit.plots import runs as figures
 from msvit.studies import sweep
-from msvit.training.recipe import Recipe
 from msvit.training.files import RunError
+from msvit.training.recipe import Recipe
 
 TINY = Recipe(train_n=64, val_n=16, batch=16, holdout=0.25, epochs_dense=1, epochs=2)
 

@@ -16,6 +16,7 @@ from helpers import write_folder
 from safetensors.torch import save_file
 
 import msvit
+from msvit.data.holdout import Subset
 from msvit.data.loaders import set_epoch
 from msvit.evaluation.evaluate import evaluate
 from msvit.training import runs
@@ -115,13 +116,13 @@ def test_a_frozen_gate_stays_and_decides_without_noise(finished):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"data": "scnes:easy"}, "did you mean 'scenes:easy'"),
+        ({"data": "scnes:easy"}, "the nearest is 'scenes:easy'"),
         ({"data": "folder:/no/such/place"}, "there is no folder '/no/such/place'"),
         ({"model": "deit_tiny_patch16_223"}, "did you mean deit_tiny_patch16_224"),
         ({"model": "resnet18"}, "use a plain vision transformer"),
         ({"model": "run:nothing"}, "'run:nothing' is no model of timm, no folder and no hub id"),
-        ({"loss": "gbs"}, "did you mean 'gbas'"),
-        ({"loss_settings": {"sigm": 0.1}}, "did you mean 'sigma'"),
+        ({"loss": "gbs"}, "the nearest is 'gbas'"),
+        ({"loss_settings": {"sigm": 0.1}}, "the nearest is 'sigma'"),
         ({"reducer": "dynamicvi"}, "nearest is 'dynamicvit'"),
         ({"target": 0.2}, "target=0.2 cannot be met.*with all regions coarse"),
         ({"size": 60}, "whole number of coarse patches of 16 px; use 48"),
@@ -175,7 +176,7 @@ def test_a_gradient_that_is_no_number_stops_it_too(tmp_path, monkeypatch):
 
     def spoiled(self, result, targets):
         out = scored(self, result, targets)
-        return out | {"loss": Bad.apply(out["loss"])}
+        return out._replace(loss=Bad.apply(out.loss))
 
     monkeypatch.setattr(Objective, "scored", spoiled)
     with pytest.raises(RunError, match=r"gradient is nan at step 1 of epoch 1 .* pictures: scenes:easy"):
@@ -314,10 +315,10 @@ def test_the_loss_is_the_sum_of_its_terms():
         7 * this.loss(result.gates),
         0.5 * (teacher.exp() * (teacher - student)).sum(1).mean(),
     ]
-    assert out["loss"].item() == pytest.approx(sum(t.item() for t in terms), abs=1e-5)
+    assert out.loss.item() == pytest.approx(sum(t.item() for t in terms), abs=1e-5)
     n = (result.scores > 0).sum((1, 2))
     macs = this.model.macs_of(n, (64, 64)) / this.model.dense_macs((64, 64))
-    assert out["macs"].item() == pytest.approx(macs.mean().item())
+    assert out.scalars["macs"].item() == pytest.approx(macs.mean().item())
 
 
 def test_the_temperature_moves_geometrically():
@@ -445,7 +446,7 @@ def test_a_trimmed_step_costs_less_and_gives_the_masked_loss():
     losses = []
     for objective_ in (this, masked):
         torch.manual_seed(3)
-        losses.append(objective_(images, targets, targets)["loss"].item())
+        losses.append(objective_(images, targets, targets).loss.item())
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
     lengths = []
     for objective_ in (this, masked):
@@ -459,5 +460,5 @@ def test_a_trimmed_step_costs_less_and_gives_the_masked_loss():
 def test_settings_are_checked_with_all_gates_before_stage_one(tmp_path, monkeypatch):
     """Nobody wants to hear after hours of dense training that the gate's loss has a typo."""
     monkeypatch.setattr(Trainer, "run", lambda self: pytest.fail("trained"))
-    with pytest.raises(RecipeError, match="unknown setting of the gate loss"):
+    with pytest.raises(RecipeError, match="the gate loss 'gbas' has no setting 'sigmas'; the nearest is 'sigma'"):
         train(SMALL.replace(loss_settings={"sigmas": 1}), tmp_path / "run", progress=False)

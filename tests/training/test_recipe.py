@@ -9,7 +9,7 @@ from msvit.training.recipe import FIELDS, Recipe, RecipeError, expected, parse
 
 
 def test_every_field_says_what_it_is():
-    for name, field in FIELDS.items():
+    for name, (_, field) in FIELDS.items():
         assert len(field.metadata["about"]) > 10, name
         assert expected(field), name
 
@@ -49,7 +49,7 @@ def test_what_cannot_be_is_refused(settings, words):
 
 
 def test_replace_checks_too():
-    assert Recipe().replace(epochs=3).epochs == 3
+    assert Recipe().replace(epochs=3).training.epochs == 3
     with pytest.raises(RecipeError, match="nearest is 'epochs'"):
         Recipe().replace(epoch=3)
     with pytest.raises(RecipeError, match="batch=0"):
@@ -95,4 +95,4 @@ def test_a_name_is_of_the_settings_that_matter():
     assert len(names) == 4
     assert recipe.difference(Recipe(workers=4)) == {}
     assert recipe.difference(Recipe(seed=3)) == {"seed": (0, 3)}
-    assert "/" not in Recipe(data="folder:/some/where/pets", model="../runs/dense/").name
+    assert "/" not in Recipe(data="folder:/some/where/pets", model="../runs/dense/").run_name

@@ -170,7 +170,7 @@ def test_a_file_limit_of_the_system_is_such_an_error(tmp_path):
     pytest.importorskip("resource")
     code = """
 import resource, sys, torch
-from msvit.recipe import Recipe
+from msvit.training.recipe import Recipe
 from msvit.training.files import RunError
 from msvit.training.runs import RunFolder
 folder = RunFolder(sys.argv[1])

@@ -62,11 +62,11 @@ def test_a_run_records_what_segmentation_is_judged_by(finished):
     seen = [x for x in summary["iou"].values() if x is not None]
     assert summary["miou"] == pytest.approx(sum(seen) / len(seen))
     model = msvit.MSViT.from_pretrained(finished.folder)
-    assert model.classes == REGIONS
+    assert model.head.classes == REGIONS
     assert summary["dense_macs"] == model.dense_macs((32, 32))
     for line in finished.metrics:
         assert line["train_loss"] > 0
-        assert line["lr"] < SMALL.lr / 2  # the polynomial schedule has gone down
+        assert line["lr"] < SMALL.training.lr / 2  # the polynomial schedule has gone down
 
 
 def test_eval_finds_again_what_the_run_recorded(finished, capsys):
@@ -84,12 +84,15 @@ def test_eval_finds_again_what_the_run_recorded(finished, capsys):
 def test_a_run_starts_from_another_with_its_decoder(finished, tmp_path):
     recipe = SMALL.replace(decoder="mask", model=str(finished.folder / "dense"), epochs_dense=0)
     start = msvit.MSViT.from_pretrained(finished.folder / "dense")
-    model = fit_head(build(recipe, tmp_path), REGIONS, recipe)
+    model = build(recipe, tmp_path)
+    fit_head(model, REGIONS, "segment", recipe.model)
     for key, value in start.state_dict().items():
         assert torch.equal(model.state_dict()[key], value), key
-    other = fit_head(build(recipe.replace(decoder="linear"), tmp_path), REGIONS, recipe.replace(decoder="linear"))
+    recipe = recipe.replace(decoder="linear")
+    other = build(recipe, tmp_path)
+    fit_head(other, REGIONS, "segment", recipe.model)
     assert torch.equal(other.vit.pos_embed, start.vit.pos_embed)
-    assert other.settings["decoder"] == "linear"
+    assert other.head.settings["decoder"] == "linear"
 
 
 @pytest.mark.parametrize("gate_lr", [0.0, 1e-2])
@@ -107,26 +110,34 @@ def test_the_gate_may_come_from_classification(tmp_path, gate_lr):
 def test_loss_and_accuracy_leave_ignored_pixels_out(tmp_path):
     """And label 255 of a classifier stays a label."""
     recipe = SMALL.replace(smoothing=0.1)
-    model = build(recipe, tmp_path)
+    classifier, segmenter = build(recipe, tmp_path), build(recipe, tmp_path)
+    fit_head(segmenter, list("abcd"), "segment", recipe.model)
     logits, target = torch.randn(2, 4, 6, 5), torch.randint(4, (2, 6, 5))
     target[torch.rand(2, 6, 5) < 0.4] = 255
 
     class Dense:
         dense = 100
 
-    def scored(logits, target):
-        result = Result(logits, None, None, torch.zeros(2, 1, 1, dtype=torch.bool), None, torch.full((2,), 50.0))
+    def scored(model, logits, target):
+        result = Result(
+            logits=logits,
+            gates=None,
+            scores=None,
+            coarse=torch.zeros(2, 1, 1, dtype=torch.bool),
+            tokens=None,
+            macs=torch.full((2,), 50.0),
+        )
         return Objective(model, recipe, Dense()).scored(result, target)
 
     known = target != 255
-    found, pixels = scored(logits, target), logits.movedim(1, -1)[known]
-    assert found["loss"].item() == pytest.approx(F.cross_entropy(pixels, target[known], label_smoothing=0.1).item())
-    assert found["accuracy"].item() == pytest.approx((pixels.argmax(1) == target[known]).float().mean().item())
+    found, pixels = scored(segmenter, logits, target), logits.movedim(1, -1)[known]
+    assert found.loss.item() == pytest.approx(F.cross_entropy(pixels, target[known], label_smoothing=0.1).item())
+    assert found.scalars["accuracy"].item() == pytest.approx((pixels.argmax(1) == target[known]).float().mean().item())
     logits, target = torch.randn(2, 300), torch.tensor([255, 7])
     logits[0, 255] = 9.0
-    found = scored(logits, target)
-    assert found["loss"].item() == pytest.approx(F.cross_entropy(logits, target, label_smoothing=0.1).item())
-    assert found["accuracy"].item() == 0.5
+    found = scored(classifier, logits, target)
+    assert found.loss.item() == pytest.approx(F.cross_entropy(logits, target, label_smoothing=0.1).item())
+    assert found.scalars["accuracy"].item() == 0.5
 
 
 @pytest.mark.parametrize("sliding", [False, True])
