@@ -1,61 +1,56 @@
 """The command line: `msvit train`, `eval`, `runs`, `sweep`, `methods` and `bench`.
 
-Exit codes: 0 done, 1 failed, 2 a setting that does not exist or cannot be, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 a setting that does not exist or cannot be, 130 interrupted. What is typed is parsed
+before torch or timm are imported, so that help and mistakes come at once.
 """
 
 import argparse
 import dataclasses
-import difflib
 import json
 import os
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .bench.settings import add_options, from_options
+from .checks import closest
 from .training.files import RunError, RunWarning
 from .training.recipe import FIELDS, GROUPS, Recipe, RecipeError, parse
-from .training.runs import Run, RunFolder
 
-COLUMNS = (
-    "run",
-    "status",
-    "epoch",
-    "accuracy",
-    "dense_accuracy",
-    "miou",
-    "dense_miou",
-    "macs",
-    "tokens",
-    "coarse",
-    "fine_object",
-    "fine_rest",
+if TYPE_CHECKING:
+    from .training.runs import Run
+
+RUN_COLUMNS = (
+    *("run", "status", "epoch", "accuracy", "dense_accuracy", "miou", "dense_miou"),
+    *("macs", "tokens", "coarse", "fine_object", "fine_rest"),
 )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command and returns its exit code."""
+    """Run a command and return its exit code."""
     words = [_dashed(word) for word in (sys.argv[1:] if argv is None else argv)]
     arguments, unknown = _parser().parse_known_args(words)
     if unknown:
-        near = difflib.get_close_matches(unknown[0], ["--" + _dash(name) for name in vars(arguments)], 1)
-        hint = f"the nearest is {near[0]}" if near else "--help lists what there is"
-        return _say(f"{unknown[0]} is unknown here; {hint}", 2)
+        near = closest(unknown[0], ["--" + _dash(name) for name in vars(arguments)])
+        return _print_error(
+            f"{unknown[0]} is unknown here; " + (f"the nearest is {near[0]}" if near else "--help lists what there is"),
+            2,
+        )
     shown = warnings.showwarning
     warnings.showwarning = lambda message, category, *where: (
-        _say(message) if category is RunWarning else shown(message, category, *where)
+        _print_error(message) if category is RunWarning else shown(message, category, *where)
     )
     try:
         arguments.command(arguments)
     except RecipeError as error:
-        return _say(error, 2)
+        return _print_error(error, 2)
     except RunError as error:
-        return _say(error, 1)
+        return _print_error(error, 1)
     except KeyboardInterrupt as stopped:
-        return _say(str(stopped) or "interrupted; the same command continues after the last whole epoch", 130)
+        return _print_error(str(stopped) or "interrupted; the same command continues after the last whole epoch", 130)
     finally:
         warnings.showwarning = shown
     return 0
@@ -65,11 +60,12 @@ def _train(arguments: argparse.Namespace):
     import torch
 
     from .training.loop import train
+    from .training.runs import RunFolder
 
     recipe = Recipe.from_dict(_settings(arguments))
     folder = Path(arguments.folder or Path(arguments.runs) / recipe.run_name)
     if finished := RunFolder(folder).check(recipe):
-        _say(f"{folder} is finished already; delete it to train it again")
+        _print_error(f"{folder} is finished already; delete it to train it again")
     run = train(recipe, folder, progress=not arguments.quiet, tensorboard=arguments.tensorboard)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -82,10 +78,8 @@ def _eval(arguments: argparse.Namespace):
 
     found = evaluate_run(arguments.run, arguments.macs, arguments.threshold, **_settings(arguments))
     width = max(map(len, found))
-    lines = [
-        f"{name:{width}} {value:.4f}" if isinstance(value, float) else f"{name:{width}} {value}"
-        for name, value in found.items()
-    ]
+    shown = {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in found.items()}
+    lines = [f"{name:{width}} {value}" for name, value in shown.items()]
     _put(found, "\n".join(lines), arguments.json)
 
 
@@ -98,7 +92,7 @@ def _runs(arguments: argparse.Namespace):
     elif table.empty:
         print(f"no runs in {arguments.folder}")
     else:
-        columns = [name for name in COLUMNS if name in table]
+        columns = [name for name in RUN_COLUMNS if name in table]
         print(table[columns].to_string(index=False, float_format="{:.4g}".format, na_rep=""))
 
 
@@ -110,7 +104,7 @@ def _sweep(arguments: argparse.Namespace):
     base = Recipe.from_dict(_settings(arguments))
     try:
         study = sweep.open_study(arguments.study, arguments.storage, arguments.pruner, arguments.sampler_seed)
-        sweep.sweep(study, base, arguments.runs, arguments.trials, price=arguments.price, tell=_say)
+        sweep.sweep(study, base, arguments.runs, arguments.trials, price=arguments.price, tell=_print_error)
     except ValueError as error:
         raise RecipeError(str(error)) from error
     table = sweep.table(study)
@@ -147,7 +141,26 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"msvit {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_train, _add_eval, _add_sweep):
+        add(commands)
+    _command(
+        commands, _methods, "methods", "list the methods on this bench",
+        "Every method with its paper, what of it is learned, what it costs, and the tasks that it can serve.",
+    )  # fmt: skip
+    clock = _command(
+        commands, _bench, "bench", "time MSViT and reducers against dense timm",
+        "Times every row in turns, and sets its gain on the clock beside the one that its MACs promise.",
+    )  # fmt: skip
+    add_options(clock)
+    listing = _command(
+        commands, _runs, "runs", "list runs and their results",
+        "All runs in a folder as a table; with --json every setting and result of each.",
+    )  # fmt: skip
+    listing.add_argument("folder", nargs="?", default="runs", help="where runs are kept (default: runs)")
+    return parser
 
+
+def _add_train(commands):
     train = _command(
         commands, _train, "train", "train a model, or continue a run that was stopped",
         "Trains the backbone, then the gate with it, and leaves all that is worth knowing in a folder. The same "
@@ -159,6 +172,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--tensorboard", action="store_true", help="write the metrics for TensorBoard too")
     _add_settings(train)
 
+
+def _add_eval(commands):
     evaluate = _command(
         commands, _eval, "eval", "evaluate a run's model",
         "Evaluates the model of a finished run on its validation pictures, or on others.",
@@ -170,6 +185,8 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("gating", "data", "val_n", "workers", "device"):
         _add_setting(evaluate, name, default=None)
 
+
+def _add_sweep(commands):
     sweep = _command(
         commands, _sweep, "sweep", "search settings of the gate and its loss, alone or as one of many workers",
         "Works on an Optuna study until it has so many finished trials. Start it as often as there are machines, with "
@@ -186,24 +203,6 @@ def _parser() -> argparse.ArgumentParser:
     sweep.add_argument("--runs", default="runs/sweep", help="where the trials' runs are kept (default: %(default)s)")
     _add_settings(sweep, holdout=0.2)
 
-    _command(
-        commands, _methods, "methods", "list the methods on this bench",
-        "Every method with its paper, what of it is learned, what it costs, and the tasks that it can serve.",
-    )  # fmt: skip
-
-    clock = _command(
-        commands, _bench, "bench", "time MSViT and reducers against dense timm",
-        "Times every row in turns, and sets its gain on the clock beside the one that its MACs promise.",
-    )  # fmt: skip
-    add_options(clock)
-
-    listing = _command(
-        commands, _runs, "runs", "list runs and their results",
-        "All runs in a folder as a table; with --json every setting and result of each.",
-    )  # fmt: skip
-    listing.add_argument("folder", nargs="?", default="runs", help="where runs are kept (default: runs)")
-    return parser
-
 
 def _command(commands, run: Callable, name: str, about: str, description: str) -> argparse.ArgumentParser:
     usage = f"msvit {name} [OPTIONS]" + {"eval": " RUN", "runs": " [FOLDER]"}.get(name, "")
@@ -214,7 +213,7 @@ def _command(commands, run: Callable, name: str, about: str, description: str) -
 
 
 def _add_settings(parser: argparse.ArgumentParser, **defaults: Any):
-    """All fields of the recipe, with its defaults or others."""
+    """Add all settings of the recipe, with its defaults or others."""
     groups = {name: parser.add_argument_group(kind.__doc__.partition(":")[0].lower()) for name, kind in GROUPS.items()}
     for name, (group, field) in FIELDS.items():
         _add_setting(groups[group], name, defaults.get(name, _default(field)))
@@ -225,7 +224,7 @@ def _default(field: dataclasses.Field) -> Any:
 
 
 def _add_setting(parser: Any, name: str, default: Any):
-    """An option for a field: its comment is the help, and its type reads what is typed."""
+    """Add an option for a field: its comment is the help, and its type reads what is typed."""
     field = FIELDS[name].field
     within, choices = field.metadata["within"], field.metadata["choices"]
     letters = {bool: "true|false", int: "N", dict: "NAME=VALUE", str: "TEXT"}
@@ -248,26 +247,27 @@ def _add_setting(parser: Any, name: str, default: Any):
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The fields of the recipe among what was typed; pairs that were typed one by one become one dictionary."""
+    """Return the settings among what was typed; pairs that were typed one by one become one dictionary."""
     given = {name: value for name, value in vars(arguments).items() if name in FIELDS and value is not None}
     return {k: {n: x for pair in v for n, x in pair.items()} if isinstance(v, list) else v for k, v in given.items()}
 
 
-def _report(run: Run) -> str:
-    """A finished run in a few lines."""
+def _report(run: "Run") -> str:
+    """Return a finished run in a few lines."""
     found = run.summary
-    score, called = ("miou", "mIoU") if "miou" in found else ("accuracy", "accuracy")
+    score, title = ("miou", "mIoU") if "miou" in found else ("accuracy", "accuracy")
+    dense = f"at {found['dense_macs'] / 1e6:.1f} M MACs"
     lines = [f"{run.folder}: {found['trained_epochs']} epochs in {found['seconds']:.0f} s of training and evaluation"]
-    if run.recipe.training.epochs:
+    if not run.recipe.training.epochs:
+        lines.append(f"  dense   {title} {found[score]:.4f} {dense}")
+    else:
         if f"dense_{score}" in found:
-            lines.append(f"  dense   {called} {found[f'dense_{score}']:.4f} at {found['dense_macs'] / 1e6:.1f} M MACs")
-        name = run.recipe.gating.loss if run.recipe.gating.by == "learned" else run.recipe.gating.by
+            lines.append(f"  dense   {title} {found[f'dense_{score}']:.4f} {dense}")
+        macs = f"{found['macs']:.3f} ± {found['macs_sd']:.3f} of its MACs"
         lines.append(
-            f"  {name:7} {called} {found[score]:.4f} at {found['macs']:.3f} ± {found['macs_sd']:.3f} of its MACs, "
+            f"  {run.recipe.method:7} {title} {found[score]:.4f} at {macs}, "
             f"{found['tokens']:.1f} ± {found['tokens_sd']:.1f} tokens, {found['coarse']:.3f} of the regions coarse"
         )
-    else:
-        lines.append(f"  dense   {called} {found[score]:.4f} at {found['dense_macs'] / 1e6:.1f} M MACs")
     if "fine_object" in found:
         lines.append(
             f"  fine: {found['fine_object']:.3f} of the object's regions, {found['fine_rest']:.3f} of the others"
@@ -279,7 +279,8 @@ def _put(result: Any, text: str, as_json: bool):
     print(json.dumps(result, indent=2) if as_json else text)
 
 
-def _say(message: Any, code: int = 0) -> int:
+def _print_error(message: Any, code: int = 0) -> int:
+    """Print a message for people; return the exit code."""
     print(f"msvit: {message}", file=sys.stderr)
     return code
 
@@ -289,13 +290,13 @@ def _dash(name: str) -> str:
 
 
 def _dashed(word: str) -> str:
-    """--epochs_dense is --epochs-dense."""
+    """Return --epochs-dense for --epochs_dense."""
     name, equals, value = word.partition("=")
     return _dash(name) + equals + value if word.startswith("--") else word
 
 
 def _leading() -> bool:
-    """Whether this is the process that speaks."""
+    """Return whether this is the process that prints."""
     return os.environ.get("RANK", "0") == "0"
 
 

@@ -472,7 +472,7 @@ class TestBadInput:
             make_reducer(name, tiny_vit, **settings)
 
     def test_name(self, tiny_vit):
-        with pytest.raises(ValueError, match="reducer='tomee'.*the nearest is 'tome'. There are: dynamicvit, token_pooling"):
+        with pytest.raises(ValueError, match="'tomee'.*the nearest is 'tome'. There are: dynamicvit, token_pooling"):
             make_reducer("tomee", tiny_vit)
 
     def test_reducer_of_another_backbone(self, make_vit):
