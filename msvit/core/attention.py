@@ -48,7 +48,7 @@ class Layout:
         return self.position + self.picture * max(self.lengths)
 
     def pad(self, rows: Tensor, fill: float = 0.0) -> Tensor:
-        """Rows `[T, ...]` as `[B, Nmax, ...]`, the room behind the shorter pictures filled."""
+        """Return rows `[T, ...]` as `[B, Nmax, ...]`, the room behind the shorter pictures filled."""
         shape = (len(self.lengths), max(self.lengths), *rows.shape[1:])
         if self.uniform:
             return rows.view(shape)
@@ -56,19 +56,19 @@ class Layout:
         return padded.index_copy(0, self.slot, rows).view(shape)
 
     def unpad(self, padded: Tensor) -> Tensor:
-        """The inverse of `pad`."""
+        """Return the inverse of `pad`."""
         rows = padded.flatten(0, 1)
         return rows if self.uniform else rows[self.slot]
 
     def sum(self, rows: Tensor) -> Tensor:
-        """Rows `[T, ...]` summed over each picture, `[B, ...]`."""
+        """Return rows `[T, ...]` summed over each picture, `[B, ...]`."""
         if self.uniform:
             return self.pad(rows).sum(1)
         return rows.new_zeros(len(self.lengths), *rows.shape[1:]).index_add(0, self.picture, rows)
 
 
 def by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`function`, which treats every row of x `[T, C]` on its own.
+    """Call `function`, which treats every row on its own, on rows x `[T, C]`.
 
     Without a gradient, a CPU works on PART rows at a time: what lies between the layers of an MLP then takes little
     memory and stays in the cache.
@@ -80,7 +80,7 @@ def by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def attend(layout: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Attention within each picture, every key counted `weight` times.
+    """Attend within each picture, every key counted `weight` times.
 
         out_i = sum_j A_ij v_j,    A_ij = w_j exp(s_ij) / sum_k w_k exp(s_ik),    s_ij = q_i . k_j / sqrt(D)
 
@@ -113,7 +113,7 @@ def attend(layout: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | Non
 
 
 def _attend_varlen(layout: Layout, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """PyTorch's own packed attention: one kernel for pictures of any lengths."""
+    """Attend by PyTorch's own packed attention: one kernel for pictures of any lengths."""
     from torch.nn.attention.varlen import varlen_attn
 
     ends = layout.ends.int()
@@ -126,7 +126,7 @@ def _attend_varlen(layout: Layout, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _attend_each(layout: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None) -> Tensor:
-    """A call per picture, on views. On a CPU this beats padding, and does no more than the counted MACs."""
+    """Attend picture by picture, on views. On a CPU this beats padding, and does no more than the counted MACs."""
     sizes = layout.lengths if len(q) == len(k) else [1] * len(q)
     bias = None if weight is None else weight.to(q.dtype).log()[:, None]
     out = []
@@ -138,7 +138,7 @@ def _attend_each(layout: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Tensor
 
 
 def _pictures(layout: Layout, *rows: tuple[Tensor | None, list[int]]):
-    """The rows of each picture in turn, as views."""
+    """Return the rows of each picture in turn, as views."""
     parts = [[None] * len(layout.lengths) if x is None else x.split(sizes) for x, sizes in rows]
     return zip(*parts, strict=True)
 
@@ -151,7 +151,7 @@ class Watched(NamedTuple):
 
 
 def attend_watched(layout: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None = None) -> Watched:
-    """`attend` among all rows, and the mean over the heads of sum_i A_ij that every row j receives from active rows i.
+    """Attend, and add up what each row j receives from active rows i: the mean over the heads of sum_i A_ij.
 
     It has the MACs of attention, but is not fused: only a layer whose reducer needs the weights calls it.
     """
@@ -169,7 +169,7 @@ def attend_watched(layout: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Tens
 
 @torch.no_grad()
 def attention_of_first(layout: Layout, q: Tensor, k: Tensor, weight: Tensor | None = None) -> Tensor:
-    """The share of its attention that the first row of each picture (the class token) gives to each row, `[T]`."""
+    """Return the share of attention that each picture's first row (the class token) gives to each row, `[T]`."""
     shares = []
     for part, q_, k_, w_ in _groups(layout, q, k, weight):
         first = q_[part.ends[:-1]][:, :, None]
@@ -179,7 +179,7 @@ def attention_of_first(layout: Layout, q: Tensor, k: Tensor, weight: Tensor | No
 
 
 def _groups(layout: Layout, *rows: Tensor | None):
-    """The whole batch at once where that needs no padding or runs on a GPU, else picture by picture."""
+    """Yield the whole batch at once where that needs no padding or runs on a GPU, else picture by picture."""
     if layout.uniform or rows[0].is_cuda:
         yield layout, *rows
         return
@@ -189,7 +189,7 @@ def _groups(layout: Layout, *rows: Tensor | None):
 
 
 def _shares(layout: Layout, q: Tensor, k: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """A `[B, H, M, N]`, and how often each key counts, `[B, N]`: 0 in the padding; None if all count once."""
+    """Return A `[B, H, M, N]`, and how often each key counts, `[B, N]`: 0 in the padding; None if all count once."""
     s = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if weight is None and layout.uniform:
         return s.softmax(-1), None
@@ -216,7 +216,7 @@ class WeightedAttention(torch.autograd.Function):
 
     @staticmethod
     def _scores(q: Tensor, k: Tensor) -> Tensor:
-        """s, in float32 or better."""
+        """Return s, in float32 or better."""
         s = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         return s if s.dtype == torch.float64 else s.float()
 

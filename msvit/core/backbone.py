@@ -19,7 +19,7 @@ POOLS = ("token", "avg", "avgmax", "max", "map")
 
 
 def check_backbone(vit: nn.Module):
-    """Raises a TypeError or ValueError that says why a model cannot be used."""
+    """Raise a TypeError or ValueError that says why a model cannot be used."""
     kind = type(vit).__name__
     if not isinstance(vit, VisionTransformer):
         raise TypeError(
@@ -49,7 +49,7 @@ def patch_size(vit: VisionTransformer) -> int:
 
 
 def prefix_count(vit: VisionTransformer) -> int:
-    """Class, distillation and register tokens."""
+    """Return how many class, distillation and register tokens there are."""
     return vit.num_prefix_tokens
 
 
@@ -72,13 +72,13 @@ def bases(vit: VisionTransformer, candidates: Candidates) -> Tensor:
 
 
 def embed(vit: VisionTransformer, pixels: Tensor) -> Tensor:
-    """The backbone's patch embedding of pixels `[n, c S S]`, for both scales the same."""
+    """Return the backbone's patch embedding of pixels `[n, c S S]`, for both scales the same."""
     proj = vit.patch_embed.proj
     return vit.patch_embed.norm(F.linear(pixels, proj.weight.flatten(1), proj.bias))
 
 
 def copy_embedding(vit: VisionTransformer) -> nn.Module:
-    """The patch embedding once more, on pixels `[n, c S S]`, with weights of its own."""
+    """Return another patch embedding, on pixels `[n, c S S]`, with weights of its own."""
     proj = vit.patch_embed.proj
     linear = nn.Linear(proj.weight[0].numel(), proj.out_channels, bias=proj.bias is not None)
     linear.weight.data.copy_(proj.weight.flatten(1))
@@ -88,14 +88,14 @@ def copy_embedding(vit: VisionTransformer) -> nn.Module:
 
 
 def split_heads(block: Block, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values `[T, H, D]` of rows `[T, C]` that have passed the block's first norm."""
+    """Return queries, keys and values `[T, H, D]` of rows `[T, C]` that have passed the block's first norm."""
     attn = block.attn
     q, k, v = attn.qkv(x).view(len(x), 3, attn.num_heads, attn.head_dim).unbind(1)
     return attn.q_norm(q).to(v.dtype), attn.k_norm(k).to(v.dtype), v
 
 
 def merge_heads(block: Block, x: Tensor, heads: Tensor) -> Tensor:
-    """The attention branch's output from `[T, H, D]`; x is what `split_heads` was given."""
+    """Return the attention branch's output from `[T, H, D]`; x is what `split_heads` was given."""
     attn = block.attn
     out = attn.norm(heads.flatten(1))
     if getattr(attn, "gate", None) is not None:
@@ -108,7 +108,7 @@ def mlp_branch(block: Block, x: Tensor) -> Tensor:
 
 
 def drop_path(module: nn.Module, branch: Tensor, layout: Layout) -> Tensor:
-    """Stochastic depth: one draw per picture, as in timm, not one per row."""
+    """Drop a branch at random (stochastic depth): one draw per picture, as in timm, not one per row."""
     if isinstance(module, nn.Identity) or not module.training:
         return branch
     kept = module(branch.new_ones(len(layout.lengths), 1))
@@ -116,7 +116,7 @@ def drop_path(module: nn.Module, branch: Tensor, layout: Layout) -> Tensor:
 
 
 def pooled_logits(vit: VisionTransformer, tokens: Tokens) -> Tensor:
-    """timm's own head on the tokens after the last norm, `[B, classes]`.
+    """Return what timm's own head makes of the tokens after the last norm, `[B, classes]`.
 
     Average pooling weighs a token by its area, so that it is the mean over the fine grid. The head is given a sequence
     on which its own pooling returns what was pooled here.
@@ -133,7 +133,7 @@ def pooled_logits(vit: VisionTransformer, tokens: Tokens) -> Tensor:
 
 
 def _weights(vit: VisionTransformer, tokens: Tokens, by_area: bool) -> Tensor:
-    """How much each row counts in pooling, `[T]`; prefix rows only where timm includes them."""
+    """Return how much each row counts in pooling, `[T]`; prefix rows only where timm includes them."""
     weight = tokens.area if by_area else tokens.area.clamp(max=1)
     if vit.pool_include_prefix:
         weight = weight.where(tokens.area > 0, torch.ones_like(weight))
@@ -141,7 +141,7 @@ def _weights(vit: VisionTransformer, tokens: Tokens, by_area: bool) -> Tensor:
 
 
 def _pool(vit: VisionTransformer, tokens: Tokens) -> Tensor:
-    """Average, maximum or the mean of both, `[B, C]`, in the activations' precision."""
+    """Return average, maximum or the mean of both, `[B, C]`, in the activations' precision."""
     results = []
     if vit.global_pool in ("avg", "avgmax"):
         weight = _weights(vit, tokens, by_area=True).to(tokens.x.dtype)[:, None]
@@ -154,7 +154,7 @@ def _pool(vit: VisionTransformer, tokens: Tokens) -> Tensor:
 
 
 def _attention_pool(vit: VisionTransformer, tokens: Tokens) -> Tensor:
-    """timm's AttentionPoolLatent on rows: one query per picture, every token a key."""
+    """Pool rows as timm's AttentionPoolLatent: one query per picture, every token a key."""
     pool, b = vit.attn_pool, len(tokens.layout.lengths)
     q = pool.q(pool.latent[0]).view(1, pool.num_heads, pool.head_dim)
     k, v = pool.kv(tokens.x).view(len(tokens.x), 2, pool.num_heads, pool.head_dim).unbind(1)

@@ -133,17 +133,17 @@ class Chosen(NamedTuple):
 
 
 def choose_all(active: Tensor) -> Chosen:
-    """Masked execution: every candidate of every picture."""
+    """Choose every candidate of every picture: masked execution."""
     return Chosen(torch.arange(active.numel(), device=active.device), [active.shape[1]] * len(active))
 
 
 def choose_active(active: Tensor) -> Chosen:
-    """Packed execution: the active candidates `[B, N]` alone."""
+    """Choose the active candidates `[B, N]` alone: packed execution."""
     return Chosen(active.flatten().nonzero()[:, 0], active.sum(1).tolist())
 
 
 def choose_trimmed(active: Tensor, soft: Tensor, margin: float) -> Chosen:
-    """Trimmed execution: all active candidates, and inactive ones with a soft activity `[B, N]` of `margin` or more.
+    """Choose active candidates, and inactive ones of a soft activity `[B, N]` of `margin` or more: trimmed execution.
 
     The gate's gradient is only lost where an inactive token is left out, and there it has the factor m (1 - m) of the
     sigmoid's derivative, which is less than the margin.
@@ -157,6 +157,6 @@ def enlarge(regions: Tensor, scale: int) -> Tensor:
 
 
 def spread(blocks: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return what holds for blocks `[B, h // 2, w // 2]`, told of regions `[B, h, w]`; a last odd row has none."""
+    """Repeat what holds for blocks `[B, h // 2, w // 2]` for the regions `[B, h, w]`; a last odd row has none."""
     regions = enlarge(blocks, 2)
     return F.pad(regions, (0, grid[1] - regions.shape[-1], 0, grid[0] - regions.shape[-2]))

@@ -11,7 +11,7 @@ from . import backbone
 
 
 def linear_macs(module: nn.Module) -> int:
-    """MACs of one row through every linear layer of a module."""
+    """Return the MACs of one row through every linear layer of a module."""
     return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
 
 
@@ -20,7 +20,7 @@ def gate_macs(gate: nn.Module | None, regions: int) -> int:
 
 
 def _costs(block: nn.Module) -> tuple[int, int, int]:
-    """MACs of a timm block: for a row of its attention branch, for a pair of rows there, for a row of its MLP."""
+    """Return a block's MACs: for a row of its attention branch, for a pair of rows there, for a row of its MLP."""
     mlp = linear_macs(block.mlp)
     return linear_macs(block) - mlp, 2 * block.attn.num_heads * block.attn.head_dim, mlp
 

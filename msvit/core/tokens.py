@@ -40,20 +40,20 @@ class Tokens:
         return self.activity * self.size
 
     def scatter(self, rows: Tensor | None = None) -> Tensor:
-        """Rows `[T, ...]` (the embeddings if not given) on the fine grid `[B, H_f, W_f, ...]`; 0 where dropped."""
+        """Return rows `[T, ...]` (by default the embeddings) on the fine grid `[B, H_f, W_f, ...]`; 0 where dropped."""
         grid = (self.x if rows is None else rows)[self.where.clamp(min=0)]
         kept = (self.where >= 0).view(*self.where.shape, *[1] * (grid.dim() - 3))
         return grid.where(kept, torch.zeros((), dtype=grid.dtype, device=grid.device))
 
     def paint(self, values: Tensor, size: tuple[int, int], dropped: float = math.nan) -> Tensor:
-        """Values `[T]`, one per token, on the pixels `[B, *size]` that the token covers."""
+        """Paint values `[T]`, one per token, on the pixels `[B, *size]` that the token covers."""
         grid = values.to(torch.get_default_dtype())[self.where.clamp(min=0)]
         grid = grid.masked_fill(self.where < 0, dropped)
         rows, columns = size[0] // grid.shape[1], size[1] // grid.shape[2]
         return grid.repeat_interleave(rows, 1).repeat_interleave(columns, 2)
 
     def select(self, rows: Tensor, lengths: list[int]) -> "Tokens":
-        """Only the given rows, in picture order; what they do not hold is dropped from the map."""
+        """Return the given rows alone, in picture order; what they do not hold is dropped from the map."""
         moved = torch.full((len(self.x) + 1,), -1, device=rows.device)  # the last one: nothing stays nothing
         moved[rows] = torch.arange(len(rows), device=rows.device)
         return replace(
@@ -68,14 +68,14 @@ class Tokens:
         )
 
     def active_counts(self) -> Tensor:
-        """Active tokens of each picture, int64 `[B]`."""
+        """Count the active tokens of each picture, int64 `[B]`."""
         if self.activity is None:
             return torch.tensor(self.layout.lengths, device=self.x.device)
         return self.layout.sum((self.activity.detach() > 0.5).long())
 
 
 def patchify(images: Tensor, patch: int) -> Tensor:
-    """Pixels of all patches: `[B, c, H, W]` to `[B, (H / patch)(W / patch), c patch patch]`."""
+    """Return the pixels of all patches, `[B, (H / patch)(W / patch), c patch patch]`, of `[B, c, H, W]`."""
     b, c, height, width = images.shape
     h, w = height // patch, width // patch
     cut = images.reshape(b, c, h, patch, w, patch)
@@ -83,7 +83,7 @@ def patchify(images: Tensor, patch: int) -> Tensor:
 
 
 def shrink(images: Tensor, scale: int) -> Tensor:
-    """Means over scale x scale pixels of `[..., H, W]`; rows and columns left over at the end are not seen.
+    """Return the means over scale x scale pixels of `[..., H, W]`; rows and columns left over at the end are not seen.
 
     Sums of rows, then of columns, are many times as fast on a CPU as F.avg_pool2d.
     """

@@ -22,7 +22,7 @@ from .seeds import hashed
 RATIO = 4 / 3  # a crop's sides are 3 : 4 to 4 : 3
 
 
-class Bank(Dataset):
+class DeviceCache(Dataset):
     """The items of `Pictures` as whole batches on a device; to the bit, where nothing is augmented.
 
     With `light`, pictures are kept stretched to `size`, and each time a crop of at least half of the area is taken from
@@ -60,12 +60,12 @@ class Bank(Dataset):
         i = torch.from_numpy(numbers).to(self.device)
         chosen = images[i]
         if self.light:
-            dice = draws(4, self.pictures.seed, 7, epochs, numbers).to(self.device)
-            chosen = (crop(chosen.float() / 255, boxes(dice, aspects[i])) - self.mean) / self.std
+            uniform = draws(4, self.pictures.seed, 7, epochs, numbers).to(self.device)
+            chosen = (crop(chosen.float() / 255, boxes(uniform, aspects[i])) - self.mean) / self.std
         return chosen, targets[i], indices[i]
 
     def _read(self) -> tuple[Tensor, ...]:
-        """All pictures with their aspects (width by height), targets and indices, on the device."""
+        """Return all pictures with their aspects (width by height), targets and indices, on the device."""
         loader = DataLoader(self.pictures, 256, num_workers=self.workers)
         parts = []
         for (images, aspects), targets, indices in tqdm(loader, f"reading {self.pictures.label}", leave=False, delay=2):
@@ -94,7 +94,7 @@ class _Stretched:
 
 
 def draws(count: int, *words) -> Tensor:
-    """Numbers in [0, 1), `[B, count]`, from integers and arrays `[B]` of them."""
+    """Return numbers in [0, 1), `[B, count]`, from integers and arrays `[B]` of them."""
     columns = [hashed(*words, n) >> np.uint64(40) for n in range(count)]
     return torch.from_numpy(np.stack(columns, 1).astype(np.float32) / np.float32(2**24))
 
@@ -109,23 +109,23 @@ class Boxes(NamedTuple):
     side: Tensor
 
 
-def boxes(dice: Tensor, aspects: Tensor) -> Boxes:
-    """Parts of half of the area to all of it, with sides as 3 : 4 to 4 : 3 unless no such part is in the picture.
+def boxes(uniform: Tensor, aspects: Tensor) -> Boxes:
+    """Return parts of half of the area to all of it, with sides as 3 : 4 to 4 : 3 where a picture has such a part.
 
     Args:
-        dice: `[B, 4]`, uniform in [0, 1): area and flip, sides, and where it is.
+        uniform: `[B, 4]`, uniform in [0, 1): area and flip, sides, and where it is.
         aspects: `[B]`, width by height of the pictures.
     """
-    flip, area = (dice[:, 0] * 2).floor(), 0.5 + (dice[:, 0] * 2 % 1) / 2
-    ratio = ((2 * dice[:, 1] - 1) * math.log(RATIO)).exp()
+    flip, area = (uniform[:, 0] * 2).floor(), 0.5 + (uniform[:, 0] * 2 % 1) / 2
+    ratio = ((2 * uniform[:, 1] - 1) * math.log(RATIO)).exp()
     ratio = ratio.maximum(area * aspects).minimum(aspects / area)  # so that both sides fit
     width, height = (area * ratio / aspects).sqrt(), (area * aspects / ratio).sqrt()
-    x, y = (size / 2 + (1 - size) * at for size, at in ((width, dice[:, 2]), (height, dice[:, 3])))
+    x, y = (size / 2 + (1 - size) * at for size, at in ((width, uniform[:, 2]), (height, uniform[:, 3])))
     return Boxes(width, height, x, y, 1 - 2 * flip)
 
 
 def crop(images: Tensor, at: Boxes) -> Tensor:
-    """These parts of pictures `[B, 3, H, W]` with values in [0, 1], at the full size."""
+    """Cut these parts out of pictures `[B, 3, H, W]` with values in [0, 1], at the full size."""
     none = torch.zeros_like(at.x)
     rows = (at.width * at.side, none, 2 * at.x - 1), (none, at.height, 2 * at.y - 1)
     grid = torch.stack([torch.stack(row, 1) for row in rows], 1)
@@ -134,16 +134,16 @@ def crop(images: Tensor, at: Boxes) -> Tensor:
 
 
 def keep(pictures: Dataset, augment: str, device: torch.device, workers: int, **settings) -> Dataset:
-    """A `Bank` of the pictures, or themselves where that cannot be: a stream, other augmentation, or no room."""
+    """Return a `DeviceCache` of the pictures, or themselves: of a stream, other augmentation, or without room."""
     if not isinstance(pictures, Pictures) or augment not in ("none", "light"):
         return pictures
     light = augment == "light"
     needed = len(pictures) * 3 * math.prod(settings["size"]) * (1 if light else 4)
     if needed > room(device):
         return pictures
-    return Bank(pictures, device, workers, light, **settings)
+    return DeviceCache(pictures, device, workers, light, **settings)
 
 
 def room(device: torch.device) -> int:
-    """Bytes that a split's pictures may take: a quarter of what is free on a CUDA device, elsewhere none."""
+    """Return how many bytes a split's pictures may take: a quarter of what is free on a CUDA device, elsewhere none."""
     return torch.cuda.mem_get_info(device)[0] // 4 if device.type == "cuda" else 0

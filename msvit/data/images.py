@@ -59,7 +59,7 @@ def seeded(*words: int) -> Iterator[None]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The 8-bit RGB picture that a file means: upright, 16 bits scaled, transparency over white."""
+    """Return the 8-bit RGB picture that a file means: upright, 16 bits scaled, transparency over white."""
     image.load()
     with contextlib.suppress(*UNREADABLE):  # a damaged EXIF block spoils no pixel
         image = ImageOps.exif_transpose(image)
@@ -112,14 +112,14 @@ class Pictures(Dataset):
         )
 
     def name(self, i: int) -> str:
-        """The file of picture i."""
+        """Return the file of picture i."""
         if hasattr(self.source, "filename"):
             with contextlib.suppress(KeyError, TypeError):  # a Hugging Face data set may have no paths
                 return str(self.source.filename(int(self.order[i]), absolute=True))
         return f"{self.label} #{self.order[i]}"
 
     def unreadable(self) -> list[Unreadable]:
-        """What could not be read so far, here or in a worker."""
+        """Return what could not be read so far, here or in a worker."""
         return [Unreadable(self.name(i), self._why(i)) for i in self._failed.nonzero()[:, 0].tolist()]
 
     def _why(self, i: int) -> str:
@@ -179,11 +179,11 @@ class Stream(IterableDataset):
         self.source.set_epoch(epoch)
 
     def name(self, i: int) -> str:
-        """Streams do not tell their files."""
+        """Return a running number: streams do not tell their files."""
         return f"{self.label}, picture {i} of the stream"
 
     def unreadable(self) -> list[Unreadable]:
-        """Nothing: what timm's reader skips it only logs, and the rest ends the run."""
+        """Return nothing: what timm's reader skips it only logs, and the rest ends the run."""
         return []
 
 
@@ -218,7 +218,7 @@ def open_sources(data: str, batches: tuple[int, int], seed: int, workers: int) -
 
 
 def _local(root: Path, words: Sequence[str], suffix: str) -> Dataset:
-    """The first folder (or tar) of these names: CLASS/picture, and every CLASS with at least one."""
+    """Open the first folder (or tar) of these names: CLASS/picture, and every CLASS with at least one."""
     part = next((root / (w + suffix) for w in words if (root / (w + suffix)).exists()), None)
     if part is None:
         found = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing"
@@ -241,7 +241,7 @@ def _local(root: Path, words: Sequence[str], suffix: str) -> Dataset:
 
 
 def _named(name: str, root: str, words: Sequence[str], batch: int, seed: int, workers: int) -> Dataset:
-    """A data set by timm's name for it: the first split of these names that it has."""
+    """Open a data set by timm's name for it: the first split of these names that it has."""
     stream = name.partition("/")[0] in ("hfids", "tfds", "wds")
     if stream and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
         raise ValueError(f"data={name!r} is a stream, which processes cannot share; use a folder, a tar or hfds")
@@ -266,7 +266,7 @@ def _named(name: str, root: str, words: Sequence[str], batch: int, seed: int, wo
 
 
 def _classes(source: Dataset, root: str) -> list[str]:
-    """Names of the classes in the order of their numbers, empty where nobody knows them."""
+    """Return the names of the classes in the order of their numbers, empty where nobody knows them."""
     reader = getattr(source, "reader", source)
     index = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None)
     if index:

@@ -18,7 +18,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transf
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ..checks import one_of
-from .device_cache import Bank, keep
+from .device_cache import DeviceCache, keep
 from .images import KINDS, Pictures, Stream, Unreadable, open_sources
 from .scenes import DIFFICULTIES, Scenes
 from .seeds import permutation
@@ -66,11 +66,11 @@ class Loaders:
         return itertools.islice(self.calibration, math.ceil(count / self.calibration.batch_size))
 
     def names(self, split: str, indices) -> list[str]:
-        """The files of a batch (`batch.indices`), for messages; a stand-in goes by the broken file's name."""
+        """Return the files of a batch (`batch.indices`), for messages; a stand-in goes by the broken file's name."""
         return [self._data(split).name(i if i >= 0 else ~i) for i in map(int, indices)]
 
     def unreadable(self, split: str) -> list[Unreadable]:
-        """The files of a split that could not be read so far, by this process and its workers."""
+        """Return the files of a split that could not be read so far, by this process and its workers."""
         return self._data(split).unreadable()
 
     def _data(self, split: str) -> Dataset:
@@ -121,7 +121,7 @@ class BuiltIn(Dataset):
         return *self.scenes[i], i
 
     def unreadable(self) -> list[Unreadable]:
-        """Nothing: a scene is computed."""
+        """Return nothing: a scene is computed."""
         return []
 
 
@@ -136,11 +136,11 @@ def collate(samples: tuple | list[tuple]) -> Batch:
 def make_loader(
     data: Dataset, batch: int, seed: int, workers: int, shuffle: bool, collate: Callable = collate
 ) -> DataLoader:
-    """A loader that goes by (seed, epoch) and leaves the global random numbers alone.
+    """Return a loader that goes by (seed, epoch) and leaves the global random numbers alone.
 
     With `shuffle` it is one for training, which drops the last incomplete batch.
     """
-    stream, bank = isinstance(data, IterableDataset), isinstance(data, Bank)
+    stream, bank = isinstance(data, IterableDataset), isinstance(data, DeviceCache)
     workers = 0 if bank else workers
     return DataLoader(
         data,
@@ -169,7 +169,7 @@ def make_loaders(
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
     device: torch.device | None = None,
 ) -> Loaders:
-    """Loaders of `Batch`es for training and validation.
+    """Make loaders of `Batch`es for training and validation.
 
     Training shuffles by (seed, epoch) and drops the last incomplete batch; validation keeps every picture, in
     a fixed mixed order. With several processes let accelerate split each batch (`split_batches=True`):

@@ -20,7 +20,6 @@ from torch.utils.data import Dataset
 from ..checks import one_of
 from .seeds import GOLDEN, Draws, hashed, mix
 
-MEAN, STD = (128 / 255,) * 3, (64 / 255,) * 3  # a pixel u of 0..255 becomes (u - 128) / 64: exact in float32
 _CACHE_BYTES = 2**31  # a larger data set is made anew at every visit
 _SPLITS = {"train": 0x7472, "val": 0x7661}
 
@@ -47,7 +46,7 @@ DIFFICULTIES = {
 
 
 def _textures() -> dict[str, np.ndarray]:
-    """The patterns of +1 and -1, each `[16, 16]`, of period 4 (wide ones: 8).
+    """Return the patterns of +1 and -1, each `[16, 16]`, of period 4 (wide ones: 8).
 
     A fine one is put together from 2 x 2 blocks of zero mean: two rows h, two columns v, or a checker d.
     """
@@ -74,7 +73,7 @@ _TEXTURES = _textures()
 
 
 def _spline(n: int, nodes: int) -> np.ndarray:
-    """Weights `[n, nodes]` of the uniform quadratic B-spline, integers that sum to 128 in each row."""
+    """Return weights `[n, nodes]` of the uniform quadratic B-spline, integers that sum to 128 in each row."""
     t = (2 * np.arange(n) + 1) * (nodes - 2) * 32 // n  # 64ths of the distance between two nodes
     k, f = t // 64, t % 64
     out = np.zeros((n, nodes), np.int64)
@@ -86,7 +85,7 @@ def _spline(n: int, nodes: int) -> np.ndarray:
 
 
 def _background(draw: Draws, height: int, width: int, top: int) -> np.ndarray:
-    """Smooth colour fields in 64..top, uint8 `[B, 3, H, W]`.
+    """Return smooth colour fields in 64..top, uint8 `[B, 3, H, W]`.
 
     Separable splines as two matrix products. Their sums are integers below 2^24, so that float32 holds them
     exactly in whatever order a BLAS adds them up.
@@ -99,7 +98,7 @@ def _background(draw: Draws, height: int, width: int, top: int) -> np.ndarray:
 
 
 def _blobs(draw: Draws, count: int, side: int, unit: int) -> np.ndarray:
-    """Shapes of blobs, unions of three discs, in blocks of 2 x 2 pixels: bool `[B, count, side, side]`.
+    """Return shapes of blobs, unions of three discs, in blocks of 2 x 2 pixels: bool `[B, count, side, side]`.
 
     Args:
         side: of the window, in blocks.
@@ -173,7 +172,7 @@ class Scenes(Dataset):
         split: "train" or "val": streams of random numbers that share no picture.
     """
 
-    mean, std = MEAN, STD
+    mean, std = (128 / 255,) * 3, (64 / 255,) * 3  # a pixel u of 0..255 becomes (u - 128) / 64: exact in float32
 
     def __init__(
         self,
@@ -209,26 +208,26 @@ class Scenes(Dataset):
         return self.__dict__ | {"_chunks": {}}  # a worker makes its own pictures: quicker than to send them
 
     def labels(self, indices) -> np.ndarray:
-        """Labels int64 `[B]`: a permutation of the eight classes for every eight pictures."""
+        """Return the labels, int64 `[B]`: a permutation of the eight classes for every eight pictures."""
         i = self._checked(indices)
         turn = hashed(self.seed, _SPLITS[self.split], 1, i // 8).astype(np.int64)
         return ((i % 8) * (turn & 6 | 1) + (turn >> 3)) % 8  # odd multiples permute the residues of eight
 
     def batch(self, indices) -> tuple[torch.Tensor, torch.Tensor]:
-        """Many pictures at once: float32 `[B, 3, H, W]` and labels int64 `[B]`."""
+        """Return many pictures at once: float32 `[B, 3, H, W]` and labels int64 `[B]`."""
         pixels = torch.from_numpy(self._rows(indices, 0))
         return pixels.float().sub_(128).mul_(1 / 64), torch.from_numpy(self.labels(indices))
 
     def masks(self, indices) -> np.ndarray:
-        """Segmentation masks uint8 `[B, H, W]`: 0 background, label + 1 object, 9 distractor or decoy."""
+        """Return the segmentation masks uint8 `[B, H, W]`: 0 background, label + 1 object, 9 distractor or decoy."""
         return self._rows(indices, 1)
 
     def mask(self, i: int) -> np.ndarray:
-        """Segmentation mask of one picture, uint8 `[H, W]`."""
+        """Return the segmentation mask of one picture, uint8 `[H, W]`."""
         return self.masks([i])[0]
 
     def object_regions(self, indices, patch: int) -> np.ndarray:
-        """True for the patches that the object touches, bool `[B, h, w]`, or `[h, w]` for a single index.
+        """Return True for the patches that the object touches, bool `[B, h, w]`, or `[h, w]` for a single index.
 
         The complement is the oracle's coarse mask. A size that is no multiple of `patch` is padded at bottom
         and right.
@@ -240,7 +239,7 @@ class Scenes(Dataset):
         return touched if np.ndim(indices) else touched[0]
 
     def name(self, i: int) -> str:
-        """What to call picture i in a message."""
+        """Return what to call picture i in a message."""
         return f"scenes:{self.difficulty} seed {self.seed} {self.split} #{i}"
 
     def _checked(self, indices) -> np.ndarray:
@@ -254,7 +253,7 @@ class Scenes(Dataset):
         return render(keys, self.labels(i), self.size, DIFFICULTIES[self.difficulty])
 
     def _rows(self, indices, which: int) -> np.ndarray:
-        """Pictures (`which` 0) or masks (1) of the indices, from the cache where there is one."""
+        """Return pictures (`which` 0) or masks (1) of the indices, from the cache where there is one."""
         i = self._checked(indices)
         if not self._cached or not len(i):
             return np.ascontiguousarray(self._render(i)[which])

@@ -18,7 +18,7 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 
 def hashed(*words: int | np.ndarray) -> np.ndarray:
-    """A 64-bit hash of integers, elementwise over arrays: the source of all randomness in data sets."""
+    """Return a 64-bit hash of integers, elementwise over arrays: the source of all randomness in data sets."""
     x = np.zeros(1, np.uint64)
     for word in words:
         x = mix((x ^ np.asarray(word).astype(np.uint64)) + GOLDEN)
@@ -26,7 +26,7 @@ def hashed(*words: int | np.ndarray) -> np.ndarray:
 
 
 def permutation(n: int, *words: int) -> np.ndarray:
-    """The order of 0..n-1 that belongs to `words`, whatever the version of any library."""
+    """Return the order of 0..n-1 that belongs to `words`, whatever the version of any library."""
     return np.argsort(hashed(*words, np.arange(n)), kind="stable")
 
 
@@ -37,7 +37,7 @@ class Draws:
         self.keys, self.calls = keys, 0
 
     def __call__(self, low: int, high: int, *shape: int) -> np.ndarray:
-        """Integers in low..high inclusive, `[B, *shape]`."""
+        """Return integers in low..high inclusive, `[B, *shape]`."""
         count = int(np.prod(shape))
         counter = np.arange(self.calls, self.calls + count, dtype=np.uint64)
         self.calls += count

@@ -23,7 +23,7 @@ from .images import SUFFIXES, Pictures, to_rgb
 from .loaders import SCENES, Batch, BuiltIn, Loaders, Splits, load_splits
 from .scenes import Scenes
 
-AUGMENT = ("none", "light")
+PAIRED_AUGMENT = ("none", "light")
 _SPLITS = ("train", "training"), ("val", "validation", "valid", "test")
 _VOID = ("unlabelled", "unlabeled", "void", "ignore")  # names of classes that are none
 # Brostow et al. 2009, in the eleven classes of SegNet (Badrinarayanan et al. 2017).
@@ -32,7 +32,7 @@ _CAMVID += ["Bicyclist", "Unlabelled"]
 _ADE20K = 150  # classes of SceneParse150 (Zhou et al. 2017); label 0 is "other"
 
 
-class Folder(NamedTuple):
+class SegmentationFolder(NamedTuple):
     """What a folder holds: (picture, label map) files of each split, class names, and the meaning of label values."""
 
     train: list[tuple[Path, Path]]
@@ -72,7 +72,7 @@ class Labelled(Pictures):
         self.meaning, self.crop, self.short = meaning, crop, short
 
     def name(self, i: int) -> str:
-        """The file of picture i."""
+        """Return the file of picture i."""
         return str(self.source[self.order[i]][0])
 
     def _read(self, i: int) -> tuple[Image.Image, np.ndarray]:
@@ -133,7 +133,7 @@ def collate_padded(samples: Batch | list[tuple]) -> Batch:
 
 
 def joint_transform(size: tuple[int, int] | None, augment: str, mean: Sequence[float], std: Sequence[float]):
-    """A transform of picture and label map together.
+    """Return a transform of picture and label map together.
 
     "light" scales by 0.5..2, pads with the mean colour and 255 where the picture became too small, crops and
     flips; "none" crops the centre. Without a size the picture stays whole.
@@ -151,7 +151,7 @@ def joint_transform(size: tuple[int, int] | None, augment: str, mean: Sequence[f
     return T.Compose([*(steps() if size else []), T.ToDtype(dtypes, scale=True), T.Normalize(mean, std)])
 
 
-def open_folder(root: Path) -> Folder:
+def open_folder(root: Path) -> SegmentationFolder:
     """Find the files of a folder in CamVid's layout or in ADE20K's, and what its label values mean.
 
     CamVid: {train,val}/{images,labels}; label values count from 0, and classes called "unlabelled" or "void" are
@@ -181,11 +181,11 @@ def open_folder(root: Path) -> Folder:
         else:
             meaning[value] = len(classes)
             classes.append(name)
-    return Folder(train, val, classes, meaning)
+    return SegmentationFolder(train, val, classes, meaning)
 
 
 def _names(root: Path) -> list[str]:
-    """Names of the label values, empty where the folder does not tell them."""
+    """Return the names of the label values, empty where the folder does not tell them."""
     if (root / "classes.json").is_file():
         return json.loads((root / "classes.json").read_text())["names"]
     if (root / "objectInfo150.txt").is_file():
@@ -194,7 +194,7 @@ def _names(root: Path) -> list[str]:
 
 
 def _pairs(pictures: Path, labels: Path) -> list[tuple[Path, Path]]:
-    """Each picture with the label map of its stem."""
+    """Return each picture with the label map of its stem."""
     for folder in (pictures, labels):
         if not folder.is_dir():
             raise FileNotFoundError(f"there is no folder {folder}")
@@ -221,7 +221,7 @@ def make_seg_loaders(
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
 ) -> Loaders:
-    """Loaders of `Batch`es whose targets are label maps; the rest is as in `msvit.data.loaders.make_loaders`.
+    """Make loaders of `Batch`es whose targets are label maps; the rest is as in `msvit.data.loaders.make_loaders`.
 
     Training pictures are crops of `size`; pictures for validation stay whole, and those of a batch are padded
     to the largest with pixels to ignore. A crop larger than its picture is an error.
@@ -231,7 +231,7 @@ def make_seg_loaders(
         augment: "none" (the centre) or "light" (random scale, crop and flip); scenes take "none" only.
         short: side to which the shorter side of all pictures is resized first, 0 to leave them.
     """
-    one_of("augment", augment, AUGMENT)
+    one_of("augment", augment, PAIRED_AUGMENT)
     size = (size, size) if isinstance(size, int) else tuple(size)
     kind, _, rest = data.partition(":")
     if data in SCENES:

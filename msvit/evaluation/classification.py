@@ -33,7 +33,7 @@ def evaluate(model: MSViT, loader: Iterable, predict: Predict | None = None, acc
 
 
 def _columns(result: Result, targets: Tensor, indices: Tensor, share: Tensor, where: Tensor | None) -> list[Tensor]:
-    """The row of each picture in the table, `[B]` each, in the order of PER_PICTURE."""
+    """Return the row of each picture in the table, `[B]` each, in the order of PER_PICTURE."""
     fine = ~result.coarse
     where = torch.zeros_like(fine) if where is None else where.to(fine.device)
     loss = F.cross_entropy(result.logits.float(), targets, reduction="none")

@@ -28,7 +28,7 @@ class Quality(NamedTuple):
 
 
 def confusion(prediction: Tensor, target: Tensor, classes: int) -> Tensor:
-    """Pixels of each picture by true class (rows) and predicted class, int64 `[B, K, K]`."""
+    """Count the pixels of each picture by true class (rows) and predicted class, int64 `[B, K, K]`."""
     b, known = len(target), target != IGNORE
     if (wrong := target[known & ((target < 0) | (target >= classes))]).numel():
         raise ValueError(
@@ -41,7 +41,7 @@ def confusion(prediction: Tensor, target: Tensor, classes: int) -> Tensor:
 
 
 def class_table(matrix: Tensor, names: list[str]) -> pd.DataFrame:
-    """By class: IoU, recall (accuracy on its pixels), precision, and its share of the pixels.
+    """Return a row for each class: IoU, recall (accuracy on its pixels), precision, and its share of the pixels.
 
     A class that is nowhere, in truth or prediction, has no IoU (NaN) and no part in the mean.
     """
@@ -53,7 +53,7 @@ def class_table(matrix: Tensor, names: list[str]) -> pd.DataFrame:
 
 
 def near_edges(target: Tensor, radius: int = BAND) -> Tensor:
-    """Pixels with one of another class at most `radius` away (Euclidean), bool `[B, H, W]`.
+    """Return the pixels with one of another class at most `radius` away (Euclidean), bool `[B, H, W]`.
 
     With radius 1 these are the boundary pixels. Ignored pixels make no edges.
     """
@@ -73,7 +73,7 @@ def near_edges(target: Tensor, radius: int = BAND) -> Tensor:
 
 
 def fine_pixels(coarse: Tensor, patch: int, size: tuple[int, int]) -> Tensor:
-    """Which pixels lie in fine regions, bool `[B, H, W]`; the padding of the picture is cut off."""
+    """Return which pixels lie in fine regions, bool `[B, H, W]`; the padding of the picture is cut off."""
     fine = (~coarse).repeat_interleave(patch, 1).repeat_interleave(patch, 2)
     return fine[:, : size[0], : size[1]]
 
@@ -109,7 +109,7 @@ def evaluate(model: MSViT, loader: Iterable, predict: Predict | None = None, acc
 
 
 def _columns(model: MSViT, result: Result, targets: Tensor) -> dict[str, Tensor]:
-    """What is counted in each picture, `[B]` each."""
+    """Return what is counted in each picture, `[B]` each."""
     size = targets.shape[1:]
     known, right = targets != IGNORE, result.logits.argmax(1) == targets
     fine = fine_pixels(result.coarse, model.coarse_patch, size) & known
@@ -123,7 +123,7 @@ def _columns(model: MSViT, result: Result, targets: Tensor) -> dict[str, Tensor]
 
 
 def _agreement(objects, coarse: Tensor) -> dict[str, Tensor]:
-    """How many regions show the object or do not, and are fine."""
+    """Return how many regions show the object or do not, and are fine."""
     where, fine = torch.from_numpy(objects).to(coarse.device), ~coarse
     parts = {"object": where, "object_fine": where & fine, "rest": ~where, "rest_fine": ~where & fine}
     return {name: part.sum((1, 2)) for name, part in parts.items()}

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from ..data import IGNORE
 from ..data.images import UNREADABLE
 from ..data.scenes import DIFFICULTIES, Scenes
-from ..data.segmentation import Folder, open_folder
+from ..data.segmentation import SegmentationFolder, open_folder
 from .uploads import FORMATS, PictureError, read_picture
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
@@ -82,7 +82,7 @@ class SceneSource(Source):
 class LabelledSource(Source):
     """The pictures of a folder that `segdata.open_folder` reads, those for validation first, with their label maps."""
 
-    def __init__(self, root: Path, folder: Folder):
+    def __init__(self, root: Path, folder: SegmentationFolder):
         pairs = {p.relative_to(root).as_posix(): (p, labels) for p, labels in [*folder.val, *folder.train]}
         super().__init__({name: picture for name, (picture, _) in pairs.items()})
         self.maps = {name: labels for name, (_, labels) in pairs.items()}

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .losses import global_batch
+from ..core.gather import global_batch
 
 
 class BudgetController:
@@ -30,7 +30,7 @@ class BudgetController:
         self.rate = float(rate)
 
     def hold(self, gates: Tensor):
-        """Takes the common force out of the gradient that will come to these soft gates."""
+        """Take the common force out of the gradient that will come to these soft gates."""
         if gates.requires_grad:
             m = gates.detach().double()
             slopes = (m * (1 - m)).square()
@@ -38,15 +38,15 @@ class BudgetController:
             gates.register_hook(lambda grad: grad - (_summed(grad * slopes) / total).to(grad))
 
     def error(self, scores: Tensor) -> Tensor:
-        """How far the scores of a batch, of all processes together, lie above those that meet the rate."""
+        """Return how far the scores of a batch, of all processes together, lie above those that meet the rate."""
         return global_batch(scores.detach().float()).flatten().quantile(1 - self.rate)
 
     @torch.no_grad()
     def correct(self, bias: nn.Parameter, error: float):
-        """Moves the bias of the scores towards the rate."""
+        """Move the bias of the scores towards the rate."""
         bias -= self.STEP * error
 
 
 def _summed(values: Tensor) -> Tensor:
-    """The sum over all processes."""
+    """Return the sum over all processes."""
     return global_batch(values.double().sum()[None]).sum()

@@ -47,7 +47,7 @@ class Gate(nn.Module, PyTorchModelHubMixin):
         self.tau.fill_(value)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits `[B, h, w]` of pictures `[B, channels, h patch, w patch]`.
+        """Return the logits `[B, h, w]` of pictures `[B, channels, h patch, w patch]`.
 
         In the precision of the weights, under autocast too: many gates lie near the threshold, where rounding to
         bfloat16 would decide, and would decide otherwise than the float32 that a threshold is calibrated in.
@@ -57,7 +57,7 @@ class Gate(nn.Module, PyTorchModelHubMixin):
             return self.mlp(patchify(images, self.patch).to(self.mlp[0].weight.dtype)).view(len(images), h, w)
 
     def soften(self, logits: Tensor) -> Tensor:
-        """m in [0, 1] from logits: a Gumbel-sigmoid sample while training, its mode in evaluation."""
+        """Return m in [0, 1] from logits: a Gumbel-sigmoid sample while training, its mode in evaluation."""
         logits = logits.float()
         if self.training:
             logits = add_logistic_noise(logits)

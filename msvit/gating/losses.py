@@ -16,11 +16,12 @@ import inspect
 import math
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..checks import in_interval, known_settings, one_of
-from .cdf import GRADIENTS, TIES, beta_cdf, cvm, normal_cdf, relaxed_bernoulli_cdf, route
+from ..core.gather import global_batch
+from .beta import beta_cdf
+from .cdf import GRADIENTS, TIES, cvm, normal_cdf, relaxed_bernoulli_cdf, route
 
 __all__ = [
     "BaS", "GBaS", "GateLoss", "L0", "NoLoss", "Ratio", "bas_loss", "beta_cdf", "cvm",
@@ -39,7 +40,7 @@ def bas_loss(
     gradients: str = "both",
     ties: str = "order",
 ) -> Tensor:
-    """Batch shaping: all gates of the batch in one CvM against a prior with the two `params` of its CDF."""
+    """Shape a batch: all gates of the batch in one CvM against a prior with the two `params` of its CDF."""
     one_of("prior", prior, PRIORS)
     in_interval("gates", gates, "[0, 1]")
     return cvm(gates, PRIORS[prior], params=params, gradients=gradients, ties=ties)
@@ -58,7 +59,7 @@ def gbas_loss(
     gradients: str = "both",
     ties: str = "order",
 ) -> Tensor:
-    """Generalized batch shaping: mean_l CvM(m_l; prior(p_l, T)) + λ CvM(p; hyperprior).
+    """Return generalized batch shaping, mean_l CvM(m_l; prior(p_l, T)) + λ CvM(p; hyperprior).
 
     The prior is RelaxedBernoulli(p_l, T), or Beta(T p_l, T (1 − p_l)), whose mean is p_l and which for T = 1 is the
     Beta(a, 1 − a) of batch shaping; either is a pair of peaks at 0 and 1 for small T. The hyperprior is Normal(g*, σ)
@@ -88,12 +89,12 @@ def gbas_loss(
 
 
 def _prior_params(prior: str, p: Tensor | float, temperature: Tensor | float) -> tuple:
-    """The two parameters of the prior's CDF, from its location or mean p and its temperature."""
+    """Return the two parameters of the prior's CDF, from its location or mean p and its temperature."""
     return (temperature * p, temperature * (1 - p)) if prior == "beta" else (p, temperature)
 
 
 def _hyper_params(hyperprior: str, target: float, sigma: float) -> tuple[float, float]:
-    """The two parameters of the hyperprior with mean `target` and standard deviation `sigma`."""
+    """Return the two parameters of the hyperprior with mean `target` and standard deviation `sigma`."""
     one_of("hyperprior", hyperprior, HYPERPRIORS)
     in_interval("target", target, "(0, 1)")
     in_interval("sigma", sigma, "(0, inf)")
@@ -104,39 +105,6 @@ def _hyper_params(hyperprior: str, target: float, sigma: float) -> tuple[float, 
         limit = math.sqrt(target * (1 - target))
         raise ValueError(f"sigma={sigma:g} is more than any Beta of mean {target:g} has; use less than {limit:.3g}")
     return target * concentration, (1 - target) * concentration
-
-
-class _Gather(torch.autograd.Function):
-    """The batches of all processes, one after the other; each may have its own length."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        size = torch.tensor([len(x)], device=x.device)
-        sizes = [torch.empty_like(size) for _ in range(dist.get_world_size())]
-        dist.all_gather(sizes, size)
-        sizes = torch.cat(sizes).tolist()
-        padded = torch.cat([x, x.new_zeros(max(sizes) - len(x), *x.shape[1:])])
-        parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded)
-        start = sum(sizes[: dist.get_rank()])
-        ctx.mine = slice(start, start + len(x))
-        return torch.cat([part[:n] for part, n in zip(parts, sizes, strict=True)])
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return grad[ctx.mine] * dist.get_world_size()
-
-
-def global_batch(gates: Tensor) -> Tensor:
-    """`[B, h, w]` of this process → the gates of all processes, `[sum B, h, w]`, with gradients; alone: unchanged.
-
-    Every process computes the same loss of the same gathered gates. What flows back to a process is its own share of
-    the gradient times the number of processes W, because distributed data parallel then divides by W: after its
-    averaging, weights and prior parameters have the gradient that one process has on the whole batch.
-    """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return gates
-    return _Gather.apply(gates.contiguous())
 
 
 class GateLoss(nn.Module):
@@ -169,7 +137,7 @@ class GateLoss(nn.Module):
         return self.distance(gates)
 
     def distance(self, gates: Tensor) -> Tensor:
-        """The loss of checked gates `[B, h, w]` in float32 or float64."""
+        """Return the loss of checked gates `[B, h, w]` in float32 or float64."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -214,7 +182,7 @@ class GBaS(GateLoss):
         self._keep("log_temperature", math.log(temperature), gradients != "values" and learn_temperature)
 
     def _keep(self, name: str, value: float, learned: bool):
-        """One number per position: a parameter, or a buffer, so that nothing waits for a gradient that never comes."""
+        """Keep a number per position, as a parameter or, so that none waits for a gradient in vain, a buffer."""
         tensor = torch.full(self.grid, value)
         if learned:
             self.register_parameter(name, nn.Parameter(tensor))
@@ -239,11 +207,11 @@ class GBaS(GateLoss):
         )  # fmt: skip
 
     def cdf(self, x: Tensor) -> Tensor:
-        """F(x) of the prior of each position; x broadcasts against `[h, w]`."""
+        """Return F(x) of the prior of each position; x broadcasts against `[h, w]`."""
         return PRIORS[self.prior](x, *_prior_params(self.prior, self.p, self.temperature))
 
     def hyper_cdf(self, p: Tensor) -> Tensor:
-        """F(p) of the hyperprior."""
+        """Return F(p) of the hyperprior."""
         return HYPERPRIORS[self.hyperprior](p, *self.hyper)
 
 
@@ -269,7 +237,7 @@ class BaS(GateLoss):
         return bas_loss(gates, _prior_params(self.prior, self.target, self.temperature), self.prior, ties=self.ties)
 
     def cdf(self, x: Tensor) -> Tensor:
-        """F(x) of the prior."""
+        """Return F(x) of the prior."""
         return PRIORS[self.prior](x, *_prior_params(self.prior, self.target, self.temperature))
 
 
@@ -298,7 +266,7 @@ LOSSES = {"gbas": GBaS, "bas": BaS, "l0": L0, "ratio": Ratio, "none": NoLoss}
 
 
 def make_loss(name: str, grid: tuple[int, int], target: float = 0.6, **settings) -> GateLoss:
-    """The gate loss of this name; `settings` are those of its class."""
+    """Return the gate loss of this name; `settings` are those of its class."""
     one_of("gate loss", name, LOSSES)
     takes = [setting for setting in inspect.signature(LOSSES[name]).parameters if setting not in ("grid", "target")]
     return LOSSES[name](grid, target, **known_settings(f"the gate loss {name!r}", settings, takes))

@@ -9,13 +9,11 @@ import math
 from typing import NamedTuple
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from ..checks import known_settings, one_of
 from ..core.tokens import patchify
-
-# Mean and standard deviation that most backbones' pictures are normalised with (ImageNet's).
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Scores(NamedTuple):
@@ -106,8 +104,8 @@ class Entropy(Rule):
         bits: float = 5.0,
         scales: int = 2,
         gap: float = 1.0,
-        mean: tuple[float, ...] = MEAN,
-        std: tuple[float, ...] = STD,
+        mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN,
+        std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
     ):
         super().__init__()
         if not 0 <= bits <= 8:
@@ -127,7 +125,7 @@ class Entropy(Rule):
         return Scores(regions, torch.sigmoid(self.bits - self.gap - entropy(blocks)))
 
     def histograms(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
-        """How many pixels of each region have each of 256 grey values, `[B, h, w, 256]`."""
+        """Return how many pixels of each region have each of 256 grey values, `[B, h, w, 256]`."""
         if len(self.mean) != images.shape[1]:
             raise ValueError(f"mean={self.mean} for pictures of {images.shape[1]} channels; give one number for each")
         share = images.new_tensor(
@@ -145,13 +143,13 @@ class Entropy(Rule):
 
 
 def entropy(counts: Tensor) -> Tensor:
-    """- sum_i p_i log2 p_i over the last dimension, from counts."""
+    """Return the entropy - sum_i p_i log2 p_i over the last dimension, from counts."""
     p = counts.double() / counts.sum(-1, keepdim=True)
     return -(p * p.clamp(min=1e-30).log2()).sum(-1).float()
 
 
 def shuffled(images: Tensor, n: int, seed: int) -> Tensor:
-    """n pseudo-random whole numbers per picture, `[B, n]`, from its pixels alone, the same on every device."""
+    """Return n pseudo-random whole numbers per picture, `[B, n]`, from its pixels alone, the same on every device."""
     bits = images.detach().float().contiguous().view(torch.int32).flatten(1).long()
     place = torch.arange(bits.shape[1], device=bits.device)
     key = ((bits ^ place) * 2654435761).sum(1)[:, None] + seed * 40503
@@ -159,14 +157,14 @@ def shuffled(images: Tensor, n: int, seed: int) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A bijection of int64 that scatters neighbours: multiplications by odd numbers, which wrap, and shifts."""
+    """Scatter neighbours by a bijection of int64: multiplications by odd numbers, which wrap, and shifts."""
     for factor in (-4658895280553007687, -7723592293110705685):  # odd, with bits as if tossed
         x = (x ^ (x >> 29)) * factor
     return x ^ (x >> 32)
 
 
 def oracle(objects: Tensor, patch: int) -> Tensor:
-    """The mask that knows: a coarse region `[B, h, w]` is one where no pixel of `objects` (bool `[B, H, W]`) lies."""
+    """Return the coarse regions `[B, h, w]` of an oracle: those without a pixel of `objects` (bool `[B, H, W]`)."""
     b, height, width = objects.shape
     if height % patch or width % patch:
         raise ValueError(f"masks of {height} x {width} px are no whole number of coarse patches of {patch} px")
@@ -177,7 +175,7 @@ RULES = {"entropy": Entropy, **dict.fromkeys(Static.KINDS, Static)}
 
 
 def make_rule(name: str, **settings) -> Rule:
-    """A rule by its name in `RULES`; the settings are the class's own, as JSON has them."""
+    """Return a rule by its name in `RULES`; the settings are the class's own, as JSON has them."""
     kind = RULES[one_of("rule", name, RULES)]
     takes = [setting for setting in inspect.signature(kind).parameters if setting != "kind"]
     known_settings(name, settings, takes)

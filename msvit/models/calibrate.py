@@ -83,7 +83,7 @@ class _Pictures:
         self.dense = model.dense_macs(self.size)
 
     def share(self, cut: Tensor) -> float:
-        """The mean, in closed form where there is one; otherwise the whole model runs."""
+        """Return the mean, in closed form where there is one; otherwise the whole model runs."""
         if not self.closed:
             self.model.cut.copy_(cut)
             macs = [self.model.run(images.to(cut.device)).macs for images in self.images]

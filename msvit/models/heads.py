@@ -164,7 +164,7 @@ class MaskTransformer(nn.Module):
         nn.init.trunc_normal_(self.classes, std=0.02)
 
     def no_weight_decay(self) -> set[str]:
-        """As for the backbone's class token."""
+        """Return names of parameters without decay, as the backbone's class token is."""
         return {"classes"}
 
     def forward(self, x: Tensor, weight: Tensor | None, layout: Layout) -> Tensor:
@@ -191,14 +191,14 @@ class MaskTransformer(nn.Module):
 
 
 def _products(layout: Layout, rows: Tensor, classes: Tensor) -> Tensor:
-    """Each row `[T, C]` times its own picture's class embeddings `[B, K, C]`, `[T, K]`."""
+    """Multiply each row `[T, C]` with its own picture's class embeddings `[B, K, C]`, `[T, K]`."""
     if layout.uniform or rows.is_cuda:
         return layout.unpad(layout.pad(rows) @ classes.transpose(1, 2))
     return torch.cat([part @ own.T for part, own in zip(rows.split(layout.lengths), classes, strict=True)])
 
 
 def _small_weights(module: nn.Module):
-    """As timm initialises a vision transformer."""
+    """Initialise weights as timm does those of a vision transformer."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)

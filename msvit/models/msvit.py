@@ -225,7 +225,7 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Inside, the model is in evaluation mode; afterwards, come what may, in the one it was in."""
+        """Hold the model in evaluation mode inside; afterwards, come what may, it is in the one it was in."""
         training = self.training
         self.eval()
         try:
@@ -252,7 +252,7 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
         return int(encoder_macs(self.vit, tokens, counts) + self.head.macs(self.vit, counts[-1, 1], patches))
 
     def _macs(self, tokens: Tensor, regions: int, gated: bool, counts: Tensor | None = None) -> Tensor:
-        """By the tokens that enter and what each block saw of them, which follows in closed form if not given."""
+        """Return MACs by the tokens that enter and what each block saw, which follows in closed form if not given."""
         if counts is None:
             counts = token_counts(len(self.vit.blocks), tokens, self.reducer)
         macs = encoder_macs(self.vit, tokens.long(), counts, self.reducer)
@@ -279,6 +279,6 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
 
 
 def _rename_decoder(model: nn.Module, state: dict, prefix: str, *rest):
-    """Until version 0.1 a segmenter had its decoder beside the backbone."""
+    """Rename a decoder's weights: until version 0.1 it stood beside the backbone."""
     for key in [key for key in state if key.startswith(f"{prefix}decoder.")]:
         state[f"{prefix}head.{key.removeprefix(prefix)}"] = state.pop(key)

@@ -36,7 +36,7 @@ class Reducer(nn.Module):
     Attributes:
         layers: Blocks at which it acts.
         adaptive: Whether how many tokens are left depends on the picture, and so do the MACs.
-        needs: What of the block's attention `reduce` is told as `seen`: None, "received" (`[T]`, the attention that a
+        needs: What of the block's attention `reduce` is given as `seen`: None, "received" (`[T]`, the attention that a
             token receives), "class" (`[T]`, the attention that the class token gives) or "keys" (`[T, D]`, their mean
             over the heads). Only the layers in `layers` compute it.
         needs_teacher: Whether `loss` compares with the dense backbone.
@@ -87,15 +87,15 @@ class Reducer(nn.Module):
         return tokens, self.count(layer, tokens)
 
     def macs(self, layer: int, tokens: Tensor) -> Tensor:
-        """MACs, int64, of the reducer's own matrix products on so many tokens (prefix included)."""
+        """Return the MACs, int64, of the reducer's own matrix products on so many tokens (prefix included)."""
         return torch.zeros_like(tokens)
 
     def loss(self, result, teacher: Teacher | None = None) -> dict[str, Tensor]:
-        """Weighted terms to add to the task's loss, by name, from a training step's `Result`."""
+        """Return weighted terms to add to the task's loss, by name, from a training step's `Result`."""
         return {}
 
     def lengths(self, layer: int, layout: Layout) -> list[int]:
-        """`count` for the pictures of a layout, without asking the device."""
+        """Return `count` for the pictures of a layout, without asking the device."""
         return self.count(layer, torch.tensor(layout.lengths)).tolist()
 
     def extra_repr(self) -> str:
@@ -122,7 +122,7 @@ class Keeping(Reducer):
         return self.prefix + self.kept(layer, tokens - self.prefix)
 
     def kept(self, layer: int, patches: Tensor) -> Tensor:
-        """How many patch tokens are left of so many."""
+        """Return how many patch tokens are left of so many."""
         return (patches * self.keep[layer] + 0.5).floor().long().clamp(min=1).minimum(patches)
 
     def top(self, layer: int, tokens: Tokens, scores: Tensor) -> Tokens:
@@ -138,7 +138,7 @@ class Keeping(Reducer):
 
 
 def check_layers(layers: Sequence[int] | None, depth: int) -> tuple[int, ...]:
-    """Sorted block numbers; by default those at a quarter, half and three quarters of the depth."""
+    """Return sorted block numbers; by default those at a quarter, half and three quarters of the depth."""
     if layers is None:
         return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
     layers = list(layers)
@@ -150,7 +150,7 @@ def check_layers(layers: Sequence[int] | None, depth: int) -> tuple[int, ...]:
 
 
 def check_lossless(reducer: Reducer | None):
-    """Raises a ValueError if a reducer loses pixels that a dense task would have to label."""
+    """Raise a ValueError if a reducer loses pixels that a dense task would have to label."""
     if reducer is not None and not reducer.lossless:
         raise ValueError(
             f"{type(reducer).__name__} drops tokens, so that some pixels have none, and a dense task must label them "
@@ -159,7 +159,7 @@ def check_lossless(reducer: Reducer | None):
 
 
 def check_backbone(reducer: Reducer, vit: nn.Module):
-    """Raises a ValueError if a reducer was built for another kind of backbone."""
+    """Raise a ValueError if a reducer was built for another kind of backbone."""
     own = (reducer.prefix, reducer.width, reducer.depth)
     if own != (found := (vit.num_prefix_tokens, vit.embed_dim, len(vit.blocks))):
         raise ValueError(
@@ -169,7 +169,7 @@ def check_backbone(reducer: Reducer, vit: nn.Module):
 
 
 def top_rows(layout: Layout, scores: Tensor, counts: list[int]) -> Tensor:
-    """The row numbers of the `counts` highest scores `[T]` of each picture, in order; of equals, the first."""
+    """Return the row numbers of the `counts` highest scores `[T]` of each picture, in order; of equals, the first."""
     order = layout.pad(scores, -torch.inf).sort(dim=1, descending=True, stable=True).indices
     rows = order + layout.ends[:-1, None]
     most = max(counts)
@@ -187,7 +187,7 @@ def merge(
     average: bool = True,
     seeds: Tensor | None = None,
 ) -> Tokens:
-    """Tokens r become the new rows n that they are sent into: x_n = sum w_r x_r / sum w_r over all r with into_r = n.
+    """Merge tokens r into new rows n: x_n = sum w_r x_r / sum w_r over all r with into_r = n.
 
     Areas add up, sizes too, and the pixels follow.
 
@@ -228,7 +228,7 @@ def merge(
 
 
 def join(first: Tokens, second: Tokens) -> Tokens:
-    """The rows of both for every picture, those of the first before those of the second, which covers no pixel."""
+    """Join the rows of both for every picture, those of the second, which covers no pixel, behind the first's."""
     picture = torch.cat([first.layout.picture, second.layout.picture])
     order = picture.sort(dim=0, stable=True).indices
     moved = torch.empty_like(order)
@@ -252,7 +252,7 @@ def join(first: Tokens, second: Tokens) -> Tokens:
 
 
 def patch_rows(layout: Layout, prefix: int) -> Tensor:
-    """The rows that are no prefix tokens."""
+    """Return the rows that are no prefix tokens."""
     if layout.uniform:
         each = torch.arange(prefix, layout.lengths[0], device=layout.device)
         return (layout.ends[:-1, None] + each).flatten()

@@ -29,7 +29,7 @@ class Predictor(nn.Module):
         )
 
     def forward(self, x: Tensor, layout: Layout, kept: Tensor) -> Tensor:
-        """The logit of keeping, log pi_keep - log pi_drop, `[n]`, of patch tokens `[n, C]` with D = `kept` `[n]`."""
+        """Return the logit of keeping, log pi_keep - log pi_drop, of patch tokens `[n, C]` with D = `kept` `[n]`."""
         local, rest = self.local(x).chunk(2, 1)
         kept = kept.to(rest.dtype)[:, None]
         mean = layout.sum(rest * kept) / layout.sum(kept).clamp(min=1e-6)
@@ -105,7 +105,7 @@ class DynamicViT(Keeping):
         return replace(tokens, activity=activity, where=where)
 
     def _decide(self, layer: int, logits: Tensor, layout: Layout, kept: Tensor) -> Tensor:
-        """1 for the tokens to keep and 0 for the others, `[n]`; one at least per picture."""
+        """Return 1 for the tokens to keep and 0 for the others, `[n]`; one at least per picture."""
         present = kept.detach() > 0.5
         if self.training:
             soft = torch.sigmoid(add_logistic_noise(logits))
@@ -151,7 +151,7 @@ class DynamicViT(Keeping):
 
 
 def token_distance(tokens: Tokens, dense: Tensor) -> Tensor:
-    """Mean over the kept tokens of (x - t)², t being the mean of the dense tokens `[B, H_f, W_f, C]` under a token."""
+    """Return the mean over kept tokens of (x - t)², t the mean of the dense tokens `[B, H_f, W_f, C]` under one."""
     seen = tokens.where >= 0
     rows = tokens.where[seen]
     sums = tokens.x.new_zeros(tokens.x.shape, dtype=torch.float32).index_add(0, rows, dense[seen].float())
@@ -161,7 +161,7 @@ def token_distance(tokens: Tokens, dense: Tensor) -> Tensor:
 
 
 def _best(layout: Layout, scores: Tensor) -> Tensor:
-    """1 at the highest score of each picture, 0 elsewhere."""
+    """Return 1 at the highest score of each picture, 0 elsewhere."""
     padded = layout.pad(scores, -torch.inf)
     best = torch.zeros_like(padded).scatter(1, padded.argmax(1, keepdim=True), 1.0)
     return layout.unpad(best)

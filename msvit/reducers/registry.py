@@ -67,7 +67,7 @@ REDUCERS = {
 
 
 def make_reducer(name: str, vit: nn.Module, **settings) -> Reducer:
-    """A reducer for a backbone, by its name in `REDUCERS`; the settings are the class's own, as JSON has them."""
+    """Make a reducer for a backbone, by its name in `REDUCERS`; the settings are the class's own."""
     kind = REDUCERS[one_of("reducer", name, REDUCERS)]
     takes = [setting for setting in inspect.signature(kind).parameters if setting != "vit"]
     reducer = kind(vit, **known_settings(name, settings, takes))

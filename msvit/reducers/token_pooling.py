@@ -65,7 +65,7 @@ class TokenPooling(Keeping):
         return patches.clamp(max=self.clusters[layer])
 
     def macs(self, layer: int, tokens: Tensor) -> Tensor:
-        """The products x_i . x_j, from which all else follows."""
+        """Return the MACs of the products x_i . x_j, from which all else follows."""
         n = tokens - self.prefix
         return (n**2 * self.width).where(self.kept(layer, n) < n, torch.zeros_like(n))
 
@@ -107,7 +107,7 @@ class Clusters(NamedTuple):
 
 
 def most_significant(significance: Tensor, counts: Tensor, most: int) -> Tensor:
-    """The `counts` most significant tokens of each picture, `[B, most]`, in the picture's order; of equals, the first.
+    """Return each picture's `counts` most significant tokens, `[B, most]`, in its order; of equals, the first.
 
     Behind `counts` stand token numbers without a meaning.
     """
@@ -119,7 +119,7 @@ def most_significant(significance: Tensor, counts: Tensor, most: int) -> Tensor:
 
 @torch.no_grad()
 def kmeans(x: Tensor, weight: Tensor, start: Tensor, beyond: Tensor | None, iterations: int) -> Clusters:
-    """Weighted K-means of `[B, N, C]`, all pictures at once. Of equally near centres the first has the token.
+    """Cluster by weighted K-means `[B, N, C]`, all pictures at once. Of equally near centres the first has the token.
 
     A centre is a mean of its tokens, c_k = sum_i M_ki x_i, so that all distances follow from sums of the products
     G_ij = x_i . x_j, which are computed once:  |x_j - c_k|² = G_jj - 2 (M G)_kj + sum_i M_ki (M G)_ki.
@@ -148,7 +148,7 @@ def kmeans(x: Tensor, weight: Tensor, start: Tensor, beyond: Tensor | None, iter
 
 
 def _sums(values: Tensor, assignment: Tensor, clusters: int) -> Tensor:
-    """Values `[B, N, ...]` of tokens summed over each cluster, `[B, clusters, ...]`."""
+    """Sum values `[B, N, ...]` of tokens over each cluster, `[B, clusters, ...]`."""
     b = len(values)
     into = assignment + clusters * torch.arange(b, device=values.device)[:, None]
     sums = values.new_zeros(b * clusters, *values.shape[2:])
@@ -157,7 +157,7 @@ def _sums(values: Tensor, assignment: Tensor, clusters: int) -> Tensor:
 
 @torch.no_grad()
 def kmedoids(x: Tensor, weight: Tensor, start: Tensor, beyond: Tensor | None, iterations: int) -> Clusters:
-    """Weighted K-medoids, with the arguments of `kmeans`.
+    """Cluster by weighted K-medoids, with the arguments of `kmeans`.
 
     A cluster's centre is that of its tokens whose weighted sum of squared distances to the others is smallest, the
     first of equals. The last assignment is to the last medoids.
@@ -184,18 +184,18 @@ def kmedoids(x: Tensor, weight: Tensor, start: Tensor, beyond: Tensor | None, it
 
 
 def _products(x: Tensor) -> Tensor:
-    """x_i . x_j, `[B, N, N]`, in float32 or better: rounding would decide who is nearest."""
+    """Return x_i . x_j, `[B, N, N]`, in float32 or better: rounding would decide who is nearest."""
     x = x if x.dtype == torch.float64 else x.float()
     with torch.autocast(x.device.type, enabled=False):
         return x @ x.transpose(1, 2)
 
 
 def _nearest(inner: Tensor, norm: Tensor, beyond: Tensor | None) -> Tensor:
-    """The nearest centre of each token from the products with them `[B, K, N]` and their squared norms `[B, K]`."""
+    """Return each token's nearest centre from the products with them `[B, K, N]` and their squared norms `[B, K]`."""
     return _first_nearest(torch.add(norm[..., None], inner, alpha=-2), beyond)
 
 
 def _first_nearest(distance: Tensor, beyond: Tensor | None) -> Tensor:
-    """The centre `[B, N]` of the smallest distance `[B, K, N]`, the first of equals, but for those beyond."""
+    """Return the centre `[B, N]` of the smallest distance `[B, K, N]`, the first of equals, but for those beyond."""
     distance = distance if beyond is None else distance.masked_fill(beyond[..., None], torch.inf)
     return distance.min(1).indices  # many times as fast on a CPU as argmin

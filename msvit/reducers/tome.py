@@ -57,7 +57,7 @@ class ToMe(Reducer):
 
 @torch.no_grad()
 def match(keys: Tensor, merging: Tensor, r: Tensor) -> Tensor:
-    """Bipartite soft matching: the token into which each goes, `[B, N]`; its own number where it stays.
+    """Match softly in two sets: return the token into which each goes, `[B, N]`; its own number where it stays.
 
     Args:
         keys: `[B, N, D]`; similar is what has a large cosine. Of equals, the first.

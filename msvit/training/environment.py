@@ -13,7 +13,7 @@ import torch
 
 
 def environment(device: torch.device, processes: int) -> dict[str, Any]:
-    """Versions, commit and device, as a record has them."""
+    """Return versions, commit and device, as a record has them."""
     names = ("torch", "torchvision", "timm", "accelerate", "numpy", "safetensors")
     cuda = device.type == "cuda"
     return {
@@ -38,7 +38,7 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The last commit that touched this package, with a + if it was changed since; None outside of git."""
+    """Return the last commit that touched this package, with a + if it was changed since; None outside of git."""
     if not (git := shutil.which("git")):
         return None
     here = [git, "-C", str(Path(__file__).parents[1])]

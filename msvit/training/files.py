@@ -74,7 +74,7 @@ def locked(path: Path) -> io.BufferedWriter:
 
 
 def _sync(folder: Path):
-    """A rename is on the disk only when its folder is."""
+    """Write a folder: a rename is on the disk only when its folder is."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -76,10 +76,10 @@ class Objective(nn.Module):
         return {}
 
     def begin(self, progress: float):
-        """Called before each step with the share of the stage that is over."""
+        """Prepare a step; `progress` is the share of the stage that is over."""
 
     def update(self, gate_error: float):
-        """Called after each step that told a gate error, with its mean over all processes."""
+        """Correct the gate after a step, by the mean of its error over all processes."""
 
     def forward(self, images: Tensor, targets: Tensor, indices: Tensor) -> StepOutput:
         return self.scored(self.predict(self.model, images, indices), targets)
@@ -97,7 +97,7 @@ class Objective(nn.Module):
         return Result(logits=logits, gates=fine, scores=None, coarse=fine.bool(), tokens=tokens, macs=macs)
 
     def _run(self, model: MSViT, images: Tensor, mask: Tensor | None, execution: str | None) -> Result:
-        """Whole pictures; in evaluation, on request, windows of the training size that overlap by a third."""
+        """Run on whole pictures; in evaluation, on request, on windows of the training size that overlap by a third."""
         if model.training or not self.recipe.model.sliding:
             return model.run(images, mask, execution)
         patch, side = model.coarse_patch, self.recipe.data.size

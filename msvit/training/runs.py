@@ -51,12 +51,12 @@ class RunFolder:
         self._good: Path | None = None  # the last state that was written or read well
 
     def check(self, recipe: Recipe) -> bool:
-        """Whether the run is there and finished; an error if the folder is something else. Writes nothing."""
+        """Return whether the run is there and finished; raise if the folder is something else. Nothing is written."""
         if (self.path / "settings.json").exists():
             if other := read_recipe(self.path).difference(recipe):
-                said = ", ".join(f"{name} is {there!r}, not {here!r}" for name, (there, here) in other.items())
+                changes = ", ".join(f"{name} is {there!r}, not {here!r}" for name, (there, here) in other.items())
                 raise RunError(
-                    f"{self.path} holds a run of other settings ({said}); nothing was changed. "
+                    f"{self.path} holds a run of other settings ({changes}); nothing was changed. "
                     "Choose another folder, or delete this one"
                 )
             return (self.path / "summary.json").exists()
@@ -66,7 +66,7 @@ class RunFolder:
         return False
 
     def open(self, recipe: Recipe):
-        """Makes the folder, or takes up the run that is in it, for this process alone."""
+        """Make the folder, or take up the run that is in it, for this process alone."""
         self.check(recipe)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ class RunFolder:
             self.write_json("settings.json", recipe.to_dict())
 
     def note(self, environment: dict[str, Any]):
-        """Adds a start to environment.json."""
+        """Add a start to environment.json."""
         starts = read_json(self.path / "environment.json") if (self.path / "environment.json").exists() else []
         self.write_json("environment.json", [*starts, environment])
 
@@ -86,7 +86,7 @@ class RunFolder:
             self._lock.close()
 
     def write(self, name: str, data: bytes):
-        """A whole file or none."""
+        """Write a whole file or none."""
         try:
             write_whole(self.path / name, data)
         except OSError as error:
@@ -96,19 +96,19 @@ class RunFolder:
         self.write(name, (json.dumps(value, indent=2) + "\n").encode())
 
     def append(self, line: dict[str, Any]):
-        """A line of metrics, on the disk when this returns."""
+        """Add a line of metrics, on the disk when this returns."""
         try:
             append_line(self.path / "metrics.jsonl", line)
         except OSError as error:
             raise self._failed("metrics.jsonl", error) from error
 
     def restore(self, history: list[dict[str, Any]]):
-        """Makes the metrics those of the state, should a crash have torn them or have come between the two."""
+        """Make the metrics those of the state, should a crash have torn them or have come between the two."""
         if read_metrics(self.path) != history or _torn(self.path):
             self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history).encode())
 
     def save_state(self, epoch: int, state: dict[str, Any]):
-        """The state after so many epochs; the last good one before it is kept, all others go."""
+        """Write the state after so many epochs; the last good one before it is kept, all others go."""
         buffer = io.BytesIO()
         torch.save(state, buffer)
         data = buffer.getvalue()
@@ -119,12 +119,12 @@ class RunFolder:
         self._good = path
 
     def finish(self, summary: dict[str, Any]):
-        """The result. No epoch follows, and the states go: what is left is small enough to travel."""
+        """Write the result. No epoch follows, and the states go: what is left is small enough to travel."""
         self.write_json("summary.json", summary)
         shutil.rmtree(self.path / "state", ignore_errors=True)
 
     def load_state(self) -> dict[str, Any] | None:
-        """The last state whose bytes are those that were written; None if there is none. Runs no pickled code."""
+        """Return the last state whose bytes are those that were written, or None. No pickled code is run."""
         for path in _states(self.path):
             try:
                 data = path.read_bytes()
@@ -140,11 +140,11 @@ class RunFolder:
         return None
 
     def last_state(self) -> str:
-        """The last good state's file, for messages."""
+        """Return the last good state's file, for messages."""
         return str(self._good or "none yet")
 
     def save_model(self, model: torch.nn.Module, name: str = "."):
-        """`model.save_pretrained`, each file whole or not there."""
+        """Save a model, each of its files whole or not there."""
         with tempfile.TemporaryDirectory() as scratch:
             model.save_pretrained(scratch)
             for path in sorted(Path(scratch).iterdir()):
@@ -169,7 +169,7 @@ def read_recipe(folder: Path) -> Recipe:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The lines of metrics. A torn last line, all that a crash can leave, is dropped and named."""
+    """Read the lines of metrics. A torn last line, all that a crash can leave, is dropped and named."""
     path = Path(folder) / "metrics.jsonl"
     if not path.exists():
         return []
@@ -184,7 +184,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def read(folder: str | Path) -> Run:
-    """A run from its folder, finished or not."""
+    """Return a run from its folder, finished or not."""
     folder = Path(folder)
     summary = folder / "summary.json"
     recipe = read_recipe(folder)
@@ -192,7 +192,7 @@ def read(folder: str | Path) -> Run:
 
 
 def load(folder: str | Path = "runs") -> pd.DataFrame:
-    """All runs under a folder as a table, one row each: name, status, settings, and the results.
+    """Return all runs under a folder as a table, one row each: name, status, settings, and the results.
 
     An unfinished run has the results of its last epoch. A result that is called like a setting, as the loss on the
     validation pictures, has "val_" before its name. A run that cannot be read has the status "damaged" and the
@@ -217,7 +217,7 @@ def load(folder: str | Path = "runs") -> pd.DataFrame:
 
 
 def _states(folder: Path) -> list[Path]:
-    """Newest first."""
+    """Return the states' files, the newest first."""
     return sorted((folder / "state").glob("[0-9]*.pt"), reverse=True)
 
 
@@ -227,7 +227,7 @@ def _torn(folder: Path) -> bool:
 
 
 def _flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Scalars as they are, dictionaries as `name.key`, lists left out."""
+    """Yield scalars as they are, dictionaries as `name.key`, lists left out."""
     for name, value in values.items():
         if isinstance(value, dict):
             yield from _flat({f"{name}.{key}": v for key, v in value.items()})

@@ -105,7 +105,7 @@ class Stage:
         return seen
 
     def _seed(self, epoch: int, step: int, pictures: int):
-        """One stream of noise for the whole batch, in which each process begins where its pictures do."""
+        """Seed one stream of noise for the whole batch, in which each process begins where its pictures do."""
         torch.manual_seed(int(hashed(self.settings.seed, 5, epoch, step)[0]) >> 1)
         place = self.accelerator.process_index * pictures * math.prod(self.objective.budget.grid)
         torch.rand(place, device=self.accelerator.device)

@@ -6,7 +6,7 @@ import torch
 from helpers import epoch, same, write_folder
 
 from msvit.data import device_cache as bank
-from msvit.data.device_cache import Bank, boxes, crop, draws
+from msvit.data.device_cache import DeviceCache, boxes, crop, draws
 from msvit.data.loaders import make_loaders
 from msvit.training.loop import train
 from msvit.training.recipe import Recipe
@@ -33,8 +33,8 @@ def loaders_of(folder, **changes):
 @pytest.mark.parametrize("workers", [0, 1])
 def test_without_augmentation_a_kept_picture_is_the_one_on_disk(folder, space, workers):
     kept, read = loaders_of(folder, workers=workers), loaders_of(folder, device=None)
-    assert isinstance(kept.train.dataset, Bank)
-    assert not isinstance(read.train.dataset, Bank)
+    assert isinstance(kept.train.dataset, DeviceCache)
+    assert not isinstance(read.train.dataset, DeviceCache)
     for e in (0, 3):
         assert same(epoch(kept, e), epoch(read, e))
     assert same(list(kept.val), list(read.val))
@@ -42,14 +42,14 @@ def test_without_augmentation_a_kept_picture_is_the_one_on_disk(folder, space, w
 
 
 def test_where_pictures_are_kept(folder, space, monkeypatch):
-    assert not isinstance(loaders_of(folder, augment="timm").train.dataset, Bank)
-    assert isinstance(loaders_of(folder, augment="timm").val.dataset, Bank)
+    assert not isinstance(loaders_of(folder, augment="timm").train.dataset, DeviceCache)
+    assert isinstance(loaders_of(folder, augment="timm").val.dataset, DeviceCache)
     monkeypatch.setattr(bank, "room", lambda device: 14 * 3 * 16 * 16)
     light = loaders_of(folder, augment="light")
-    assert isinstance(light.train.dataset, Bank), "in bytes they fit"
-    assert not isinstance(light.val.dataset, Bank), "as floats they do not"
+    assert isinstance(light.train.dataset, DeviceCache), "in bytes they fit"
+    assert not isinstance(light.val.dataset, DeviceCache), "as floats they do not"
     monkeypatch.undo()
-    assert not isinstance(loaders_of(folder).train.dataset, Bank), "a processor is no accelerator"
+    assert not isinstance(loaders_of(folder).train.dataset, DeviceCache), "a processor is no accelerator"
 
 
 def test_a_crop_is_a_function_of_seed_epoch_and_picture(folder, space):
