@@ -1,4 +1,4 @@
-"""Kills training at random moments and continues it, and shows that nothing is lost.
+"""Kill training at random moments, continue it, and show that nothing is lost.
 
     python benchmarks/kill_resume.py --kills 20
 
@@ -32,7 +32,7 @@ WEIGHTS = ("model.safetensors", "dense/model.safetensors")
 
 
 def start(folder: Path) -> int:
-    """A child process that trains; forked, since importing takes longer than the run."""
+    """Return the id of a child process that trains; forked, since importing takes longer than the run."""
     if pid := os.fork():
         return pid
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
@@ -45,7 +45,7 @@ def start(folder: Path) -> int:
 
 
 def result(folder: Path) -> dict:
-    """All that must not depend on what happened on the way."""
+    """Return all that must not depend on what happened on the way."""
     run = runs.read(folder)
     lines = [{k: v for k, v in line.items() if k not in TIMED} for line in run.metrics]
     summary = {k: v for k, v in run.summary.items() if k not in TIMED}
@@ -53,16 +53,16 @@ def result(folder: Path) -> dict:
 
 
 def recorded(folder: Path) -> int:
-    """Whole lines of metrics: the epochs that a user has seen finished."""
+    """Return how many whole lines of metrics there are: the epochs that a user has seen finished."""
     path = folder / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def disturbed(folder: Path, kills: int, seconds: float, dice: random.Random) -> list[str]:
-    """Trains with so many kills; returns after how much each came and how many epochs were on record."""
+def disturbed(folder: Path, kills: int, seconds: float, generator: random.Random) -> list[str]:
+    """Train with so many kills, and return when each came and how many epochs were on record."""
     story, before = [], 0
     for _ in range(kills):
-        pid, moment = start(folder), dice.uniform(0, seconds)
+        pid, moment = start(folder), generator.uniform(0, seconds)
         time.sleep(moment)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -82,7 +82,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    dice, left, bad = random.Random(arguments.seed), arguments.kills, 0
+    generator, left, bad = random.Random(arguments.seed), arguments.kills, 0
     with tempfile.TemporaryDirectory() as scratch:
         whole = Path(scratch) / "whole"
         begun = time.perf_counter()
@@ -93,10 +93,10 @@ def main() -> int:
         expected = result(whole)
         print(f"undisturbed: {recorded(whole)} epochs in {seconds:.1f} s")
         while left:
-            kills = min(left, dice.randint(1, 4))
+            kills = min(left, generator.randint(1, 4))
             left -= kills
             folder = Path(scratch) / f"killed{left}"
-            story = disturbed(folder, kills, seconds, dice)
+            story = disturbed(folder, kills, seconds, generator)
             found = result(folder)
             differ = [name for name in expected if found[name] != expected[name]]
             bad += bool(differ)

@@ -24,7 +24,7 @@ class Seconds(NamedTuple):
 
 
 def timed(work: Callable[[], object], device: torch.device, repeats: int) -> Seconds:
-    """How long `work` takes, once it has run twice."""
+    """Return how long `work` takes, once it has run twice."""
     seconds = []
     for _ in range(repeats + 2):
         start = time.perf_counter()
@@ -36,7 +36,7 @@ def timed(work: Callable[[], object], device: torch.device, repeats: int) -> Sec
 
 
 def per_position(cdf: Callable[..., Tensor], low: float, high: float, device: torch.device) -> Callable[[], object]:
-    """CvM of 1,024 values at each of 196 positions, against priors whose two parameters are trained."""
+    """Return the CvM of 1,024 values at each of 196 positions, against priors whose two parameters are trained."""
     values, p, q = torch.rand(1024, 196), torch.rand(196), torch.rand(196)
     p, q = (low + t * (high - low) for t in (p, q))
     values, p, q = (t.to(device).requires_grad_() for t in (values, p, q))
@@ -44,7 +44,7 @@ def per_position(cdf: Callable[..., Tensor], low: float, high: float, device: to
 
 
 def training_step(batch: int, device: torch.device) -> Callable[[], object]:
-    """One step of plain ViT-S/16."""
+    """Return a training step of plain ViT-S/16."""
     model = timm.create_model("vit_small_patch16_224").to(device)
     optimizer = torch.optim.AdamW(model.parameters(), fused=device.type == "cuda")
     images, labels = torch.randn(batch, 3, 224, 224, device=device), torch.randint(1000, (batch,), device=device)
@@ -58,7 +58,7 @@ def training_step(batch: int, device: torch.device) -> Callable[[], object]:
 
 
 def gate_loss(name: str, batch: int, device: torch.device) -> Callable[[], object]:
-    """A gate loss on the grid of 224 px pictures with coarse patches of 32 px."""
+    """Return a gate loss on the grid of 224 px pictures with coarse patches of 32 px."""
     loss = make_loss(name, (7, 7)).to(device)
     gates = torch.rand(batch, 7, 7, device=device, requires_grad=True)
     return lambda: torch.autograd.grad(loss(gates), (gates, *loss.parameters()))

@@ -18,7 +18,7 @@ from msvit.data.scenes import DIFFICULTIES
 
 
 def batches(difficulty: str, epochs: int, n: int = 4096) -> list[float]:
-    """Milliseconds for a batch of 128 in each epoch; the first one makes the pictures."""
+    """Return the milliseconds for a batch of 128 in each epoch; the first one makes the pictures."""
     loader, times = make_loaders(f"scenes:{difficulty}", train_n=n, val_n=1).train, []
     for epoch in range(epochs):
         set_epoch(loader, epoch)
@@ -29,7 +29,7 @@ def batches(difficulty: str, epochs: int, n: int = 4096) -> list[float]:
 
 
 def step(repeats: int = 12) -> float:
-    """Milliseconds of a dense training step, the median after two steps of warm-up."""
+    """Return the milliseconds of a dense training step, the median after two steps of warm-up."""
     vit = VisionTransformer(img_size=64, patch_size=8, embed_dim=64, depth=3, num_heads=4, num_classes=8)
     optimizer = torch.optim.AdamW(vit.parameters(), 1e-3)
     images, labels, _ = next(iter(make_loaders(train_n=128, val_n=1).train))

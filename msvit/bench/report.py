@@ -1,18 +1,24 @@
-"""What `msvit bench` found, as JSON, CSV, a page of Markdown and figures."""
+"""The report of `msvit bench`: all timings with their environment, as JSON, CSV, a page of Markdown and a figure."""
 
-import csv
-import io
+import dataclasses
 import json
+import platform
 import tempfile
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ..training.files import write_whole
+import pandas as pd
+import torch
 
-Record = dict[str, Any]  # a row of the table
-COLUMNS = (
+from ..training.environment import environment
+from ..training.files import write_whole
+from .settings import BenchSettings
+from .timing import BASES, Timing
+
+Report = dict[str, Any]
+CSV_COLUMNS = (
     *("model", "size", "batch", "dtype", "coarse", "axis", "row", "label", "kind", "tokens", "macs"),
     *("ms", "ms_low", "ms_high", "pictures_per_s", "memory_mb", "promised"),
     *("vs_dense", "vs_dense_low", "vs_dense_high", "efficiency_dense"),
@@ -20,61 +26,82 @@ COLUMNS = (
     *("vs_dense_compiled", "vs_dense_compiled_low", "vs_dense_compiled_high", "efficiency_dense_compiled"),
     *("of", "share", "settings", "note"),
 )
-HEAD = ("row", "GMACs", "ms (quartiles)", "pictures/s", "MACs promise", "x dense", "x same linear", "x compiled")
-ABOUT = """\
-Median and quartiles of {turns} turns; in each turn every row is called once, in a new order. Ratios (x) are medians
-over turns, and in brackets the share of what MACs promise. GMACs are per picture, as torch counts them while the
-function runs; for inference the closed form agrees. `n % of` instead of a ratio: what part of another row's time it is.
+RATIO_HEADINGS = dict(zip(BASES, ("x dense", "x same linear", "x compiled"), strict=True))
+ALWAYS_SHOWN = ("method", "GMACs", "ms (quartiles)", "pictures/s")
+HEADINGS = (*ALWAYS_SHOWN, "MACs promise", *RATIO_HEADINGS.values(), "memory")
+PAGE_NOTE = """\
+Median and quartiles over {repeats} repeats; in each repeat every method is called once, in a new order. Ratios (x) are
+medians over repeats, and in brackets the share of what MACs promise. GMACs are per picture, as torch counts them while
+the function runs; for inference the closed form agrees. `n % of` instead of a ratio: its part of another method's time.
 Training steps are forward and backward, without the optimiser's step and the gate loss, at 60 % coarse regions.
 Memory is what PyTorch's tensors take beyond weights and pictures.
 """
 
 
-def stem(report: dict[str, Any]) -> str:
+def new_report(settings: BenchSettings, device: torch.device) -> Report:
+    """Return a report that has no timings yet; nothing in it names a folder of this machine."""
+    return {
+        "environment": environment(device, 1) | {"dtype": settings.dtype, "cpu": _cpu_name()},
+        "settings": dataclasses.asdict(settings) | {"run": Path(settings.run).name, "out": ""},
+        "interrupted": False,
+        "problems": [],
+        "rows": [],
+    }
+
+
+def _cpu_name() -> str:
+    """Return the processor's name, where the system gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def stem(report: Report) -> str:
+    """Return the name of its files, without the suffix."""
     return "scaling" if report["settings"]["scaling"] else "bench"
 
 
-def write(report: dict[str, Any], folder: str | Path):
-    """Data and page, each a whole file or none; an empty report writes nothing."""
+def write_report(report: Report, folder: str | Path):
+    """Write data and page, each a whole file or none; an empty report writes nothing."""
     if not report["rows"]:
         return
     Path(folder).mkdir(parents=True, exist_ok=True)
     path = Path(folder) / stem(report)
     write_whole(path.with_suffix(".json"), (json.dumps(report, indent=2) + "\n").encode())
     write_whole(path.with_suffix(".csv"), _csv(report["rows"]).encode())
-    write_whole(path.with_suffix(".md"), page(report).encode())
+    write_whole(path.with_suffix(".md"), _page(report).encode())
 
 
-def draw(report: dict[str, Any], folder: str | Path, tell: Callable[[str], object]):
-    """The figure, PNG and SVG, if there is matplotlib."""
-    if not any("ms" in row for row in report["rows"]):
+def draw_figure(report: Report, folder: str | Path, tell: Callable[[str], object]):
+    """Draw the figure, PNG and SVG, if there is matplotlib."""
+    if not any("ms" in timing for timing in report["rows"]):
         return
     try:
-        from ..plots import runs as figures
+        from ..plots import bench as figures
+        from ..plots.runs import plt, save
     except ModuleNotFoundError as error:
         tell(f"no figure: {error.name} is not installed; pip install 'msvit[notebooks]'")
         return
-    name = stem(report)
+    draw = figures.gains_by_axis if report["settings"]["scaling"] else figures.speeds_against_macs
     with tempfile.TemporaryDirectory() as scratch:
-        figures.plt.close(figures.save(getattr(figures, name)(report["rows"]), scratch, name))
+        plt.close(save(draw(report["rows"]), scratch, stem(report)))
         for path in Path(scratch).iterdir():
             write_whole(Path(folder) / path.name, path.read_bytes())
 
 
-def _csv(rows: list[Record]) -> str:
-    out = io.StringIO()
-    writer = csv.DictWriter(out, COLUMNS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow(row | {"settings": json.dumps(row["settings"]) if row.get("settings") else ""})
-    return out.getvalue()
+def _csv(timings: list[Timing]) -> str:
+    table = pd.DataFrame(timings, dtype=object).reindex(columns=CSV_COLUMNS)
+    table["settings"] = [json.dumps(timing["settings"]) if timing.get("settings") else "" for timing in timings]
+    return table.to_csv(index=False, lineterminator="\n")
 
 
-def page(report: dict[str, Any]) -> str:
-    """Where and with what it was measured, and a table for each batch."""
+def _page(report: Report) -> str:
+    """Return where and with what it was measured, and a table for each case."""
     found, settings = report["environment"], report["settings"]
     on = found["device"] if found["cuda"] else f"{found['cpu'] or found['device']}, {found['threads']} threads"
-    turns = max((len(row["seconds"]) for row in report["rows"] if "seconds" in row), default=0)
+    repeats = max((len(timing["seconds"]) for timing in report["rows"] if "seconds" in timing), default=0)
     lines = [
         f"# {'Cost against size, batch and share of coarse regions' if settings['scaling'] else 'On the clock'}",
         "",
@@ -83,60 +110,57 @@ def page(report: dict[str, Any]) -> str:
         *(["It was interrupted."] if report["interrupted"] else []),
         *(f"**Not to be trusted**: {problem}." for problem in report["problems"]),
         "",
-        ABOUT.format(turns=turns),
+        PAGE_NOTE.format(repeats=repeats),
     ]
-    for title, rows in batches(report["rows"]):
-        lines += [f"## {title}", "", *table(rows), ""]
+    for title, timings in groupby(report["rows"], _case_title):
+        lines += [f"## {title}", "", *_table(list(timings)), ""]
     return "\n".join(lines)
 
 
-def batches(rows: list[Record]) -> list[tuple[str, list[Record]]]:
-    """The rows of each batch, and what the batch is."""
-
-    def title(row: Record) -> str:
-        varied = f" (by {row['axis']})" if row["axis"] else ""
-        return f"{row['model']}, {row['size']} px, batch {row['batch']}, {row['coarse']:.0%} coarse{varied}"
-
-    return [(name, list(part)) for name, part in groupby(rows, title)]
+def summary(report: Report) -> str:
+    """Return the tables for a terminal."""
+    cases = groupby(report["rows"], _case_title)
+    return "\n\n".join("\n".join([title, *_table(list(timings))]) for title, timings in cases)
 
 
-def table(rows: list[Record]) -> list[str]:
-    """Lines of Markdown; columns that nothing is in are left out."""
-    cells = [_cells(row) for row in rows]
-    memory = any("memory_mb" in row for row in rows)
-    head = [*HEAD, "memory"] if memory else list(HEAD)
-    kept = [i for i in range(len(head)) if i < 4 or any(line[i] for line in cells)]
-    widths = [max(len(line[i]) for line in [head, *cells]) for i in range(len(head))]
-    lines = [[text.ljust(width) for text, width in zip(line, widths, strict=False)] for line in [head, *cells]]
-    lines.insert(1, ["-" * width for width in widths])
-    notes = [f"\n{row['label']}: {row['note']}." for row in rows if row["note"]]
-    return ["| " + " | ".join(line[i] for i in kept) + " |" for line in lines] + notes
+def _case_title(timing: Timing) -> str:
+    varied = f" (by {timing['axis']})" if timing["axis"] else ""
+    return f"{timing['model']}, {timing['size']} px, batch {timing['batch']}, {timing['coarse']:.0%} coarse{varied}"
 
 
-def _cells(row: Record) -> list[str]:
-    if "ms" not in row:
-        return [row["label"], *[""] * 8]
-    ratios = [_ratio(row, base) for base in ("dense", "dense_linear", "dense_compiled")]
-    if row["kind"] == "part":
-        ratios[0] = f"{row['share']:.1%} of {row['of']}" if "share" in row else ""
-    return [
-        row["label"],
-        f"{row['macs'] / 1e9:.3g}" if row.get("macs") else "",
-        f"{row['ms']:.4g} ({row['ms_low']:.4g} to {row['ms_high']:.4g})",
-        f"{row['pictures_per_s']:.4g}" if "pictures_per_s" in row else "",
-        f"{row['promised']:.2f}" if row.get("promised") else "",
-        *ratios,
-        f"{row['memory_mb']:.1f} MiB" if "memory_mb" in row else "",
-    ]
+def _table(timings: list[Timing]) -> list[str]:
+    """Return lines of Markdown; columns that nothing is in are left out."""
+    cells = [_cells(timing) for timing in timings]
+    kept = [name for name in HEADINGS if name in ALWAYS_SHOWN or any(name in line for line in cells)]
+    columns = []
+    for name in kept:
+        texts = [name, *(line.get(name, "") for line in cells)]
+        width = max(map(len, texts))
+        columns.append([text.ljust(width) for text in (name, "-" * width, *texts[1:])])
+    lines = [f"| {' | '.join(line)} |" for line in zip(*columns, strict=True)]
+    notes = [f"\n{timing['label']}: {timing['note']}." for timing in timings if timing["note"]]
+    return lines + notes
 
 
-def _ratio(row: Record, base: str) -> str:
-    if f"vs_{base}" not in row:
-        return ""
-    efficiency = row[f"efficiency_{base}"]
-    return f"{row[f'vs_{base}']:.2f}" + (f" ({efficiency:.0%})" if efficiency else "")
-
-
-def summary(report: dict[str, Any]) -> str:
-    """The tables for a terminal."""
-    return "\n\n".join("\n".join([title, *table(rows)]) for title, rows in batches(report["rows"]))
+def _cells(timing: Timing) -> dict[str, str]:
+    """Return what the table says of a timing, by heading."""
+    cells = {"method": timing["label"]}
+    if "ms" not in timing:
+        return cells
+    cells["ms (quartiles)"] = f"{timing['ms']:.4g} ({timing['ms_low']:.4g} to {timing['ms_high']:.4g})"
+    if timing.get("macs"):
+        cells["GMACs"] = f"{timing['macs'] / 1e9:.3g}"
+    if "pictures_per_s" in timing:
+        cells["pictures/s"] = f"{timing['pictures_per_s']:.4g}"
+    if timing.get("promised"):
+        cells["MACs promise"] = f"{timing['promised']:.2f}"
+    if "memory_mb" in timing:
+        cells["memory"] = f"{timing['memory_mb']:.1f} MiB"
+    if "share" in timing:
+        cells["x dense"] = f"{timing['share']:.1%} of {timing['of']}"
+    for base, heading in RATIO_HEADINGS.items():
+        key = base.replace("-", "_")
+        if f"vs_{key}" in timing:
+            efficiency = timing[f"efficiency_{key}"]
+            cells[heading] = f"{timing[f'vs_{key}']:.2f}" + (f" ({efficiency:.0%})" if efficiency else "")
+    return cells

@@ -1,4 +1,4 @@
-"""What calling a function costs here: seconds in turns with others, MACs as torch counts them, memory."""
+"""Timing: what calling a function costs here. Seconds, interleaved with others; MACs as torch counts them; memory."""
 
 import importlib
 import json
@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import (
@@ -20,11 +20,15 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
+from .settings import BENCH_METHODS
+
 Work = Callable[[], object]
-Turn = dict[str, float]  # seconds by name
+Seconds = dict[str, float]  # that each method took in one repeat, by its name
+Timing = dict[str, Any]  # a line of the report: a case, a method, and what the clock says of it
+BASES = ("dense", "dense-linear", "dense-compiled")  # what is held against, with "train-" before it in training
 
 
-class Spread(NamedTuple):
+class Quartiles(NamedTuple):
     """The middle of some values, and their quartiles."""
 
     median: float
@@ -32,27 +36,28 @@ class Spread(NamedTuple):
     high: float
 
 
-def spread(values: Sequence[float]) -> Spread:
+def quartiles(values: Sequence[float]) -> Quartiles:
+    """Return the quartiles of one value or more."""
     if len(values) == 1:
-        return Spread(values[0], values[0], values[0])
+        return Quartiles(median=values[0], low=values[0], high=values[0])
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return Spread(median, low, high)
+    return Quartiles(median=median, low=low, high=high)
 
 
-def in_turns(
+def interleaved(
     works: Mapping[str, Work],
-    count: int,
+    repeats: int,
     synchronise: Work = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
     seed: int = 0,
-) -> Iterator[Turn]:
-    """Calls every function once a turn, in a new order each turn, and yields each whole turn's seconds.
+) -> Iterator[Seconds]:
+    """Call every function once a repeat, in a new order each time, and yield the seconds of each whole repeat.
 
-    Whatever else the machine does meets all of them alike, so that ratios within a turn are worth more than times.
+    What else the machine does meets all of them alike, so that ratios within a repeat tell more than times.
     """
-    dice, order = random.Random(seed), list(works)
-    for _ in range(count):
-        dice.shuffle(order)
+    generator, order = random.Random(seed), list(works)
+    for _ in range(repeats):
+        generator.shuffle(order)
         seconds = {}
         for name in order:
             synchronise()
@@ -63,13 +68,38 @@ def in_turns(
         yield {name: seconds[name] for name in works}
 
 
-def ratios(turns: Sequence[Turn], above: str, below: str) -> Spread:
-    """Of two functions' seconds, turn by turn."""
-    return spread([turn[above] / turn[below] for turn in turns])
+def ratios(repeats: Sequence[Seconds], above: str, below: str) -> Quartiles:
+    """Return the quartiles of two functions' ratio, repeat by repeat."""
+    return quartiles([seconds[above] / seconds[below] for seconds in repeats])
+
+
+def compare(name: str, timings: Mapping[str, Timing], repeats: Sequence[Seconds]) -> Timing:
+    """Return what the repeats say of a method, alone and against the dense ones or the method that it is a part of.
+
+    Args:
+        timings: Of every method, with `macs` and `batch`.
+    """
+    timing, method = timings[name], BENCH_METHODS[name]
+    if not repeats or name not in repeats[0]:
+        return {}
+    seconds = [repeat[name] for repeat in repeats]
+    median, low, high = quartiles(seconds)
+    found = {"ms": 1e3 * median, "ms_low": 1e3 * low, "ms_high": 1e3 * high, "seconds": seconds}
+    if method.kind == "part":
+        return found | ({"share": ratios(repeats, name, method.of).median} if method.of in repeats[0] else {})
+    found["pictures_per_s"] = timing["batch"] / median
+    found["promised"] = timings[method.of]["macs"] / timing["macs"] if "macs" in timings[method.of] else None
+    for base in BASES:
+        other = base if method.kind == "model" else f"train-{base}"
+        if other in repeats[0]:
+            gain, key = ratios(repeats, other, name), base.replace("-", "_")
+            found |= {f"vs_{key}": gain.median, f"vs_{key}_low": gain.low, f"vs_{key}_high": gain.high}
+            found[f"efficiency_{key}"] = gain.median / found["promised"] if found["promised"] else None
+    return found
 
 
 def counted_macs(work: Work) -> float:
-    """MACs of the matrix products that one call runs, at two FLOPs each."""
+    """Return the MACs of the matrix products that one call runs, at two FLOPs each."""
     _complete_registry()
     counter = FlopCounterMode(display=False)
     with counter:
@@ -78,7 +108,7 @@ def counted_macs(work: Work) -> float:
 
 
 def _complete_registry():
-    """Older PyTorch counts attention on a CPU, and packed attention on CUDA, as nothing."""
+    """Register what older PyTorch counts as nothing: attention on a CPU, and packed attention on CUDA."""
     aten = torch.ops.aten
     formulas = {
         aten._scaled_dot_product_flash_attention_for_cpu: _padded_flops,
@@ -101,13 +131,13 @@ def _backward_flops(grad, q, k, v, *rest, **options) -> int:
 
 
 def _varlen_flops(q, k, v, ends_q, ends_k, *rest, **options) -> int:
-    """Rows `[T, H, D]` of pictures that end at `ends`."""
+    """Return the FLOPs of attention among rows `[T, H, D]` of pictures that end at `ends`."""
     pairs = (ends_q.diff().long() * ends_k.diff().long()).sum().item()
     return 2 * pairs * q.shape[1] * (q.shape[2] + v.shape[2])
 
 
 def peak_memory(work: Work, device: torch.device) -> int:
-    """Bytes that PyTorch's tensors take during a call, at most, beyond what there was before it.
+    """Return the bytes that PyTorch's tensors take during a call, at most, beyond what there was before it.
 
     On CUDA as its allocator says, on a CPU from every allocation that the profiler sees. What a BLAS takes for itself
     is in neither.

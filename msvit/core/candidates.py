@@ -114,8 +114,9 @@ class Candidates:
             here = ((number >= first) & (number < first + h * w)).nonzero()[:, 0]
             places.append(here)
             whole = images[..., : h * side * patch, : w * side * patch]
-            cut = patchify(shrink(whole, side), patch).flatten(0, 1)
-            pixels.append(cut.index_select(0, (picture * h * w + number - first)[here]))
+            seen = (picture * h * w + number - first)[here]
+            # The cut patches have no name, which would keep those of the last level in memory while all are joined.
+            pixels.append(patchify(shrink(whole, side), patch).flatten(0, 1).index_select(0, seen))
         return torch.cat(places), torch.cat(pixels)
 
     def seats(self, rows: Tensor, pictures: int) -> Tensor:

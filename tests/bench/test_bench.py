@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import subprocess
 import sys
 import time
 
@@ -11,12 +12,12 @@ import timm
 import torch
 
 from msvit import MSViT, cli
-from msvit.bench import cases as contenders
-from msvit.bench import method as bout
-from msvit.bench import report, timing
-from msvit.bench.cases import ROWS, Case
-from msvit.bench.run import bench, build
-from msvit.bench.settings import Plan, Settings, plans
+from msvit.bench import cases, report, timing
+from msvit.bench import run as bench_run
+from msvit.bench.cases import Case, load_case
+from msvit.bench.methods import PREPARE
+from msvit.bench.run import bench, find_device
+from msvit.bench.settings import BENCH_METHODS, BenchSettings, CaseSettings, case_settings
 from msvit.gating.gate import Gate
 from msvit.reducers.registry import REDUCERS
 from msvit.training.files import RunError
@@ -28,15 +29,15 @@ FAST = {"models": (TINY,), "batch": (1, 4), "repeats": 2, "device": "cpu", "trai
 
 def run(capsys, *words):
     code = cli.main(["bench", "--models", TINY, "--device", "cpu", *(str(word) for word in words)])
-    said = capsys.readouterr()
-    return code, said.out, said.err
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
 
 
-def case(batch=3, coarse=0.5):
+def make_case(batch=3, coarse=0.5):
     torch.manual_seed(0)
-    model, images = MSViT(timm.create_model(TINY)).eval(), torch.randn(batch, 3, 64, 64)
-    bout.set_share(model, images, coarse)
-    return Case(model, images, {})
+    case = Case(MSViT(timm.create_model(TINY)).eval(), torch.randn(batch, 3, 64, 64), {})
+    case.set_share(coarse)
+    return case
 
 
 # ---- the clock
@@ -59,11 +60,11 @@ class Clock:
         return call
 
 
-def test_turns_are_interleaved_and_their_order_changes():
+def test_repeats_are_interleaved_and_their_order_changes():
     clock = Clock()
     works = {name: clock.work(name, seconds) for name, seconds in (("a", 1.0), ("b", 2.0), ("c", 4.0))}
-    turns = list(timing.in_turns(works, 12, clock=clock))
-    assert turns == [{"a": 1.0, "b": 2.0, "c": 4.0}] * 12
+    repeats = list(timing.interleaved(works, 12, clock=clock))
+    assert repeats == [{"a": 1.0, "b": 2.0, "c": 4.0}] * 12
     orders = [tuple(clock.calls[i : i + 3]) for i in range(0, 36, 3)]
     assert all(sorted(order) == ["a", "b", "c"] for order in orders)
     assert len(set(orders)) > 2
@@ -71,70 +72,70 @@ def test_turns_are_interleaved_and_their_order_changes():
 
 def test_the_device_is_waited_for_on_both_sides_of_a_call():
     calls = []
-    list(timing.in_turns({"a": lambda: calls.append("work")}, 2, synchronise=lambda: calls.append("wait")))
+    list(timing.interleaved({"a": lambda: calls.append("work")}, 2, synchronise=lambda: calls.append("wait")))
     assert calls == ["wait", "work", "wait"] * 2
 
 
 def test_a_sleep_is_timed():
     works = {"short": lambda: time.sleep(0.01), "long": lambda: time.sleep(0.05)}
-    turns = list(timing.in_turns(works, 3))
-    assert all(0.01 <= turn["short"] and 0.05 <= turn["long"] for turn in turns)
-    assert min(turn["short"] for turn in turns) < 0.05
+    repeats = list(timing.interleaved(works, 3))
+    assert all(0.01 <= seconds["short"] and 0.05 <= seconds["long"] for seconds in repeats)
+    assert min(seconds["short"] for seconds in repeats) < 0.05
 
 
 def test_medians_quartiles_and_ratios():
-    assert timing.spread([5, 1, 2, 4, 3]) == (3, 2, 4)
-    assert timing.spread([7]) == (7, 7, 7)
-    turns = [{"dense": 2.0, "packed": 1.0}, {"dense": 20.0, "packed": 5.0}, {"dense": 3.0, "packed": 3.0}]
-    assert timing.ratios(turns, "dense", "packed").median == 2.0  # of 2, 4, 1; the ratio of the medians is 1
+    assert timing.quartiles([5, 1, 2, 4, 3]) == (3, 2, 4)
+    assert timing.quartiles([7]) == (7, 7, 7)
+    repeats = [{"dense": 2.0, "packed": 1.0}, {"dense": 20.0, "packed": 5.0}, {"dense": 3.0, "packed": 3.0}]
+    assert timing.ratios(repeats, "dense", "packed").median == 2.0  # of 2, 4, 1; the ratio of the medians is 1
 
 
-def test_what_a_row_says_of_its_turns():
-    records = {"dense": {"macs": 8e9, "batch": 4}, "packed": {"macs": 4e9, "batch": 4}, "gate": {"batch": 4}}
-    turn = {"dense": 3.0, "dense-linear": 2.4, "packed": 2.0, "gate": 0.5}
-    found = bout.timed("packed", records, [turn] * 3)
+def test_a_method_is_compared_repeat_by_repeat():
+    timings = {"dense": {"macs": 8e9, "batch": 4}, "packed": {"macs": 4e9, "batch": 4}, "gate": {"batch": 4}}
+    seconds = {"dense": 3.0, "dense-linear": 2.4, "packed": 2.0, "gate": 0.5}
+    found = timing.compare("packed", timings, [seconds] * 3)
     assert (found["ms"], found["pictures_per_s"], found["promised"]) == (2000, 2, 2)
     assert (found["vs_dense"], found["efficiency_dense"]) == (1.5, 0.75)
     assert found["vs_dense_linear"] == pytest.approx(1.2)
     assert "vs_dense_compiled" not in found
-    assert bout.timed("gate", records, [turn])["share"] == 0.25
-    assert bout.timed("tome", records | {"tome": {}}, [turn]) == {}
+    assert timing.compare("gate", timings, [seconds])["share"] == 0.25
+    assert timing.compare("tome", timings | {"tome": {}}, [seconds]) == {}
 
 
 # ---- MACs and memory
 
 
 def test_every_closed_form_is_the_count():
-    there, fits = case(), {name: {} for name in REDUCERS}
-    there.fits = fits
-    for name, row in ROWS.items():
+    case = make_case()
+    case.fits = {name: {} for name in REDUCERS}
+    for name, method in BENCH_METHODS.items():
         if name not in ("dense-compiled", "packed-compiled"):
-            made = row.make(there)
-            counted = timing.counted_macs(made.work)
+            prepared = PREPARE[name](case)
+            counted = timing.counted_macs(prepared.work)
             assert counted > 0, name
-            assert made.macs is None or made.macs == counted, name
-            assert (made.macs is None) == (row.kind == "training" or name in ("block", "kmeans", "kmedoids")), name
+            assert prepared.macs is None or prepared.macs == counted, name
+            without = method.kind == "training" or name in ("block", "kmeans", "kmedoids")
+            assert (prepared.macs is None) == without, name
 
 
 def test_masked_execution_counts_all_candidates():
-    there = case()
     tokens = 1 + 16 + 64
     block = 12 * tokens * 64**2 + 2 * tokens**2 * 64
     gate = 16 * (3 * 16 * 16 * 64 + 2 * 64 * 64 + 64)
-    assert contenders.masked(there).macs / 3 == 3 * block + (tokens - 1) * 3 * 64 * 64 + 64 * 8 + gate
+    assert PREPARE["masked"](make_case()).macs / 3 == 3 * block + (tokens - 1) * 3 * 64 * 64 + 64 * 8 + gate
 
 
 def test_the_query_of_attention_pooling_is_in_the_figures():
     vit = timm.create_model(TINY, global_pool="map", class_token=False)
-    there = Case(MSViT(vit).eval().requires_grad_(False), torch.randn(3, 3, 64, 64), {})
+    case = Case(MSViT(vit).eval().requires_grad_(False), torch.randn(3, 3, 64, 64), {})
     for name in ("dense", "packed", "masked"):
-        made = ROWS[name].make(there)
-        assert made.macs == timing.counted_macs(made.work), name
+        prepared = PREPARE[name](case)
+        assert prepared.macs == timing.counted_macs(prepared.work), name
 
 
-@pytest.mark.parametrize("row", ["packed", "train-dense"])
-def test_attention_is_counted_where_pytorch_does_not(monkeypatch, row):
-    work = ROWS[row].make(case()).work
+@pytest.mark.parametrize("method", ["packed", "train-dense"])
+def test_attention_is_counted_where_pytorch_does_not(monkeypatch, method):
+    work = PREPARE[method](make_case()).work
     known = timing.counted_macs(work)
     for name in ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"):
         monkeypatch.delitem(timing.flop_registry, getattr(torch.ops.aten, name), raising=False)
@@ -157,7 +158,7 @@ def test_macs_that_are_not_counted_are_an_error_that_names_both(tmp_path, monkey
     true = MSViT._macs
     monkeypatch.setattr(MSViT, "_macs", lambda *given, **named: true(*given, **named) * 1.25)
     with pytest.raises(RunError, match="MSViT packed: the closed form gives") as error:
-        bench(Settings(**FAST, rows=("packed",), out=str(tmp_path)), tell=lambda line: None)
+        bench(BenchSettings(**FAST, rows=("packed",), out=str(tmp_path)), tell=lambda line: None)
     given, counted = map(float, re.search(r"gives (\S+) M MACs .*? counts (\S+) M", str(error.value)).groups())
     assert given / counted == pytest.approx(1.25, rel=1e-4)
     assert "Not to be trusted" in (tmp_path / "bench.md").read_text()
@@ -165,14 +166,12 @@ def test_macs_that_are_not_counted_are_an_error_that_names_both(tmp_path, monkey
 
 
 def test_reducers_are_matched_to_the_packed_model():
-    settings = Settings(**FAST, coarse=0.5)
-    subject = build(settings, Plan(TINY, None, 4, 0.5))
-    bout.set_share(subject.model, subject.images, 0.5)
-    there = Case(subject.model, subject.images, subject.fits)
-    asked = there.result.macs.mean().item()
+    case = load_case(BenchSettings(**FAST, coarse=0.5), [CaseSettings(TINY, None, 4, 0.5)], torch.device("cpu"))
+    case.set_share(0.5)
+    wanted = case.result.macs.mean().item()
     for name in REDUCERS:
         # A grid has as many settings as there are blocks, here three.
-        assert ROWS[name].make(there).macs / 4 == pytest.approx(asked, rel=0.08 if name == "grid" else 0.02), name
+        assert PREPARE[name](case).macs / 4 == pytest.approx(wanted, rel=0.08 if name == "grid" else 0.02), name
 
 
 def test_peak_memory_is_what_tensors_take():
@@ -201,25 +200,25 @@ def test_half_of_the_regions_coarse_take_at_most_60_percent_of_the_memory():
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 1.0])
 def test_the_threshold_meets_the_share(share):
-    assert case(4, share).result.coarse.float().mean().item() == share
+    assert make_case(4, share).result.coarse.float().mean().item() == share
 
 
 def test_training_steps_make_their_share_coarse_and_leave_the_model_alone():
-    there = case(64)
-    before = {name: value.clone() for name, value in there.model.state_dict().items()}
-    rates = [there.trained.run(there.images).coarse.float().mean().item() for _ in range(8)]
-    assert sum(rates) / 8 == pytest.approx(contenders.TRAINING_SHARE, abs=0.03)
-    ROWS["train-trimmed"].make(there).work()
-    assert all(torch.equal(value, before[name]) for name, value in there.model.state_dict().items())
-    assert not there.model.training
+    case = make_case(64)
+    before = {name: value.clone() for name, value in case.model.state_dict().items()}
+    rates = [case.trained.run(case.images).coarse.float().mean().item() for _ in range(8)]
+    assert sum(rates) / 8 == pytest.approx(cases.TRAINING_SHARE, abs=0.03)
+    PREPARE["train-trimmed"](case).work()
+    assert all(torch.equal(value, before[name]) for name, value in case.model.state_dict().items())
+    assert not case.model.training
 
 
 def test_a_training_step_reaches_gate_and_backbone():
-    there, seen = case(), []
-    made = ROWS["train-trimmed"].make(there)
-    for part in (there.trained.gate.mlp[0].weight, there.trained.vit.blocks[0].attn.qkv.weight):
+    case, seen = make_case(), []
+    work = PREPARE["train-trimmed"](case).work
+    for part in (case.trained.gate.mlp[0].weight, case.trained.vit.blocks[0].attn.qkv.weight):
         part.register_hook(lambda grad: seen.append(grad.abs().sum().item()))
-    made.work()
+    work()
     assert len(seen) == 2
     assert min(seen) > 0
 
@@ -299,8 +298,8 @@ def test_a_run_is_timed_at_its_own_threshold(capsys, tmp_path):
     assert row["coarse"] == pytest.approx(own["coarse"])
     assert row["promised"] == pytest.approx(1 / own["macs"])
     assert str(tmp_path) not in (tmp_path / "out/bench.json").read_text()
-    code, _, said = run(capsys, *words, "--batch", 25)
-    assert (code, "24 validation pictures" in said) == (2, True)
+    code, _, printed = run(capsys, *words, "--batch", 25)
+    assert (code, "24 validation pictures" in printed) == (2, True)
 
 
 def test_a_row_that_cannot_be_had_says_why(capsys, tmp_path, monkeypatch):
@@ -323,14 +322,14 @@ def test_a_row_that_cannot_be_had_says_why(capsys, tmp_path, monkeypatch):
 
 def test_lower_precision_names_its_rows(tmp_path):
     chosen = {"rows": ("packed", "tome", "dense-linear", "train-trimmed"), "train": True, "out": str(tmp_path)}
-    found = bench(Settings(**FAST | chosen, dtype="bfloat16"), tell=lambda line: None)
+    found = bench(BenchSettings(**FAST | chosen, dtype="bfloat16"), tell=lambda line: None)
     rows = {row["row"]: row for row in found["rows"] if row["batch"] == 4}
     assert "float32 on x86" in rows["dense-linear"]["note"]
     assert all(rows[name]["ms"] > 0 for name in ("dense", "packed", "tome", "train-trimmed"))
     assert rows["packed"]["dtype"] == "bfloat16"
 
 
-def test_an_interruption_keeps_the_turns_that_are_whole(capsys, tmp_path, monkeypatch):
+def test_an_interruption_keeps_the_repeats_that_are_whole(capsys, tmp_path, monkeypatch):
     def stopped(works, *given):
         yield dict.fromkeys(works, 1.0)
         if stopped.batches:
@@ -338,10 +337,10 @@ def test_an_interruption_keeps_the_turns_that_are_whole(capsys, tmp_path, monkey
         stopped.batches += 1
 
     stopped.batches = 0
-    monkeypatch.setattr(bout, "in_turns", stopped)
-    code, _, said = run(capsys, "--rows", "packed", "--batch", "1,2,4", "--no-train", "--out", tmp_path)
+    monkeypatch.setattr(bench_run, "interleaved", stopped)
+    code, _, printed = run(capsys, "--rows", "packed", "--batch", "1,2,4", "--no-train", "--out", tmp_path)
     assert code == 130
-    assert f"interrupted; what was measured until then is in {tmp_path}" in said
+    assert f"interrupted; what was measured until then is in {tmp_path}" in printed
     found = json.loads((tmp_path / "bench.json").read_text())
     assert found["interrupted"] is True
     assert [row["batch"] for row in found["rows"]] == [1, 1, 2, 2]
@@ -351,46 +350,71 @@ def test_an_interruption_keeps_the_turns_that_are_whole(capsys, tmp_path, monkey
 
 def test_without_matplotlib_there_is_no_figure_and_a_word_about_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "msvit.plots.runs", raising=False)
-    monkeypatch.delattr("msvit.plots.runs", raising=False)
-    said = []
-    made = {"settings": {"scaling": False}, "rows": [{"ms": 1.0}]}
-    report.draw(made, tmp_path, said.append)
-    assert said == ["no figure: matplotlib is not installed; pip install 'msvit[notebooks]'"]
+    for name in ("runs", "bench"):
+        monkeypatch.delitem(sys.modules, f"msvit.plots.{name}", raising=False)
+        monkeypatch.delattr(f"msvit.plots.{name}", raising=False)
+    lines = []
+    report.draw_figure({"settings": {"scaling": False}, "rows": [{"ms": 1.0}]}, tmp_path, lines.append)
+    assert lines == ["no figure: matplotlib is not installed; pip install 'msvit[notebooks]'"]
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
-        (["--rows", "pakced"], "no row is called 'pakced'; the nearest is 'packed'"),
+        (["--rows", "pakced"], "rows='pakced' is not known; the nearest is 'packed'"),
         (["--models", "vit_smal_patch16_224"], "the nearest: vit_small_patch16_224"),
         (["--models", "resnet18"], "ResNet is no plain vision transformer"),
         (["--dtype", "bfloat"], "the nearest is 'bfloat16'"),
-        (["--device", "gpu"], "no device is called 'gpu'"),
+        (["--device", "gpu"], "device='gpu' is not known"),
         (["--size", "72"], "use --size 64"),
-        (["--batch", "0"], "0 is no number of pictures"),
-        (["--repeats", "-1"], "-1 is no number of pictures"),
+        (["--batch", "0"], "batch=0 lies outside [1, inf)"),
+        (["--repeats", "-1"], "repeats=-1 lies outside [0, inf)"),
         (["--coarse", "1.5"], "coarse=1.5"),
         (["--repeat", "3"], "the nearest is --repeats"),
         (["--run", "no/such"], "is no run"),
         (["--run", "x", "--scaling"], "without --run"),
     ],
 )
-def test_mistakes_are_said_in_a_line(capsys, monkeypatch, tmp_path, words, said):
+def test_a_mistake_is_an_error_of_one_line(capsys, monkeypatch, tmp_path, words, message):
     monkeypatch.chdir(tmp_path)
     code, out, err = run(capsys, *words)
     assert (code, out) == (1 if words == ["--run", "no/such"] else 2, "")
-    assert said in err
+    assert message in err
     assert len(err.splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
 
+def test_cuda_is_refused_where_there_is_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert find_device("auto").type == "cpu"
+    with pytest.raises(RecipeError, match="sees no CUDA device; use cpu"):
+        find_device("cuda")
+
+
 def test_defaults_and_patterns():
-    assert [name for name in Settings().wanted() if not ROWS[name].usual] == []
-    assert Settings(rows=("kmeans",), train=False).wanted() == ["dense", "block", "kmeans"]
-    assert Settings(rows=("train-*",)).wanted()[0] == "dense"
-    assert len(list(plans(Settings(models=(TINY, "deit_tiny_patch16_224"), size=(64, 128), batch=(1, 2))))) == 8
+    assert [name for name in BenchSettings().methods() if not BENCH_METHODS[name].usual] == []
+    assert BenchSettings(rows=("kmeans",), train=False).methods() == ["dense", "block", "kmeans"]
+    assert BenchSettings(rows=("train-*",)).methods()[0] == "dense"
+    settings = BenchSettings(models=(TINY, "deit_tiny_patch16_224"), size=(64, 128), batch=(1, 2))
+    assert len(list(case_settings(settings))) == 8
     with pytest.raises(RecipeError, match="one value"):
-        Settings(batch=())
-    assert isinstance(case().model.gate, Gate)
+        BenchSettings(batch=())
+    assert isinstance(make_case().model.gate, Gate)
+
+
+def test_every_method_of_the_table_can_be_prepared():
+    assert list(PREPARE) == list(BENCH_METHODS)
+    assert {method.of for method in BENCH_METHODS.values()} <= set(BENCH_METHODS)
+    assert set(REDUCERS) <= set(BENCH_METHODS)
+
+
+def test_settings_are_light_to_import():
+    """The command line imports them for `--help` alone."""
+    code = """
+import sys
+import msvit.bench.settings
+print(sorted({"torch", "timm", "numpy", "pandas"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
