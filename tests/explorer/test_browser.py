@@ -36,7 +36,7 @@ MISSING = [name for name in PACKAGES if not find_spec(name)] + ([] if CHROMIUM e
 QUIET = ("--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
 QUIET += ("--disable-component-update", "--disable-sync", "--no-sandbox")
 TOKEN = "only-for-this-test"
-# Voila's template asks another host for icons, which the page does without: the browser is told to ask none.
+# Voila's template asks another host for icons, which the page does without: the browser may ask none.
 ONLY_HERE = {
     "Content-Security-Policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
 }
@@ -85,13 +85,13 @@ def browser():
 @pytest.fixture
 def page(browser):
     """A page that may not leave this machine."""
-    context, strangers = browser.new_context(viewport={"width": 1500, "height": 1300}), []
+    context, elsewhere = browser.new_context(viewport={"width": 1500, "height": 1300}), []
 
     def only_here(route):
         if re.match(r"(https?|wss?)://127\.0\.0\.1[:/]|data:|blob:", route.request.url):
             route.continue_()
         else:
-            strangers.append(route.request.url)
+            elsewhere.append(route.request.url)
             route.abort()
 
     context.route("**/*", only_here)
@@ -99,7 +99,7 @@ def page(browser):
     page.set_default_timeout(PATIENCE)
     yield page
     context.close()
-    assert not strangers, f"the page asked for {strangers[:3]}"
+    assert not elsewhere, f"the page asked for {elsewhere[:3]}"
 
 
 @contextmanager
