@@ -21,7 +21,7 @@ def main():
     args = parser.parse_args()
 
     explorer = Explorer(args.model, source="photographs")
-    soft = torch.from_numpy(explorer.states[0].look.soft).flatten()
+    soft = torch.from_numpy(explorer.states[0].gated.soft).flatten()
     steps, models = [], []
     for i in range(args.steps + 2):
         start = time.perf_counter()

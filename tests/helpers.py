@@ -5,6 +5,7 @@ import struct
 import zlib
 
 import numpy as np
+import pytest
 import timm
 import torch
 from PIL import Image
@@ -12,9 +13,14 @@ from PIL import Image
 import msvit
 from msvit.core.blocks import run_blocks
 from msvit.data.loaders import set_epoch
-from msvit.explorer import drawing, panels
-from msvit.explorer import state as view
+from msvit.data.scenes import Scenes
+from msvit.explorer.drawing import PANEL_WIDTH
+from msvit.explorer.models import LoadedModel
+from msvit.explorer.panels import panels_of
+from msvit.explorer.sources import SceneSource
+from msvit.explorer.state import run_backbone, run_gate
 from msvit.models.heads import SegmentationHead
+from msvit.reducers.registry import make_reducer
 
 
 def write_folder(root, train=6, val=3, classes=("cat", "dog"), size=(40, 30)):
@@ -66,18 +72,51 @@ def mini_model(seed=0):
     return model
 
 
-def check_panels(look, titles):
-    """All of one width, and different at two thresholds but for those that promise to stay."""
-    shown = panels.shown(look.subject)
-    assert list(shown) == titles
-    states = [view.see(look, threshold) for threshold in (0.0, 1.0)]
-    for title, panel in shown.items():
+def check_panels(gated, titles):
+    """Assert that panels are of one width, and different at two thresholds but for those that promise to stay."""
+    panels = panels_of(gated.loaded)
+    assert list(panels) == titles
+    states = [run_backbone(gated, threshold) for threshold in (0.0, 1.0)]
+    for title, panel in panels.items():
         pictures = [panel.draw(state) for state in states]
-        assert {picture.width for picture in pictures} == {drawing.SIDE}
+        assert {picture.width for picture in pictures} == {PANEL_WIDTH}
         assert np.array_equal(*map(np.asarray, pictures)) == panel.fixed, title
 
 
+# Titles of the explorer's panels.
 COMMON = ["Picture", "Gate: probability of coarse", "Mixed-scale tokens", "Pixels in the tokens"]
+SEGMENTED = ["Prediction", "Ground truth", "Error"]
+
+
+def segmenter_of(seed=0, reducer=None, classes=None, **settings):
+    """A small segmenter of random weights that predicts several classes."""
+    torch.manual_seed(seed)
+    vit = timm.create_model("vit_mini_patch8_64", num_classes=0)
+    parts = {"reducer": make_reducer(reducer, vit)} if reducer else {}
+    classes = Scenes(1, difficulty="easy").regions if classes is None else classes
+    model = segmenting(msvit.MSViT(vit, **parts), classes, **settings).eval()
+    model.head.decoder.head.weight.data.normal_()
+    return model
+
+
+def reduced(name, **settings):
+    """The mini model with a reducer, as the explorer loads it."""
+    model = mini_model()
+    model.reducer = make_reducer(name, model.vit, **settings)
+    return LoadedModel.of(name, model.eval())
+
+
+def gate_of(loaded, index=1):
+    """The gate's output on an easy scene."""
+    source = SceneSource("easy")
+    return run_gate(loaded, source.picture(source.names()[index], loaded.size))
+
+
+def open_explorer(*models, **settings):
+    pytest.importorskip("anywidget", reason="anywidget is not installed (extra `notebooks`)")
+    from msvit.explorer import Explorer
+
+    return Explorer(*models, **settings)
 
 
 def encoded(image, kind="PNG", **options):

@@ -3,9 +3,9 @@
     from msvit.explorer import Explorer
     Explorer(model="demo")
 
-It works in JupyterLab and as a Voila page. `gallery` and `sources` are the models and the pictures that it can show,
-`view` is what a model makes of a picture; `panels` (with `segpanels` and `drawing`) and `sheet` draw that; `rows` and
-`page` are the widgets.
+It works in JupyterLab and as a Voila page. `models` and `sources` (with `uploads`) are the models and the pictures that
+it can show, `state` is what a model computes on a picture; `panels` (with `drawing`) and `export` draw that; `widgets`,
+`painter.js` and `page` are the page.
 """
 
 from .page import Explorer

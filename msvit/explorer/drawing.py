@@ -9,8 +9,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 Colour = tuple[int, int, int]
-SIDE = 448  # of a panel in pixels; on a screen it is shown at half of that
-FINE, COARSE = (86, 180, 233), (230, 159, 0)  # Okabe and Ito's sky blue and orange, told apart by any eye
+PANEL_WIDTH = 448  # in pixels; on a screen a panel is shown at half of that
+# Okabe and Ito's sky blue and orange, which readers with any colour vision tell apart.
+FINE_COLOUR, COARSE_COLOUR = (86, 180, 233), (230, 159, 0)
 WRONG = (213, 94, 0)  # their vermilion
 INK = (34, 34, 34)
 # Nine anchors of cividis (Nuñez, Anderton and Renslow 2018): blue to yellow, ever lighter, to the colour-blind too.
@@ -21,39 +22,39 @@ CIVIDIS = np.array([
 
 
 def png(image: Image.Image) -> bytes:
-    """A PNG file, compressed fast rather than small."""
+    """Return a PNG file, compressed fast rather than small."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 
 def colours(values: np.ndarray) -> np.ndarray:
-    """Values in [0, 1] as cividis, uint8 `[..., 3]`."""
+    """Return values in [0, 1] as cividis, uint8 `[..., 3]`."""
     at = np.linspace(0, 1, len(CIVIDIS))
     return np.stack([np.interp(values, at, channel) for channel in CIVIDIS.T], -1).round().astype(np.uint8)
 
 
 @cache
 def font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which has every sign that class names need, from the system or from matplotlib; else PIL's own."""
+    """Return DejaVu Sans, which has every sign of class names, from the system or matplotlib; else PIL's own font."""
     spec = find_spec("matplotlib")
     inside = "mpl-data/fonts/ttf/DejaVuSans.ttf"
-    places = [Path(root) / inside for root in spec.submodule_search_locations] if spec else []
-    for place in ["DejaVuSans.ttf", *map(str, places)]:
+    files = [Path(root) / inside for root in spec.submodule_search_locations] if spec else []
+    for file in ["DejaVuSans.ttf", *map(str, files)]:
         try:
-            return ImageFont.truetype(place, size)
+            return ImageFont.truetype(file, size)
         except OSError:
             continue
     return ImageFont.load_default(size)
 
 
 def ink_on(colour: Colour) -> str:
-    """What can be read on a colour."""
+    """Return the ink that can be read on a colour."""
     return "black" if np.dot(colour, (0.299, 0.587, 0.114)) > 140 else "white"
 
 
 def shortened(text: str, width: float, size: int) -> str:
-    """The text, or as much of its beginning as is no wider."""
+    """Return the text, or as much of its beginning as is no wider."""
     if font(size).getlength(text) <= width:
         return text
     while text and font(size).getlength(text + "…") > width:
@@ -62,20 +63,20 @@ def shortened(text: str, width: float, size: int) -> str:
 
 
 def enlarged(image: Image.Image, like: tuple[int, int] | None = None) -> Image.Image:
-    """At the panels' width, in the proportions of `like`, every pixel a sharp block."""
+    """Enlarge to the panels' width, in the proportions of `like`, every pixel a sharp block."""
     width, height = like or image.size
-    return image.resize((SIDE, round(SIDE * height / width)), Image.Resampling.NEAREST)
+    return image.resize((PANEL_WIDTH, round(PANEL_WIDTH * height / width)), Image.Resampling.NEAREST)
 
 
 def frame(canvas: ImageDraw.ImageDraw, box: tuple[float, float, float, float], colour: Colour):
-    """A thin frame just inside of a box, with a dark seam that sets it off from light pixels."""
+    """Draw a thin frame just inside of a box, with a dark seam that sets it off from light pixels."""
     x, y, w, h = box
     canvas.rectangle([x, y, x + w - 1, y + h - 1], None, (0, 0, 0, 120), 1)
     canvas.rectangle([x + 1, y + 1, x + w - 2, y + h - 2], None, (*colour, 255), 2)
 
 
 def hatched(panel: Image.Image, where: np.ndarray, colour: Colour, line: Colour) -> Image.Image:
-    """The panel with a hatch in place of what lies under the cells `[h, w]`."""
+    """Return the panel with a hatch over the cells `[h, w]`."""
     if not where.any():
         return panel
     y, x = np.mgrid[: panel.height, : panel.width]
@@ -85,7 +86,7 @@ def hatched(panel: Image.Image, where: np.ndarray, colour: Colour, line: Colour)
 
 
 def stacked(panels: list[Image.Image]) -> Image.Image:
-    """One below the other."""
+    """Return pictures one below the other."""
     whole = Image.new("RGB", (max(p.width for p in panels), sum(p.height for p in panels)), "white")
     y = 0
     for panel in panels:
@@ -95,28 +96,28 @@ def stacked(panels: list[Image.Image]) -> Image.Image:
 
 
 def strip(*lines: str) -> Image.Image:
-    """Lines of explanation, to stand below a panel."""
-    panel = Image.new("RGB", (SIDE, 12 + 28 * len(lines)), "white")
+    """Draw lines of explanation, to stand below a panel."""
+    panel = Image.new("RGB", (PANEL_WIDTH, 12 + 28 * len(lines)), "white")
     for row, text in enumerate(lines):
-        at = (SIDE / 2, 22 + 28 * row)
-        ImageDraw.Draw(panel).text(at, shortened(text, SIDE - 8, 20), INK, font(20), anchor="mm")
+        at = (PANEL_WIDTH / 2, 22 + 28 * row)
+        ImageDraw.Draw(panel).text(at, shortened(text, PANEL_WIDTH - 8, 20), INK, font(20), anchor="mm")
     return panel
 
 
 def legend(entries: list[tuple[Colour, str, str]]) -> Image.Image:
-    """Swatches, each a colour, a sign on it and a name beside it, as many in a line as fit."""
-    places, x, y = [], 4, 10
+    """Draw swatches, each a colour, a sign on it and a name beside it, as many in a line as fit."""
+    swatches, x, y = [], 4, 10
     for colour, sign, name in entries:
         swatch = max(28, font(16).getlength(sign) + 8)
-        name = shortened(name, SIDE - swatch - 16, 20)
+        name = shortened(name, PANEL_WIDTH - swatch - 16, 20)
         wide = swatch + 8 + font(20).getlength(name)
-        if x > 4 and x + wide > SIDE - 4:
+        if x > 4 and x + wide > PANEL_WIDTH - 4:
             x, y = 4, y + 34
-        places.append((x, y, swatch, colour, sign, name))
+        swatches.append((x, y, swatch, colour, sign, name))
         x += wide + 18
-    panel = Image.new("RGB", (SIDE, y + 34), "white")
+    panel = Image.new("RGB", (PANEL_WIDTH, y + 34), "white")
     canvas = ImageDraw.Draw(panel)
-    for x, y, swatch, colour, sign, name in places:
+    for x, y, swatch, colour, sign, name in swatches:
         canvas.rectangle([x, y, x + swatch, y + 24], colour, INK, 1)
         canvas.text((x + swatch / 2, y + 13), sign, ink_on(colour), font(16), anchor="mm")
         canvas.text((x + swatch + 8, y + 13), name, INK, font(20), anchor="lm")
@@ -124,8 +125,8 @@ def legend(entries: list[tuple[Colour, str, str]]) -> Image.Image:
 
 
 def notice(lines: list[str], size: tuple[int, int]) -> Image.Image:
-    """A panel in place of a picture of this size, that says why there is none."""
-    width, height = SIDE, round(SIDE * size[1] / size[0])
+    """Draw the reason why there is no picture, on a panel for a picture of this size."""
+    width, height = PANEL_WIDTH, round(PANEL_WIDTH * size[1] / size[0])
     panel = Image.new("RGB", (width, height), (245, 245, 245))
     canvas = ImageDraw.Draw(panel)
     for row, text in enumerate(lines):

@@ -1,4 +1,4 @@
-"""The explorer's view in words, for the screen, and as a whole in one file, for keeping."""
+"""The explorer's view in words, for the screen, and as a whole in one file."""
 
 import base64
 import html
@@ -10,12 +10,12 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from .drawing import INK, SIDE, font, png
-from .panels import cut_text, shown
-from .state import FREE, State
+from .drawing import INK, PANEL_WIDTH, font, png
+from .panels import panels_of, threshold_text
+from .state import UNPAINTED, State
 
-LINE = 6  # panels in a line of a file; more are put into two lines
-STYLE = """<style>
+PANELS_IN_LINE = 6  # of a file; more are put into two lines
+CSS = """<style>
 .msvit-title, .msvit-figures, .msvit-message { font: 14px/22px var(--jp-ui-font-family, sans-serif); }
 .msvit-title, .msvit-figures { color: var(--jp-ui-font-color1, #222); }
 .msvit-title { font-weight: 600; font-size: 13px; white-space: nowrap; }
@@ -29,8 +29,8 @@ STYLE = """<style>
 </style>"""
 
 
-def answer(numbers: dict) -> tuple[str, str]:
-    """What a model says, and what is known about it, in a few words each."""
+def prediction_and_truth(numbers: dict) -> tuple[str, str]:
+    """Return the prediction, and what is known about it, in a few words each."""
     if "probability" in numbers:
         known = f"it is {numbers['truth']}" if numbers["truth"] else "true class unknown"
         return f"{numbers['prediction']} {numbers['probability']:.1%}", known
@@ -40,7 +40,7 @@ def answer(numbers: dict) -> tuple[str, str]:
 
 
 def tokens_text(numbers: dict) -> str:
-    """How many tokens there were, and how many of them a reducer left."""
+    """Return how many tokens there were, and how many of them a reducer left, in words."""
     text = f"of {numbers['dense_tokens']} tokens"
     if len(numbers["stages"]) > 1:
         first, last = numbers["stages"][0], numbers["stages"][-1]
@@ -49,39 +49,39 @@ def tokens_text(numbers: dict) -> str:
 
 
 def caption(state: State) -> list[str]:
-    """The view's figures in two lines, and what else is to be known of the model in a third."""
+    """Return the view's figures in two lines, and the model's note in a third."""
     n = state.numbers()
-    by_hand = int((state.painted != FREE).sum())
+    by_hand = int((state.painted != UNPAINTED).sum())
     return [
-        f"{n['model']} on {n['picture']}: " + ", ".join(answer(n)),
+        f"{n['model']} on {n['picture']}: " + ", ".join(prediction_and_truth(n)),
         f"{n['tokens']} {tokens_text(n)}  ·  {macs_text(n['macs'])} of {macs_text(n['dense_macs'])}, "
         f"{n['macs_share']:.0%} of dense  ·  {n['ms']:.1f} ms, dense {n['dense_ms']:.1f} ms  ·  "
-        + cut_text(state.threshold)
+        + threshold_text(state.threshold)
         + (f"  ·  {by_hand} regions painted" if by_hand else ""),
         *filter(None, [n["note"]]),
     ]
 
 
 def macs_text(macs: float) -> str:
-    """A count of multiply-accumulates with its unit."""
+    """Return a count of multiply-accumulates with its unit."""
     return f"{macs / 1e9:.2f} GMACs" if macs >= 1e8 else f"{macs / 1e6:.1f} MMACs"
 
 
 def as_png(states: list[State]) -> bytes:
-    """The view as a PNG file: a row of panels for each state."""
-    texts, pictures, size = _placed(states)
-    sheet = Image.new("RGB", size, "white")
+    """Return the view as a PNG file: a row of panels for each state."""
+    texts, pictures, size = _arranged(states)
+    whole = Image.new("RGB", size, "white")
     for x, y, panel in pictures:
-        sheet.paste(panel, (x, y))
-    canvas = ImageDraw.Draw(sheet)
+        whole.paste(panel, (x, y))
+    canvas = ImageDraw.Draw(whole)
     for x, y, points, text in texts:
         canvas.text((x, y), text, INK, font(points), anchor="ls")
-    return png(sheet)
+    return png(whole)
 
 
 def as_svg(states: list[State]) -> str:
-    """The view as an SVG file, with real text."""
-    texts, pictures, (width, height) = _placed(states)
+    """Return the view as an SVG file, with real text."""
+    texts, pictures, (width, height) = _arranged(states)
     parts = [
         f'<image x="{x}" y="{y}" width="{p.width}" height="{p.height}" '
         f'href="data:image/png;base64,{base64.b64encode(png(p)).decode()}"/>'
@@ -95,41 +95,41 @@ def as_svg(states: list[State]) -> str:
 
 
 def save(states: list[State], out: Path, name: str = "", kinds: tuple[str, ...] = ("png", "svg")) -> list[Path]:
-    """Writes the view, and its figures as JSON beside it; without a name they are called by what they show."""
+    """Write the view, and its figures as JSON beside it; without a name they are called by what they show."""
     numbers = [state.numbers() for state in states]
     words = [*(n["model"] for n in numbers), numbers[0]["picture"], f"{numbers[0]['tokens']}-tokens"]
-    plain = "_".join("".join(c if c.isalnum() or c in ".-" else "-" for c in word) for word in words)
+    default = "_".join("".join(c if c.isalnum() or c in ".-" else "-" for c in word) for word in words)
     files = {kind: as_png(states) if kind == "png" else as_svg(states).encode() for kind in kinds}
     files["json"] = (json.dumps(numbers, indent=1) + "\n").encode()
     out.mkdir(parents=True, exist_ok=True)
-    paths = {kind: out / f"{name or plain[:120]}.{kind}" for kind in files}
+    paths = {kind: out / f"{name or default[:120]}.{kind}" for kind in files}
     for kind, data in files.items():
         paths[kind].write_bytes(data)
     return list(paths.values())
 
 
 def figures_html(state: State) -> str:
-    """The figures of a state for the screen."""
+    """Return the figures of a state for the screen."""
     n = state.numbers()
-    said, known = map(html.escape, answer(n))
+    predicted, known = map(html.escape, prediction_and_truth(n))
     note = f"<br>{html.escape(n['note'])}" if n["note"] else ""
     parts = [
-        f'<b class="msvit-prediction">{said}</b> {known}',
+        f'<b class="msvit-prediction">{predicted}</b> {known}',
         f'<b class="msvit-tokens">{n["tokens"]}</b> {tokens_text(n)}',
         f"<b>{macs_text(n['macs'])}</b>, {n['macs_share']:.0%} of dense",
         f"<b>{n['ms']:.1f} ms</b>, dense {n['dense_ms']:.1f} ms",
-        cut_text(n["threshold"]),
+        threshold_text(n["threshold"]),
     ]
     title = f"<b>{html.escape(n['model'])}</b> on {html.escape(n['picture'])}{note}<br>"
     return f'<div class="msvit-figures">{title}{"".join(f"<span>{part}</span>" for part in parts)}</div>'
 
 
-def _placed(states: list[State]) -> tuple[list, list, tuple[int, int]]:
-    """Texts (x, y of the baseline, size, text), pictures (x, y, picture) and the size of the whole."""
+def _arranged(states: list[State]) -> tuple[list, list, tuple[int, int]]:
+    """Return texts (x, y of the baseline, size, text), pictures (x, y, picture) and the size of the whole."""
     gap, y, texts, pictures = 28, 0, [], []
-    drawn = [{title: panel.draw(state) for title, panel in shown(state.look.subject).items()} for state in states]
-    columns = [len(panels) if len(panels) <= LINE else math.ceil(len(panels) / 2) for panels in drawn]
-    width = gap + max(columns) * (SIDE + gap)
+    drawn = [{title: panel.draw(state) for title, panel in panels_of(state.gated.loaded).items()} for state in states]
+    columns = [len(panels) if len(panels) <= PANELS_IN_LINE else math.ceil(len(panels) / 2) for panels in drawn]
+    width = gap + max(columns) * (PANEL_WIDTH + gap)
     for state, panels, across in zip(states, drawn, columns, strict=True):
         y += 10
         for points, text in zip((30, 24, 20), caption(state), strict=False):
@@ -137,7 +137,7 @@ def _placed(states: list[State]) -> tuple[list, list, tuple[int, int]]:
             texts.append((gap, y, _fitting(text, points, width - 2 * gap), text))
         for line in batched(panels.items(), across):
             for i, (title, panel) in enumerate(line):
-                x = gap + i * (SIDE + gap)
+                x = gap + i * (PANEL_WIDTH + gap)
                 texts.append((x, y + 50, 22, title))
                 pictures.append((x, y + 64, panel))
             y += 64 + max(panel.height for _, panel in line)
@@ -146,12 +146,12 @@ def _placed(states: list[State]) -> tuple[list, list, tuple[int, int]]:
 
 
 def batched(items: Iterable, count: int) -> Iterator[list]:
-    """Lists of so many items, the last one of what is left."""
+    """Yield lists of so many items, the last one of what is left."""
     items = iter(items)
     while line := list(islice(items, count)):
         yield line
 
 
 def _fitting(text: str, points: int, width: int) -> int:
-    """The size at which the text is no wider, at most `points`."""
+    """Return the size at which the text is no wider, at most `points`."""
     return min(points, int(points * width / max(font(points).getlength(text), 1)))

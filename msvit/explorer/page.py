@@ -10,18 +10,16 @@ from pathlib import Path
 
 import ipywidgets as widgets
 
-from . import export as sheet
-from . import models as gallery
-from . import sources
-from . import state as view
-from .models import ModelError, Subject
-from .sources import Source
+from . import export
+from .models import DEMO, LoadedModel, ModelError, find_models, load_model
+from .sources import PictureSource, built_in_sources, folder_source
+from .state import AFTER_TOKENIZER, UNPAINTED, GatedPicture, State, run_gate
 from .uploads import PictureError, sort_out
-from .widgets import WRAP, Row
+from .widgets import WRAP, ModelRow
 
-# Of the threshold: sums of 0.01 are not exact, and a browser sends back what it rounds as if a hand had moved.
-STEPS = 256
-BRUSHES = {"paint coarse": 1, "paint fine": 0, "as the gate says": view.FREE}
+# Of the slider: sums of 0.01 are not exact, and a browser sends back what it rounds as if a user had moved it.
+THRESHOLD_STEPS = 256
+BRUSHES = {"paint coarse": 1, "paint fine": 0, "as the gate says": UNPAINTED}
 
 
 class Explorer:
@@ -29,7 +27,7 @@ class Explorer:
 
     Args:
         model: "demo" (a small model of the built-in scenes, trained when first asked for), a run under `runs`, a folder
-            that `save_pretrained` wrote, a timm name (random weights), or a `gallery.Subject`.
+            that `save_pretrained` wrote, a timm name (random weights), or a `LoadedModel`.
         second: A model to put beside it; empty: none.
         source: Where pictures come from: "scenes: easy", "scenes: middle", "scenes: hard", "photographs", or a folder.
         runs: The folder whose runs and checkpoints can be chosen.
@@ -39,8 +37,8 @@ class Explorer:
 
     def __init__(
         self,
-        model: str | Subject = gallery.DEMO,
-        second: str | Subject = "",
+        model: str | LoadedModel = DEMO,
+        second: str | LoadedModel = "",
         source: str = "scenes: easy",
         runs: str | Path = "runs",
         budget: float = 0.0,
@@ -51,38 +49,40 @@ class Explorer:
         self.runs, self.out = Path(runs), Path(out)
         self.knob = "budget" if budget else "own"  # what sets the thresholds: the models' own, or a slider
         self._quiet = False
-        self._subjects = {given.name: given for given in (model, second) if isinstance(given, Subject)}
-        self._shown = tuple(given.name if isinstance(given, Subject) else given for given in (model, second))
-        self.sources = sources.sources()
+        self._loaded = {given.name: given for given in (model, second) if isinstance(given, LoadedModel)}
+        self._shown = tuple(given.name if isinstance(given, LoadedModel) else given for given in (model, second))
+        self.sources = built_in_sources()
         if source not in self.sources:
-            self.sources[source] = sources.folder_source(source)
-        self.rows = [Row(self._act) for _ in range(2)]
+            self.sources[source] = folder_source(source)
+        self.rows = [ModelRow(self._act) for _ in range(2)]
         self._build(*self._shown, source)
         self.budget.value = round(100 * budget)
         self._wire()
         self._choose_models()
 
     def _build(self, first: str, second: str, source: str):
-        """The controls and the page."""
-        names = list(dict.fromkeys([*self._subjects, *gallery.find_models(self.runs), first, *filter(None, [second])]))
-        look = {"style": {"description_width": "76px"}, "layout": {"width": "420px"}}
+        """Build the controls and the page."""
+        names = list(dict.fromkeys([*self._loaded, *find_models(self.runs), first, *filter(None, [second])]))
+        wide = {"style": {"description_width": "76px"}, "layout": {"width": "420px"}}
 
         def choice(name: str, options: list, value: str) -> widgets.Dropdown:
-            return widgets.Dropdown(options=options, value=value, description=name, **look)
+            return widgets.Dropdown(options=options, value=value, description=name, **wide)
 
         self.model = choice("Model", names, first)
         self.second = choice("Beside it", [("nothing", ""), *((name, name) for name in names)], second)
         self.source = choice("Pictures", list(self.sources), source)
         self.picture = choice("Picture", self.sources[source].names(), self.sources[source].names()[0])
-        self.folder = widgets.Text(description="Folder", continuous_update=False, **look)
+        self.folder = widgets.Text(description="Folder", continuous_update=False, **wide)
         self.folder.placeholder = "or a folder of pictures: type it, then Enter"
         self.upload = widgets.FileUpload(multiple=True, description="Upload pictures", layout={"width": "160px"})
-        self.threshold = widgets.FloatSlider(0.5, min=0, max=1, step=1 / STEPS, description="Threshold", **look)
+        self.threshold = widgets.FloatSlider(
+            0.5, min=0, max=1, step=1 / THRESHOLD_STEPS, description="Threshold", **wide
+        )
         self.threshold.tooltip = "a region is coarse where its m lies above"
-        self.budget = widgets.IntSlider(50, min=0, max=100, description="Budget (%)", **look)
+        self.budget = widgets.IntSlider(50, min=0, max=100, description="Budget (%)", **wide)
         self.budget.tooltip = "share of the dense model's MACs that the threshold is set for"
         self.layer = widgets.SelectionSlider(
-            options=[("after the tokenizer", view.TOKENIZER)], description="Layer", **look
+            options=[("after the tokenizer", AFTER_TOKENIZER)], description="Layer", **wide
         )
         self.layer.tooltip = "the block at which to show where each pixel's token is"
         self.brush = widgets.ToggleButtons(options=BRUSHES, style={"button_width": "126px"})
@@ -99,11 +99,11 @@ class Explorer:
             (self.brush, self.clear, self.save_png, self.save_svg),
         )
         controls = [widgets.HBox(line, layout=WRAP) for line in lines]
-        self.page = widgets.VBox([widgets.HTML(sheet.STYLE), *controls, self.message, *(row.box for row in self.rows)])
+        self.page = widgets.VBox([widgets.HTML(export.CSS), *controls, self.message, *(row.box for row in self.rows)])
         self.page.add_class("msvit")
 
     def _wire(self):
-        """Which control calls what."""
+        """Connect the controls with what they do."""
         changes = {
             self.model: self._choose_models,
             self.second: self._choose_models,
@@ -127,38 +127,38 @@ class Explorer:
             control.on_click(lambda _, action=action: self._act(action))
 
     def _repr_mimebundle_(self, **options) -> dict:
-        """The page, and its picture for copies in which no kernel lives."""
-        still = base64.b64encode(sheet.as_png(self.states)).decode()
+        """Return the page, and its picture for copies in which no kernel lives."""
+        still = base64.b64encode(export.as_png(self.states)).decode()
         return self.page._repr_mimebundle_(**options) | {"image/png": still}
 
     @property
-    def states(self) -> list[view.State]:
-        """What is shown, a state for each model."""
-        return [row.state for row in self.rows if row.look is not None]
+    def states(self) -> list[State]:
+        """The states shown, one for each model."""
+        return [row.state for row in self.rows if row.gated is not None]
 
     def save(self, name: str = "", kinds: tuple[str, ...] = ("png", "svg")) -> list[Path]:
-        """Writes the view as it is, and its figures as JSON beside it, into the folder `out`."""
-        return sheet.save(self.states, self.out, name, kinds)
+        """Write the view as it is, and its figures as JSON beside it, into the folder `out`."""
+        return export.save(self.states, self.out, name, kinds)
 
     # ---- what the controls do
 
     def _act(self, action: Callable[[], None]):
-        """Does what a control asks, unless the page itself moved it; what goes wrong is said, and the page lives on."""
+        """Do what a control asks, unless the page itself moved it; show what goes wrong as a message."""
         if self._quiet:
             return
         self.message.value = ""
         try:
             action()
         except (ValueError, OSError, RuntimeError) as error:
-            self._say(str(error), good=False)
+            self._show_message(str(error), good=False)
 
-    def _say(self, text: str, good: bool, link: str = ""):
+    def _show_message(self, text: str, good: bool, link: str = ""):
         kind = "msvit-message msvit-good" if good else "msvit-message"
         self.message.value = f'<div class="{kind}" role="status">{html.escape(text)}{link}</div>'
 
     @contextmanager
     def _silently(self) -> Iterator[None]:
-        """Inside, controls move without calling anything."""
+        """Move controls, inside, without calling anything."""
         self._quiet = True
         try:
             yield
@@ -168,8 +168,8 @@ class Explorer:
     def _choose_models(self):
         names = [name for name in (self.model.value, self.second.value) if name]
         try:
-            for name in set(names) - self._subjects.keys():
-                self._subjects[name] = gallery.load_model(name, self.runs)
+            for name in set(names) - self._loaded.keys():
+                self._loaded[name] = load_model(name, self.runs)
         except ModelError:
             with self._silently():
                 self.model.value, self.second.value = self._shown
@@ -177,7 +177,7 @@ class Explorer:
         self._shown = self.model.value, self.second.value
         if self.knob == "threshold":
             self.knob = "own"  # another model, another gate
-        self._show([self._subjects[name] for name in names])
+        self._show_models([self._loaded[name] for name in names])
 
     def _choose_source(self):
         names = self.sources[self.source.value].names()
@@ -186,24 +186,24 @@ class Explorer:
         self._choose_picture()
 
     def _choose_picture(self):
-        self._show([state.look.subject for state in self.states])
+        self._show_models([state.gated.loaded for state in self.states])
 
-    def _show(self, subjects: list[Subject]):
-        """Puts the picture before the models. Nothing changes on the page before all of them have it."""
+    def _show_models(self, models: list[LoadedModel]):
+        """Run the models on the picture. Nothing changes on the page before all gates have run."""
         source, name = self.sources[self.source.value], self.picture.value
-        looks = [view.look(subject, source.shot(name, subject.size)) for subject in subjects]
+        gated = [run_gate(loaded, source.picture(name, loaded.size)) for loaded in models]
         with self._silently():
-            for row, look in zip_longest(self.rows, looks):
-                row.set_look(look)
-            self._set_layers(subjects)
+            for row, one in zip_longest(self.rows, gated):
+                row.show(one)
+            self._set_layers(models)
         self._step()
 
-    def _set_layers(self, subjects: list[Subject]):
-        """The stages that the layer slider can choose: those of all reducers shown; it begins with the last."""
-        reducers = [subject.model.reducer for subject in subjects if subject.model.reducer is not None]
+    def _set_layers(self, models: list[LoadedModel]):
+        """Let the layer slider choose from the layers of all reducers shown; it begins with the last."""
+        reducers = [loaded.model.reducer for loaded in models if loaded.model.reducer is not None]
         self.layer.layout.display = None if reducers else "none"
         blocks = sorted({layer for reducer in reducers for layer in reducer.layers})
-        layers = {"after the tokenizer": view.TOKENIZER} | {f"at block {n}": n for n in blocks}
+        layers = {"after the tokenizer": AFTER_TOKENIZER} | {f"at block {n}": n for n in blocks}
         chosen = self.layer.value
         if dict(self.layer.options) != layers:
             self.layer.options = list(layers.items())
@@ -213,40 +213,40 @@ class Explorer:
             row.layer = chosen
 
     def _step(self, knob: str = ""):
-        """Runs the models under the knob and the painting, and moves the other slider to where that leads."""
+        """Run the models under the knob and the painting, and move the other slider to where that leads."""
         self.knob = knob or self.knob
         for row in self.rows:
-            if row.look is not None:
-                row.see(self._threshold(row.look))
-        look, threshold = self.rows[0].look, self.rows[0].state.threshold
+            if row.gated is not None:
+                row.run(self._threshold(row.gated))
+        gated, threshold = self.rows[0].gated, self.rows[0].state.threshold
         with self._silently():
             if self.knob != "threshold":
-                self.threshold.value = round(threshold * STEPS) / STEPS
+                self.threshold.value = round(threshold * THRESHOLD_STEPS) / THRESHOLD_STEPS
             if self.knob != "budget":
-                self.budget.value = round(100 * look.share(threshold))
+                self.budget.value = round(100 * gated.share(threshold))
 
-    def _threshold(self, look: view.Look) -> float:
+    def _threshold(self, gated: GatedPicture) -> float:
         if self.knob == "budget":
-            return look.cut(self.budget.value / 100)
-        return self.threshold.value if self.knob == "threshold" else look.subject.model.threshold
+            return gated.threshold_for(self.budget.value / 100)
+        return self.threshold.value if self.knob == "threshold" else gated.loaded.model.threshold
 
     def _open_folder(self):
         if self.folder.value:
-            self._add_source(self.folder.value, sources.folder_source(self.folder.value))
+            self._add_source(self.folder.value, folder_source(self.folder.value))
 
     def _take_uploads(self):
-        """Shows the last good one of the files; each bad one is named, with what is wrong with it."""
+        """Show the last good one of the files; name each bad one, with what is wrong with it."""
         new = {file["name"]: bytes(file["content"]) for file in self.upload.value}
         with self._silently():
             self.upload.value = ()
         good, wrong = sort_out(new)
         if good:
             before = self.sources["uploads"].files if "uploads" in self.sources else {}
-            self._add_source("uploads", Source(before | good), list(good)[-1])
+            self._add_source("uploads", PictureSource(before | good), list(good)[-1])
         if wrong:
             raise PictureError("; ".join(wrong))
 
-    def _add_source(self, name: str, source: Source, picture: str = ""):
+    def _add_source(self, name: str, source: PictureSource, picture: str = ""):
         self.sources[name] = source
         with self._silently():
             self.source.options, self.source.value = list(self.sources), name
@@ -255,7 +255,7 @@ class Explorer:
 
     def _choose_layer(self):
         for row in self.rows:
-            row.show_stage(self.layer.value)
+            row.show_layer(self.layer.value)
 
     def _take_brush(self):
         for row in self.rows:
@@ -264,11 +264,11 @@ class Explorer:
     def _clear(self):
         with self._silently():
             for row in self.rows:
-                row.painter.painted = [view.FREE] * len(row.painter.painted)
+                row.painter.painted = [UNPAINTED] * len(row.painter.painted)
         self._step()
 
     def _save(self, kind: str):
         path, _ = self.save(kinds=(kind,))
         data, mime = base64.b64encode(path.read_bytes()).decode(), {"png": "image/png", "svg": "image/svg+xml"}[kind]
         link = f' · <a download="{html.escape(path.name)}" href="data:{mime};base64,{data}">download</a>'
-        self._say(f"Saved {path} and its figures as JSON beside it", good=True, link=link)
+        self._show_message(f"Saved {path} and its figures as JSON beside it", good=True, link=link)

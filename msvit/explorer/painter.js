@@ -1,14 +1,14 @@
-// The picture under its mixed-scale grid. Click or drag paints regions; hovering tells a region's score. The browser draws
+// The picture under its mixed-scale grid. Click or drag paints regions; hovering shows a region's score. The browser draws
 // at once and Python follows: a region is painted (1 coarse, 0 fine) or free (-1), and then what the gate decided counts.
 const ORANGE = "230,159,0", BLUE = "86,180,233";
 
 function render({ model, el }) {
-  const canvas = document.createElement("canvas"), said = document.createElement("div"), picture = new Image();
+  const canvas = document.createElement("canvas"), readout = document.createElement("div"), picture = new Image();
   canvas.className = "msvit-canvas";
   canvas.style.cssText = "width:100%; display:block; cursor:crosshair; touch-action:none";
-  said.className = "msvit-said";
-  said.style.cssText = "font: 12px/18px var(--jp-ui-font-family, sans-serif); min-height: 36px; padding-top: 4px";
-  el.append(canvas, said);
+  readout.className = "msvit-readout";
+  readout.style.cssText = "font: 12px/18px var(--jp-ui-font-family, sans-serif); min-height: 36px; padding-top: 4px";
+  el.append(canvas, readout);
   let hovered = -1, drawing = false, url = "";
   const grid = () => model.get("grid");
   const coarse = (i) => (model.get("painted")[i] < 0 ? model.get("coarse")[i] : model.get("painted")[i]) === 1;
@@ -44,7 +44,7 @@ function render({ model, el }) {
       if (i === hovered) { g.strokeStyle = "white"; g.lineWidth = 4; g.strokeRect(x + 5, y + 5, sx - 10, sy - 10); }
     }
     const score = model.get("scores")[hovered];  // a rule has none
-    said.textContent = hovered < 0 ? "Click or drag to paint. Orange hatch: one coarse token; blue: fine ones."
+    readout.textContent = hovered < 0 ? "Click or drag to paint. Orange hatch: one coarse token; blue: fine ones."
       : `row ${Math.floor(hovered / w)}, column ${hovered % w}: ` + (score === undefined ? "" : `score ${score.toFixed(2)}, `) +
         `m ${model.get("soft")[hovered].toFixed(3)}, ${coarse(hovered) ? "coarse" : "fine"}` +
         (model.get("painted")[hovered] >= 0 ? ", painted" : "");

@@ -1,32 +1,57 @@
-"""The panels of the explorer: each a function from a `view.State` to a picture `drawing.SIDE` pixels wide.
+"""The panels of the explorer: each a function from a `State` to a picture `drawing.PANEL_WIDTH` pixels wide.
 
 A new one is a line in PANELS.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw
 
-from .drawing import COARSE, FINE, INK, colours, enlarged, font, frame, hatched, shortened, stacked, strip
-from .models import Subject
-from .segpanels import error_panel, prediction_panel, truth_panel
-from .state import FREE, State, as_the_model_sees
+from ..data import IGNORE
+from ..evaluation.segmentation import near_edges
+from .drawing import (
+    COARSE_COLOUR,
+    FINE_COLOUR,
+    INK,
+    WRONG,
+    Colour,
+    colours,
+    enlarged,
+    font,
+    frame,
+    hatched,
+    ink_on,
+    legend,
+    notice,
+    shortened,
+    stacked,
+    strip,
+)
+from .models import LoadedModel
+from .state import UNPAINTED, State, pixels_of_tokens, shares_of
 
-ENDED = "Where each pixel's token ended"
-DROPPED, HATCH = (40, 40, 40), (95, 95, 95)  # of patches without a token
+TOKEN_MAP_TITLE = "Where each pixel's token ended"
+DROPPED_FILL, DROPPED_HATCH = (40, 40, 40), (95, 95, 95)  # of patches without a token
+IGNORED_FILL, IGNORED_HATCH = (250, 250, 250), (190, 190, 190)  # of pixels to ignore
+NEAR_EDGE = (143, 190, 216)  # of right pixels near a boundary
+LEGEND_CLASSES = 12  # as many are named
+# Paul Tol's muted scheme: a pale grey, and nine colours that differ in lightness too, for colour-blind eyes.
+MUTED = ((221, 221, 221), (51, 34, 136), (221, 204, 119), (17, 119, 51), (136, 204, 238), (204, 102, 119))
+MUTED += ((68, 170, 153), (136, 34, 85), (153, 153, 51), (170, 68, 153))
 
 
 def picture_panel(state: State) -> Image.Image:
-    """The picture, at the resolution that the model has it in."""
-    return enlarged(state.look.shot.image)
+    """Draw the picture, at the resolution that the model has it in."""
+    return enlarged(state.gated.picture.image)
 
 
 def gate_panel(state: State) -> Image.Image:
-    """m of each region, from blue (fine) to yellow (coarse), with its scale and the threshold below."""
-    soft = state.look.soft
-    panel = enlarged(Image.fromarray(colours(soft)), state.look.shot.image.size)
+    """Draw m of each region, from blue (fine) to yellow (coarse), with its scale and the threshold below."""
+    soft = state.gated.soft
+    panel = enlarged(Image.fromarray(colours(soft)), state.gated.picture.image.size)
     (width, height), (h, w) = panel.size, soft.shape
     canvas = ImageDraw.Draw(panel)
     if max(h, w) <= 10:
@@ -38,9 +63,9 @@ def gate_panel(state: State) -> Image.Image:
     bar = Image.fromarray(colours(np.linspace(0, 1, width - 40)[None])).resize((width - 40, 16))
     scale.paste(bar, (20, 12))
     canvas, x = ImageDraw.Draw(scale), 20 + state.threshold * (width - 40)
-    canvas.polygon([(x, 20), (x - 8, 4), (x + 8, 4)], COARSE, INK)
+    canvas.polygon([(x, 20), (x - 8, 4), (x + 8, 4)], COARSE_COLOUR, INK)
     canvas.line([(x, 12), (x, 30)], INK, 3)
-    ends, cut = ("0 fine", "1 coarse"), cut_text(state.threshold)
+    ends, cut = ("0 fine", "1 coarse"), threshold_text(state.threshold)
     left, right, half = (canvas.textlength(text, font(18)) for text in (*ends, cut))
     middle = min(max(x, 32 + left + half / 2), width - 32 - right - half / 2)  # beside the ends, not over them
     for at, text, anchor in ((20, ends[0], "lt"), (middle, cut, "mt"), (width - 20, ends[1], "rt")):
@@ -49,52 +74,52 @@ def gate_panel(state: State) -> Image.Image:
 
 
 def grid_panel(state: State) -> Image.Image:
-    """The tokens on the picture: an orange, hatched frame is one coarse token, a blue cross fine ones."""
-    panel = enlarged(state.look.shot.image)
+    """Draw the tokens on the picture: an orange, hatched frame is one coarse token, a blue cross fine ones."""
+    panel = enlarged(state.gated.picture.image)
     veil = Image.new("RGBA", panel.size)
-    canvas, k, (h, w) = ImageDraw.Draw(veil), state.look.subject.model.scale, state.coarse.shape
+    canvas, k, (h, w) = ImageDraw.Draw(veil), state.gated.loaded.model.scale, state.coarse.shape
     sy, sx = panel.height / h, panel.width / w
     for r, c in sorted(np.ndindex(h, w), key=lambda at: state.coarse[at]):
         y, x = r * sy, c * sx
         if state.coarse[r, c]:
             for t in np.arange(0.25, 2, 0.25):  # diagonals, cut at the region's borders
                 a, b = max(0, t - 1), min(1, t)
-                canvas.line([(x + a * sx, y + (t - a) * sy), (x + b * sx, y + (t - b) * sy)], (*COARSE, 110), 2)
-            frame(canvas, (x, y, sx, sy), COARSE)
+                canvas.line([(x + a * sx, y + (t - a) * sy), (x + b * sx, y + (t - b) * sy)], (*COARSE_COLOUR, 110), 2)
+            frame(canvas, (x, y, sx, sy), COARSE_COLOUR)
         else:
             for i in range(k * k):
-                frame(canvas, (x + i % k * sx / k, y + i // k * sy / k, sx / k, sy / k), FINE)
-        if state.painted[r, c] != FREE:
+                frame(canvas, (x + i % k * sx / k, y + i // k * sy / k, sx / k, sy / k), FINE_COLOUR)
+        if state.painted[r, c] != UNPAINTED:
             canvas.ellipse([x + 8, y + 8, x + 22, y + 22], "white", "black", 2)
     return Image.alpha_composite(panel.convert("RGBA"), veil).convert("RGB")
 
 
 def pixels_panel(state: State) -> Image.Image:
-    """What the tokens hold: coarse regions at 1 / k of the resolution, as the average that the tokenizer takes."""
-    return enlarged(Image.fromarray(as_the_model_sees(state)))
+    """Draw what the tokens hold: coarse regions at 1 / k of the resolution, as the average that the tokenizer takes."""
+    return enlarged(Image.fromarray(pixels_of_tokens(state)))
 
 
-def ended_panel(state: State) -> Image.Image:
-    """The tokens at the chosen stage of a reducer: each the mean colour of its pixels, with borders between them.
+def token_map_panel(state: State) -> Image.Image:
+    """Draw the tokens after the chosen layer: each the mean colour of its pixels, with borders between them.
 
     Patches of a token may lie apart; those that were dropped are dark and hatched.
     """
-    part, image = state.part, np.asarray(state.look.shot.image, np.float32)
-    rows, columns = part.where.shape
+    token_map, image = state.token_map, np.asarray(state.gated.picture.image, np.float32)
+    rows, columns = token_map.where.shape
     patches = image.reshape(rows, image.shape[0] // rows, columns, -1, 3).mean((1, 3))
-    number = np.unique(part.where, return_inverse=True)[1].reshape(part.where.shape)
+    number = np.unique(token_map.where, return_inverse=True)[1].reshape(token_map.where.shape)
     count = np.bincount(number.ravel())
     sums = [np.bincount(number.ravel(), channel.ravel()) for channel in np.moveaxis(patches, 2, 0)]
     means = (np.stack(sums, 1) / count[:, None]).round().astype(np.uint8)
-    panel = enlarged(Image.fromarray(means[number]), state.look.shot.image.size)
-    panel = hatched(panel, part.where < 0, DROPPED, HATCH)
-    draw_borders(panel, part.where)
-    lost = [f"{part.dropped} of {part.where.size} patches dropped"] if part.dropped else []
-    return stacked([panel, strip(f"{part.name}: {part.tokens} patch tokens", *lost)])
+    panel = enlarged(Image.fromarray(means[number]), state.gated.picture.image.size)
+    panel = hatched(panel, token_map.where < 0, DROPPED_FILL, DROPPED_HATCH)
+    _draw_borders(panel, token_map.where)
+    lost = [f"{token_map.dropped} of {token_map.where.size} patches dropped"] if token_map.dropped else []
+    return stacked([panel, strip(f"{token_map.name}: {token_map.tokens} patch tokens", *lost)])
 
 
-def draw_borders(panel: Image.Image, where: np.ndarray):
-    """Draws the borders between cells `[h, w]` with different numbers, white on black to be seen on any colour."""
+def _draw_borders(panel: Image.Image, where: np.ndarray):
+    """Draw the borders between cells `[h, w]` with different numbers, white on black to be seen on any colour."""
     canvas, (h, w) = ImageDraw.Draw(panel), where.shape
     sy, sx = panel.height / h, panel.width / w
     lines = [(c * sx, r * sy, c * sx, (r + 1) * sy) for r, c in np.argwhere(where[:, 1:] != where[:, :-1]) + (0, 1)]
@@ -105,41 +130,126 @@ def draw_borders(panel: Image.Image, where: np.ndarray):
 
 
 def classes_panel(state: State) -> Image.Image:
-    """The most probable classes; the true one, where it is known, is underlined."""
-    look, top = state.look, np.argsort(-state.probabilities, kind="stable")[:6]
-    width, height = enlarged(look.shot.image).size
+    """Draw the most probable classes; the true one, where it is known, is underlined."""
+    gated, top = state.gated, np.argsort(-state.probabilities, kind="stable")[:6]
+    width, height = enlarged(gated.picture.image).size
     panel = Image.new("RGB", (width, max(height, 330)), "white")
     canvas, step = ImageDraw.Draw(panel), max(height, 330) / 6
     for row, i in enumerate(top):
-        y, p, name = row * step + step / 2, float(state.probabilities[i]), look.subject.classes[i]
+        y, p, name = row * step + step / 2, float(state.probabilities[i]), gated.loaded.classes[i]
         name = shortened(name, width - 110, 24)
         canvas.text((4, y - 4), name, INK, font(24), anchor="ls")
         canvas.text((width - 4, y - 4), f"{p:.1%}", INK, font(24), anchor="rs")
-        if look.subject.classes[i] == look.shot.truth:
+        if gated.loaded.classes[i] == gated.picture.truth:
             canvas.line([(4, y + 1), (4 + canvas.textlength(name, font(24)), y + 1)], INK, 2)
         canvas.rectangle([4, y + 6, width - 4, y + 20], (235, 235, 235))
         canvas.rectangle([4, y + 6, 4 + p * (width - 8), y + 20], (0, 114, 178) if row == 0 else (130, 170, 200))
     return panel
 
 
+def prediction_panel(state: State) -> Image.Image:
+    """Draw the class that the model gives to each pixel."""
+    return label_panel(state.labels, state.gated.loaded.classes)
+
+
+def truth_panel(state: State) -> Image.Image:
+    """Draw the true class of each pixel, in the same colours; or why it is unknown."""
+    if state.gated.truth is None:
+        return _unknown(state)
+    return label_panel(state.gated.truth, state.gated.loaded.classes)
+
+
+def error_panel(state: State) -> Image.Image:
+    """Draw wrong pixels on the pale picture, and the band on both sides of the true boundaries."""
+    truth = state.gated.truth
+    if truth is None:
+        return _unknown(state)
+    known, band = truth != IGNORE, near_edges(torch.from_numpy(truth)[None])[0].numpy()
+    wrong = (state.labels != truth) & known
+    grey = np.asarray(state.gated.picture.image.convert("L"), np.float32)[..., None].repeat(3, 2)
+    pale = 150 + grey * 0.41
+    pale[band], pale[wrong] = NEAR_EDGE, WRONG
+    panel = hatched(enlarged(Image.fromarray(pale.round().astype(np.uint8))), ~known, IGNORED_FILL, IGNORED_HATCH)
+    entries = [
+        (WRONG, "", f"wrong: {_percent(wrong[known])} of the pixels"),
+        (NEAR_EDGE, "", f"near a boundary: {_percent(wrong[band])} wrong"),
+        (IGNORED_FILL, "//", "ignored"),
+    ]
+    return stacked([panel, legend(entries if not known.all() else entries[:2])])
+
+
+def _unknown(state: State) -> Image.Image:
+    """Draw why there is no truth."""
+    picture = state.gated.picture
+    why = "no label map belongs to this picture" if picture.labels is None else "its labels are of other classes"
+    return notice(["unknown:", why], picture.image.size)
+
+
+def _percent(wrong: np.ndarray) -> str:
+    return f"{wrong.mean():.1%}" if wrong.size else "none"
+
+
+def label_panel(labels: np.ndarray, names: tuple[str, ...]) -> Image.Image:
+    """Draw a label map; each area bears the number that its class has in the legend."""
+    table = np.array([colour_of(k) for k in range(len(names))], np.uint8)
+    ignored = labels == IGNORE
+    panel = hatched(
+        enlarged(Image.fromarray(table[np.where(ignored, 0, labels)])), ignored, IGNORED_FILL, IGNORED_HATCH
+    )
+    shares = shares_of(labels, len(names))
+    seen = np.argsort(-shares, kind="stable")[: int((shares > 0).sum())].tolist()
+    _number_areas(panel, labels, seen)
+    entries = [(colour_of(k), str(k), names[k]) for k in sorted(seen[:LEGEND_CLASSES])]
+    entries += [(IGNORED_FILL, "…", f"{len(seen) - LEGEND_CLASSES} more")] if len(seen) > LEGEND_CLASSES else []
+    entries += [(IGNORED_FILL, "//", "ignored")] if ignored.any() else []
+    return stacked([panel, legend(entries)])
+
+
+def colour_of(k: int) -> Colour:
+    """Return the colour of class k: after the first ten paler ones, then darker ones; numbers tell equal ones apart."""
+    turn, base = (0, k) if k < len(MUTED) else divmod(k - 1, len(MUTED) - 1)
+    red, green, blue = MUTED[base if k < len(MUTED) else base + 1]
+    towards, share = (255, 0.45) if turn % 3 == 1 else (0, 0.35 if turn % 3 else 0.0)
+    return tuple(round((1 - share) * x + share * towards) for x in (red, green, blue))
+
+
+def _number_areas(panel: Image.Image, labels: np.ndarray, seen: Iterable[int]):
+    """Write each class's number into the thickest part of its area, if there is room."""
+    step = max(1, max(labels.shape) // 64)
+    small, canvas = labels[::step, ::step], ImageDraw.Draw(panel)
+    scale = panel.width / small.shape[1]
+    for k in seen:
+        inside, depth = np.pad(small == k, 1), 0
+        while (smaller := _eroded(inside)).any():
+            inside, depth = smaller, depth + 1
+        if (2 * depth + 1) * scale < 26:
+            continue
+        cells = np.argwhere(inside) - 1
+        y, x = cells[np.abs(cells - cells.mean(0)).sum(1).argmin()]
+        at = (x + 0.5) * scale, (y + 0.5) * scale
+        canvas.text(at, str(k), ink_on(colour_of(k)), font(20), anchor="mm")
+
+
+def _eroded(inside: np.ndarray) -> np.ndarray:
+    """Return what is inside with its four neighbours."""
+    out = inside.copy()
+    out[1:] &= inside[:-1]
+    out[:-1] &= inside[1:]
+    out[:, 1:] &= inside[:, :-1]
+    out[:, :-1] &= inside[:, 1:]
+    return out
+
+
 class Panel(NamedTuple):
-    """What draws it, for which models, and whether it changes with the picture only."""
+    """How a panel is drawn, for which models, and whether it changes with the picture only."""
 
     draw: Callable[[State], Image.Image]
-    serves: Callable[[Subject], bool] = lambda subject: True
+    serves: Callable[[LoadedModel], bool] = lambda loaded: True
     fixed: bool = False
 
 
-def _labels(subject: Subject) -> bool:
-    return subject.segments
-
-
-def _names(subject: Subject) -> bool:
-    return not subject.segments
-
-
-def _reduces(subject: Subject) -> bool:
-    return subject.model.reducer is not None
+def _segments(loaded: LoadedModel) -> bool:
+    return loaded.segments
 
 
 PANELS = {
@@ -147,19 +257,19 @@ PANELS = {
     "Gate: probability of coarse": Panel(gate_panel),
     "Mixed-scale tokens": Panel(grid_panel),
     "Pixels in the tokens": Panel(pixels_panel),
-    ENDED: Panel(ended_panel, _reduces),
-    "Class probabilities": Panel(classes_panel, _names),
-    "Prediction": Panel(prediction_panel, _labels),
-    "Ground truth": Panel(truth_panel, _labels, fixed=True),
-    "Error": Panel(error_panel, _labels),
+    TOKEN_MAP_TITLE: Panel(token_map_panel, lambda loaded: loaded.model.reducer is not None),
+    "Class probabilities": Panel(classes_panel, lambda loaded: not loaded.segments),
+    "Prediction": Panel(prediction_panel, _segments),
+    "Ground truth": Panel(truth_panel, _segments, fixed=True),
+    "Error": Panel(error_panel, _segments),
 }
 
 
-def shown(subject: Subject) -> dict[str, Panel]:
-    """The panels that a model has."""
-    return {title: panel for title, panel in PANELS.items() if panel.serves(subject)}
+def panels_of(loaded: LoadedModel) -> dict[str, Panel]:
+    """Return the panels that a model has."""
+    return {title: panel for title, panel in PANELS.items() if panel.serves(loaded)}
 
 
-def cut_text(threshold: float) -> str:
-    """A threshold, in words."""
+def threshold_text(threshold: float) -> str:
+    """Return a threshold in words."""
     return f"coarse where m > {threshold:.2f}" if 0.01 <= threshold <= 0.99 else f"coarse where m > {threshold:.3g}"

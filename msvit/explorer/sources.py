@@ -8,13 +8,12 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..data import IGNORE
-from ..data.images import UNREADABLE
+from ..data.images import SUFFIXES, UNREADABLE
 from ..data.scenes import DIFFICULTIES, Scenes
-from ..data.segmentation import SegmentationFolder, open_folder
-from .uploads import FORMATS, PictureError, read_picture
+from ..data.segmentation import open_folder
+from .uploads import IMAGE_FORMATS, PictureError, read_picture
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-SHIPPED = {  # photographs that come with packages which a workbench has anyway: package, path inside it
+PACKAGED = {  # photographs that come with packages which are installed anyway: package, path inside it
     "a temple": ("sklearn", "datasets/images/china.jpg"),
     "a flower": ("sklearn", "datasets/images/flower.jpg"),
     "Grace Hopper": ("matplotlib", "mpl-data/sample_data/grace_hopper.jpg"),
@@ -22,12 +21,12 @@ SHIPPED = {  # photographs that come with packages which a workbench has anyway:
 SCENES_SHOWN = 48
 
 
-class Shot(NamedTuple):
-    """A picture of the size that a model takes, and what is known to be on it.
+class Picture(NamedTuple):
+    """A picture of the size that a model takes, and what is known of it.
 
     Attributes:
-        truth: The name of its class; empty where nobody knows.
-        labels: The class of each pixel, int64 `[H, W]`, 255 to ignore; None where nobody knows.
+        truth: The name of its class; empty where it is unknown.
+        labels: The class of each pixel, int64 `[H, W]`, 255 to ignore; None where they are unknown.
         regions: Names of these classes.
     """
 
@@ -38,8 +37,8 @@ class Shot(NamedTuple):
     regions: tuple[str, ...] = ()
 
 
-class Source:
-    """Pictures under names; `shot(name, size)` gives one as a model takes it."""
+class PictureSource:
+    """Pictures under names, from files or from their bytes."""
 
     def __init__(self, files: dict[str, Path | bytes]):
         self.files = files
@@ -47,9 +46,9 @@ class Source:
     def names(self) -> list[str]:
         return list(self.files)
 
-    def shot(self, name: str, size: tuple[int, int]) -> Shot:
-        """The middle of the picture, as large as it goes, at this height and width."""
-        return Shot(name, _fitted(self._read(name), size, Image.Resampling.BICUBIC))
+    def picture(self, name: str, size: tuple[int, int]) -> Picture:
+        """Return a picture at this height and width, cropped at its middle to their proportions."""
+        return Picture(name, _fitted(self._read(name), size, Image.Resampling.BICUBIC))
 
     def _read(self, name: str) -> Image.Image:
         file = self.files[name]
@@ -61,7 +60,7 @@ class Source:
         return read_picture(file, name)
 
 
-class SceneSource(Source):
+class SceneSource(PictureSource):
     """Validation scenes of one difficulty, made at the size that is asked for: resized, they would lose the class."""
 
     def __init__(self, difficulty: str):
@@ -70,36 +69,39 @@ class SceneSource(Source):
         classes = DIFFICULTIES[difficulty].classes
         super().__init__({f"#{i} {classes[label]}": b"" for i, label in enumerate(labels)})
 
-    def shot(self, name: str, size: tuple[int, int]) -> Shot:
+    def picture(self, name: str, size: tuple[int, int]) -> Picture:
+        """Return the scene, drawn at this height and width."""
         i = self.names().index(name)
         scenes = Scenes(i + 1, size, difficulty=self.difficulty, split="val")
         pixels, label = scenes[i]
         image = Image.fromarray((pixels * 64 + 128).byte().permute(1, 2, 0).numpy())
         labels = scenes.mask(i).astype(np.int64)
-        return Shot(f"{self.difficulty} scene #{i}", image, scenes.classes[label], labels, tuple(scenes.regions))
+        return Picture(f"{self.difficulty} scene #{i}", image, scenes.classes[label], labels, tuple(scenes.regions))
 
 
-class LabelledSource(Source):
-    """The pictures of a folder that `segdata.open_folder` reads, those for validation first, with their label maps."""
+class LabelledSource(PictureSource):
+    """The pictures of a folder that `open_folder` reads, those for validation first, with their label maps."""
 
-    def __init__(self, root: Path, folder: SegmentationFolder):
+    def __init__(self, root: Path):
+        folder = open_folder(root)
         pairs = {p.relative_to(root).as_posix(): (p, labels) for p, labels in [*folder.val, *folder.train]}
         super().__init__({name: picture for name, (picture, _) in pairs.items()})
         self.maps = {name: labels for name, (_, labels) in pairs.items()}
         self.classes, self.meaning = tuple(folder.classes), folder.meaning
 
-    def shot(self, name: str, size: tuple[int, int]) -> Shot:
+    def picture(self, name: str, size: tuple[int, int]) -> Picture:
+        """Return a picture and its label map, both at this height and width."""
         image, labels = self._read(name), self._labels(name)
         if labels.size != image.size:
             raise PictureError(
                 f"{self.maps[name]} is {labels.size[0]} x {labels.size[1]} px, its picture {name} {image.size[0]} x "
                 f"{image.size[1]}; a label map holds one number for each pixel of the upright picture"
             )
-        seen = np.asarray(_fitted(labels, size, Image.Resampling.NEAREST), np.int64)
-        return Shot(name, _fitted(image, size, Image.Resampling.BICUBIC), "", seen, self.classes)
+        fitted = np.asarray(_fitted(labels, size, Image.Resampling.NEAREST), np.int64)
+        return Picture(name, _fitted(image, size, Image.Resampling.BICUBIC), "", fitted, self.classes)
 
     def _labels(self, name: str) -> Image.Image:
-        """The classes of the pixels, of 8 bits."""
+        """Return the classes of the pixels, of 8 bits."""
         path = self.maps[name]
         try:
             with Image.open(path) as image:
@@ -115,30 +117,30 @@ class LabelledSource(Source):
         return Image.fromarray(codes.astype(np.uint8))
 
 
-def sources() -> dict[str, Source]:
-    """The pictures that are there without asking for any."""
+def built_in_sources() -> dict[str, PictureSource]:
+    """Return the sources that need no folder and no upload."""
     found = {f"scenes: {name}": SceneSource(name) for name in DIFFICULTIES}
     photographs = {}
-    for title, (package, inside) in SHIPPED.items():
+    for title, (package, inside) in PACKAGED.items():
         spec = find_spec(package)  # finds the folder without importing the package
         path = Path(spec.submodule_search_locations[0]) / inside if spec else None
         if path and path.is_file():
             photographs[title] = path
-    return found | ({"photographs": Source(photographs)} if photographs else {})
+    return found | ({"photographs": PictureSource(photographs)} if photographs else {})
 
 
-def folder_source(folder: str | Path) -> Source:
-    """The pictures of a folder and of the folders in it; with label maps if they lie as `segdata.open_folder` says."""
+def folder_source(folder: str | Path) -> PictureSource:
+    """Return the pictures of a folder and of the folders in it, with label maps if `open_folder` finds them."""
     root = Path(folder).expanduser()
     if not root.is_dir():
-        raise PictureError(f"there is no folder {root}; name one that holds {', '.join(FORMATS)} files")
+        raise PictureError(f"there is no folder {root}; name one that holds {', '.join(IMAGE_FORMATS)} files")
     try:
-        return LabelledSource(root, open_folder(root))
+        return LabelledSource(root)
     except (OSError, ValueError, KeyError, TypeError):  # in neither layout, or with a list of classes that is none
         files = {p.relative_to(root).as_posix(): p for p in sorted(root.rglob("*")) if p.suffix.lower() in SUFFIXES}
     if not files:
-        raise PictureError(f"{root} holds no picture; looked for {', '.join(SUFFIXES)}")
-    return Source(files)
+        raise PictureError(f"{root} holds no picture; known suffixes are {', '.join(SUFFIXES)}")
+    return PictureSource(files)
 
 
 def _fitted(image: Image.Image, size: tuple[int, int], how: Image.Resampling) -> Image.Image:

@@ -1,7 +1,7 @@
-"""What the explorer shows of one model on one picture, under a threshold and what a hand has painted.
+"""What the explorer shows of one model on one picture, under a threshold and regions painted by hand.
 
-The gate's decisions are computed once (`look`); a step of the threshold or of the brush only runs the backbone again,
-on the tokens that are left (`see`). How it is drawn is told in `panels`.
+The gate runs once for each picture (`run_gate`); a step of the threshold or of the brush only runs the backbone again,
+on the tokens that are left (`run_backbone`). `panels` draws the result.
 """
 
 import math
@@ -14,30 +14,32 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import macs as measure
+from ..core.macs import gate_macs
 from ..data import IGNORE
 from ..evaluation.segmentation import class_table, confusion
+from ..models.calibrate import nearest_to_budget, thresholds
 from ..models.msvit import Result
-from .models import Subject, timed
-from .sources import Shot
+from ..plots.runs import as_the_model_sees
+from .models import LoadedModel, fastest_call
+from .sources import Picture
 
-FREE = -1  # not painted
-TOKENIZER, LAST = -1, sys.maxsize  # stages before the first block, and behind all blocks
+UNPAINTED = -1
+AFTER_TOKENIZER, LAST_LAYER = -1, sys.maxsize  # layers of the slider: before the first block, and behind all blocks
 
 
 @dataclass(frozen=True)
-class Look:
-    """A picture before a model: all that no threshold and no brush changes.
+class GatedPicture:
+    """A picture for which a model's gate has run: all that no threshold and no brush changes.
 
     Attributes:
-        pixels: What the model is given, `[1, 3, H, W]`.
-        scores: The gate's logits, `[h, w]`; None where a rule stands in its place.
-        soft: m in [0, 1], coarse where it is high, `[h, w]`: the gate's probability of coarse, or what the rule says.
+        pixels: The model's input, `[1, 3, H, W]`.
+        scores: The gate's logits, `[h, w]`; None where a rule replaces it.
+        soft: m in [0, 1], coarse where it is high, `[h, w]`: the gate's probability of coarse, or the rule's value.
         gate_ms: Milliseconds that the gate took.
     """
 
-    subject: Subject
-    shot: Shot
+    loaded: LoadedModel
+    picture: Picture
     pixels: Tensor
     scores: np.ndarray | None
     soft: np.ndarray
@@ -46,29 +48,20 @@ class Look:
     @property
     def truth(self) -> np.ndarray | None:
         """The true class of each pixel, `[H, W]`, if it is known and among the model's."""
-        return self.shot.labels if self.shot.regions == self.subject.classes else None
+        return self.picture.labels if self.picture.regions == self.loaded.classes else None
 
     def decisions(self, threshold: float) -> np.ndarray:
-        """Coarse regions under a threshold, bool `[h, w]`."""
+        """Return the coarse regions under a threshold, bool `[h, w]`."""
         return self.soft > np.float32(threshold)
 
-    def cut(self, share: float) -> float:
-        """The threshold that brings this picture's MACs as near as it can to a share of dense.
-
-        With m sorted there are as many budgets as distinct values, and the more are fine the more MACs.
-        """
-        levels = np.unique(self.soft)
-        cuts = [0.0, *((levels[1:] + levels[:-1]) / 2).tolist(), 1.0]
-        low, high = 0, len(cuts) - 1
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.share(cuts[middle]) <= share else (low, middle)
-        return min(cuts[low], cuts[high], key=lambda cut: abs(self.share(cut) - share))
+    def threshold_for(self, share: float) -> float:
+        """Return the threshold that brings this picture's MACs as near as it can to a share of dense."""
+        return nearest_to_budget(thresholds(torch.from_numpy(self.soft)).tolist(), self.share, share)
 
     def share(self, threshold: float) -> float:
-        """MACs under a threshold, gate included, as a share of dense."""
-        coarse, model, size = self.decisions(threshold), self.subject.model, self.pixels.shape[-2:]
-        if self.subject.closed:
+        """Return the MACs under a threshold, gate included, as a share of dense."""
+        coarse, model, size = self.decisions(threshold), self.loaded.model, self.pixels.shape[-2:]
+        if self.loaded.closed_form:
             macs = float(model.macs_of(torch.tensor([int(coarse.sum())]), size))
         else:
             macs = self.macs(self.run(coarse))
@@ -76,19 +69,19 @@ class Look:
 
     @torch.inference_mode()
     def run(self, coarse: np.ndarray) -> Result:
-        """The model under given decisions."""
-        return self.subject.model.run(self.pixels, mask=torch.from_numpy(coarse))
+        """Run the model under given decisions."""
+        return self.loaded.model.run(self.pixels, mask=torch.from_numpy(coarse))
 
     def macs(self, result: Result) -> float:
-        """MACs of a run and of the gate, which had spoken before it."""
-        return float(result.macs) + measure.gate_macs(self.subject.model.gate, self.soft.size)
+        """Return the MACs of a run and of the gate, which ran before it."""
+        return float(result.macs) + gate_macs(self.loaded.model.gate, self.soft.size)
 
 
-class Part(NamedTuple):
-    """What there was after a decision on tokens, see `passage.Stage`.
+class TokenMap(NamedTuple):
+    """Which token each fine patch belongs to after the tokenizer or after a step of the reducer.
 
     Attributes:
-        layer: The block, or TOKENIZER.
+        layer: The block, or AFTER_TOKENIZER.
         where: `[H_f, W_f]`, a number for each fine patch, the same for those that share a token; -1 if it was dropped.
         tokens: Patch tokens that were left.
     """
@@ -99,7 +92,7 @@ class Part(NamedTuple):
 
     @property
     def name(self) -> str:
-        return "after the tokenizer" if self.layer == TOKENIZER else f"at block {self.layer}"
+        return "after the tokenizer" if self.layer == AFTER_TOKENIZER else f"at block {self.layer}"
 
     @property
     def dropped(self) -> int:
@@ -107,8 +100,8 @@ class Part(NamedTuple):
         return int((self.where < 0).sum())
 
 
-class Score(NamedTuple):
-    """How a segmentation agrees with the truth; None where nothing can be said."""
+class SegmentationScore(NamedTuple):
+    """Agreement of a segmentation with the truth; None where it is undefined."""
 
     accuracy: float | None
     miou: float | None
@@ -117,21 +110,21 @@ class Score(NamedTuple):
 
 @dataclass(frozen=True)
 class State:
-    """What came out under a threshold and a painting.
+    """The model's output under a threshold and a painting.
 
     Attributes:
-        painted: What a hand has said about each region, `[h, w]`: 1 coarse, 0 fine, -1 nothing.
+        painted: `[h, w]`: 1 painted coarse, 0 painted fine, UNPAINTED elsewhere.
         coarse: The decisions, bool `[h, w]`: the painting where there is one, else m > threshold.
         probabilities: A classifier's, of the classes, `[K]`; None of a segmenter.
         labels: A segmenter's class of each pixel, `[H, W]`; None of a classifier.
         tokens: Active ones that enter the first block, prefix included.
         macs: Of the active tokens, gate included.
         ms: Milliseconds of gate and packed model, measured in this very step.
-        parts: What a reducer left, stage by stage, the tokenizer's first.
-        layer: The stage to be shown is the one nearest to this block.
+        token_maps: With a reducer, the tokens after the tokenizer and after each of its steps.
+        layer: The token map to be shown is the one nearest to this block.
     """
 
-    look: Look
+    gated: GatedPicture
     threshold: float
     painted: np.ndarray
     coarse: np.ndarray
@@ -140,38 +133,38 @@ class State:
     tokens: int
     macs: float
     ms: float
-    parts: tuple[Part, ...]
-    layer: int = LAST
+    token_maps: tuple[TokenMap, ...]
+    layer: int = LAST_LAYER
 
     @property
-    def part(self) -> Part:
-        """The stage to be shown."""
-        return min(self.parts, key=lambda part: abs(part.layer - self.layer))
+    def token_map(self) -> TokenMap:
+        """The token map to be shown."""
+        return min(self.token_maps, key=lambda token_map: abs(token_map.layer - self.layer))
 
     @cached_property
-    def score(self) -> Score | None:
+    def score(self) -> SegmentationScore | None:
         """Of a segmentation whose truth is known."""
-        truth, names = self.look.truth, self.look.subject.classes
+        truth, names = self.gated.truth, self.gated.loaded.classes
         if self.labels is None or truth is None:
             return None
         matrix = confusion(torch.from_numpy(self.labels)[None], torch.from_numpy(truth)[None], len(names))[0]
         known, table = int(matrix.sum()), class_table(matrix, list(names)).dropna(subset="iou")
         miou = float(table["iou"].mean())
-        return Score(
+        return SegmentationScore(
             int(matrix.trace()) / known if known else None,
             None if math.isnan(miou) else miou,
             dict(zip(table["class"], table["iou"].tolist(), strict=True)),
         )
 
     def numbers(self) -> dict:
-        """All that the view says in figures, as JSON has it."""
-        look, model, size = self.look, self.look.subject.model, self.look.pixels.shape[-2:]
+        """Return all figures of the view, as JSON has them."""
+        gated, model, size = self.gated, self.gated.loaded.model, self.gated.pixels.shape[-2:]
         dense = model.dense_macs(size)
         return {
-            "model": look.subject.name,
-            "note": look.subject.note,
-            "picture": look.shot.name,
-            **(self._classes() if self.labels is None else self._pixels()),
+            "model": gated.loaded.name,
+            "note": gated.loaded.note,
+            "picture": gated.picture.name,
+            **(self._class_numbers() if self.labels is None else self._pixel_numbers()),
             "threshold": self.threshold,
             "tokens": self.tokens,
             "dense_tokens": model.vit.num_prefix_tokens + self.coarse.size * model.scale**2,
@@ -179,29 +172,29 @@ class State:
             "dense_macs": dense,
             "macs_share": self.macs / dense,
             "ms": self.ms,
-            "dense_ms": look.subject.dense_ms,
+            "dense_ms": gated.loaded.dense_ms,
             "stages": [
-                {"layer": None if p.layer == TOKENIZER else p.layer, "tokens": p.tokens, "dropped": p.dropped}
-                for p in self.parts
+                {"layer": None if m.layer == AFTER_TOKENIZER else m.layer, "tokens": m.tokens, "dropped": m.dropped}
+                for m in self.token_maps
             ],
             "coarse": self.coarse.astype(int).tolist(),
             "painted": self.painted.tolist(),
-            "soft": look.soft.tolist(),
-            "scores": None if look.scores is None else look.scores.tolist(),
+            "soft": gated.soft.tolist(),
+            "scores": None if gated.scores is None else gated.scores.tolist(),
         }
 
-    def _classes(self) -> dict:
-        """The figures of a classifier."""
-        best, subject = int(self.probabilities.argmax()), self.look.subject
+    def _class_numbers(self) -> dict:
+        """Return the figures of a classifier."""
+        best = int(self.probabilities.argmax())
         return {
-            "truth": self.look.shot.truth,
-            "prediction": subject.classes[best],
+            "truth": self.gated.picture.truth,
+            "prediction": self.gated.loaded.classes[best],
             "probability": float(self.probabilities[best]),
         }
 
-    def _pixels(self) -> dict:
-        """The figures of a segmenter."""
-        score, names, truth = self.score, self.look.subject.classes, self.look.truth
+    def _pixel_numbers(self) -> dict:
+        """Return the figures of a segmenter."""
+        score, names, truth = self.score, self.gated.loaded.classes, self.gated.truth
         shares = [labels if labels is None else shares_of(labels, len(names)) for labels in (truth, self.labels)]
         named = [None if x is None else {names[k]: float(x[k]) for k in np.flatnonzero(x)} for x in shares]
         return {
@@ -214,45 +207,49 @@ class State:
 
 
 def shares_of(labels: np.ndarray, classes: int) -> np.ndarray:
-    """The share of the pixels that each class has, `[K]`; ignored pixels count for none."""
+    """Return the share of the pixels that each class has, `[K]`; ignored pixels count for none."""
     return np.bincount(labels[labels != IGNORE], minlength=classes) / max(labels.size, 1)
 
 
 @torch.inference_mode()
-def look(subject: Subject, shot: Shot) -> Look:
-    """Puts a picture before a model: what the gate says of it, once for all that follows."""
-    pixels, model = subject.normalise(shot.image), subject.model
+def run_gate(loaded: LoadedModel, picture: Picture) -> GatedPicture:
+    """Run a model's gate on a picture."""
+    pixels, model = loaded.normalise(picture.image), loaded.model
     model.run(pixels)  # the first call of a size is slower than all later ones
-    gating, ms = timed(lambda: model.decide(pixels))
+    gating, ms = fastest_call(lambda: model.decide(pixels))
     scores = None if gating.scores is None else gating.scores[0].numpy()
-    return Look(subject, shot, pixels, scores, gating.soft[0].numpy(), ms)
+    return GatedPicture(loaded, picture, pixels, scores, gating.soft[0].numpy(), ms)
 
 
 @torch.inference_mode()
-def see(look: Look, threshold: float, painted: np.ndarray | None = None, layer: int = LAST) -> State:
-    """Runs the backbone on the tokens that the threshold and the painting leave."""
-    painted = np.full(look.soft.shape, FREE) if painted is None else painted
-    coarse = np.where(painted == FREE, look.decisions(threshold), painted == 1)
-    result, ms = timed(lambda: look.run(coarse))
-    answer = {"probabilities": None, "labels": None}
-    if look.subject.segments:
-        answer["labels"] = result.logits[0].argmax(0).numpy()
-    else:
-        answer["probabilities"] = result.logits[0].float().softmax(0).numpy()
-    parts = tuple(
-        Part(TOKENIZER if stage.layer is None else stage.layer, stage.where[0].numpy(), int(stage.kept))
-        for stage in (result.stages if look.subject.model.reducer is not None else ())
+def run_backbone(
+    gated: GatedPicture, threshold: float, painted: np.ndarray | None = None, layer: int = LAST_LAYER
+) -> State:
+    """Run the backbone on the tokens that the threshold and the painting leave."""
+    painted = np.full(gated.soft.shape, UNPAINTED) if painted is None else painted
+    coarse = np.where(painted == UNPAINTED, gated.decisions(threshold), painted == 1)
+    result, ms = fastest_call(lambda: gated.run(coarse))
+    segments = gated.loaded.segments
+    return State(
+        gated,
+        threshold,
+        painted,
+        coarse,
+        probabilities=None if segments else result.logits[0].float().softmax(0).numpy(),
+        labels=result.logits[0].argmax(0).numpy() if segments else None,
+        tokens=int(result.tokens),
+        macs=gated.macs(result),
+        ms=gated.gate_ms + ms,
+        token_maps=tuple(
+            TokenMap(AFTER_TOKENIZER if stage.layer is None else stage.layer, stage.where[0].numpy(), int(stage.kept))
+            for stage in (result.stages if gated.loaded.model.reducer is not None else ())
+        ),
+        layer=layer,
     )
-    measured = {"tokens": int(result.tokens), "macs": look.macs(result), "ms": look.gate_ms + ms}
-    return State(look, threshold, painted, coarse, parts=parts, layer=layer, **answer, **measured)
 
 
-def as_the_model_sees(state: State) -> np.ndarray:
-    """uint8 `[H, W, 3]`: the picture, each coarse region averaged over blocks of k x k pixels."""
-    image, k = np.asarray(state.look.shot.image), state.look.subject.model.scale
-    height, width, channels = image.shape
-    blocks = image.reshape(height // k, k, width // k, k, channels).mean((1, 3))
-    reduced = blocks.round().astype(np.uint8).repeat(k, 0).repeat(k, 1)
-    (h, w) = state.coarse.shape
-    coarse = state.coarse.repeat(height // h, 0).repeat(width // w, 1)
-    return np.where(coarse[..., None], reduced, image)
+def pixels_of_tokens(state: State) -> np.ndarray:
+    """Return the picture, uint8 `[H, W, 3]`, each coarse region averaged over blocks of k x k pixels."""
+    image = torch.from_numpy(np.array(state.gated.picture.image)).permute(2, 0, 1).float()
+    reduced = as_the_model_sees(image, torch.from_numpy(state.coarse), state.gated.loaded.model.scale)
+    return reduced.round().byte().permute(1, 2, 0).numpy()

@@ -1,4 +1,4 @@
-"""Decoding pictures that strangers send: each becomes 8-bit RGB, or an error that says what is wrong with it."""
+"""Decoding of uploaded pictures: each becomes 8-bit RGB, or an error that states what is wrong with it."""
 
 import io
 import re
@@ -8,8 +8,8 @@ from PIL import Image
 
 from ..data.images import UNREADABLE, to_rgb
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no others: EPS, for one, would start Ghostscript
-MEGAPIXELS = 64  # decoded, that is 200 MB
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no others: EPS, for one, would start Ghostscript
+MAX_MEGAPIXELS = 64  # decoded, that is 200 MB
 
 
 class PictureError(ValueError):
@@ -17,26 +17,26 @@ class PictureError(ValueError):
 
 
 def read_picture(data: bytes, name: str) -> Image.Image:
-    """The picture in `data`, upright and over white; `name` is for messages.
+    """Return the picture in `data`, upright and over white; `name` is for messages.
 
-    The size is read from the header and judged before a single pixel is decoded.
+    The size is read from the header and checked before a single pixel is decoded.
     """
     if not data:
         raise PictureError(f"{name} is empty; choose a picture")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL's own warning of large pictures; they are judged below
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            warnings.simplefilter("ignore")  # PIL's own warning of large pictures; they are refused below
+            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     except Image.DecompressionBombError as error:
         pixels = re.search(r"\d+", str(error))
         raise _too_large(name, int(pixels[0]) if pixels else 2 * Image.MAX_IMAGE_PIXELS) from error
     except UNREADABLE as error:
         raise PictureError(
             f"{name} is no picture that can be read here (it begins with {data[:12]!r}); "
-            f"choose one of {', '.join(FORMATS)}"
+            f"choose one of {', '.join(IMAGE_FORMATS)}"
         ) from error
     with image:
-        if image.width * image.height > MEGAPIXELS * 1e6:
+        if image.width * image.height > MAX_MEGAPIXELS * 1e6:
             raise _too_large(name, image.width * image.height)
         size = f"{image.format}, {image.width} x {image.height} px"
         try:
@@ -50,7 +50,7 @@ def read_picture(data: bytes, name: str) -> Image.Image:
 
 
 def sort_out(files: dict[str, bytes]) -> tuple[dict[str, bytes], list[str]]:
-    """The files that are pictures, and for each other one what is wrong with it."""
+    """Return the files that are pictures, and for each other file what is wrong with it."""
     good, wrong = {}, []
     for name, data in files.items():
         try:
@@ -63,5 +63,5 @@ def sort_out(files: dict[str, bytes]) -> tuple[dict[str, bytes], list[str]]:
 
 def _too_large(name: str, pixels: int) -> PictureError:
     return PictureError(
-        f"{name} has {pixels / 1e6:,.0f} megapixels and was not decoded; the limit is {MEGAPIXELS}, make it smaller"
+        f"{name} has {pixels / 1e6:,.0f} megapixels and was not decoded; the limit is {MAX_MEGAPIXELS}, make it smaller"
     )

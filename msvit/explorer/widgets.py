@@ -9,10 +9,10 @@ import ipywidgets as widgets
 import numpy as np
 import traitlets
 
-from . import export as sheet
-from . import panels
-from . import state as view
 from .drawing import png
+from .export import PANELS_IN_LINE, figures_html
+from .panels import PANELS, TOKEN_MAP_TITLE, grid_panel, panels_of
+from .state import LAST_LAYER, UNPAINTED, GatedPicture, State, run_backbone
 
 WRAP = {"flex_flow": "row wrap"}
 
@@ -24,77 +24,80 @@ class Painter(anywidget.AnyWidget):
     picture = traitlets.Bytes().tag(sync=True)
     grid = traitlets.List([1, 1]).tag(sync=True)
     scale = traitlets.Int(2).tag(sync=True)
-    scores = traitlets.List([0.0]).tag(sync=True)  # empty where a rule stands in the gate's place
+    scores = traitlets.List([0.0]).tag(sync=True)  # empty where a rule replaces the gate
     soft = traitlets.List([0.0]).tag(sync=True)
     coarse = traitlets.List([0]).tag(sync=True)
-    painted = traitlets.List([view.FREE]).tag(sync=True)
+    painted = traitlets.List([UNPAINTED]).tag(sync=True)
     brush = traitlets.Int(1).tag(sync=True)
 
-    def set_look(self, look: view.Look):
-        """Another picture or model: the painting is gone."""
+    def reset(self, gated: GatedPicture):
+        """Show another picture or model, unpainted."""
         with self.hold_sync():
-            self.painted = [view.FREE] * look.soft.size
-            self.coarse = [0] * look.soft.size
-            self.scores = [] if look.scores is None else look.scores.ravel().tolist()
-            self.soft = look.soft.ravel().tolist()
-            self.grid, self.scale = list(look.soft.shape), look.subject.model.scale
-            self.picture = png(look.shot.image)
+            self.painted = [UNPAINTED] * gated.soft.size
+            self.coarse = [0] * gated.soft.size
+            self.scores = [] if gated.scores is None else gated.scores.ravel().tolist()
+            self.soft = gated.soft.ravel().tolist()
+            self.grid, self.scale = list(gated.soft.shape), gated.loaded.model.scale
+            self.picture = png(gated.picture.image)
 
     def painting(self) -> np.ndarray:
-        """What is painted, `[h, w]`; what a browser sends counts only if it fits."""
+        """Return what is painted, `[h, w]`; what a browser sends counts only if it fits."""
         painted = np.array(self.painted, dtype=int).ravel()
-        if painted.size != self.grid[0] * self.grid[1] or not np.isin(painted, (view.FREE, 0, 1)).all():
-            return np.full(self.grid, view.FREE)
+        if painted.size != self.grid[0] * self.grid[1] or not np.isin(painted, (UNPAINTED, 0, 1)).all():
+            return np.full(self.grid, UNPAINTED)
         return painted.reshape(self.grid)
 
 
-class Row:
-    """One model's row; `act` is what does the work that a brush asks for."""
+class ModelRow:
+    """The figures and panels of one model.
+
+    Args:
+        act: Called with the work that a brush asks for; does it.
+    """
 
     def __init__(self, act: Callable[[Callable[[], None]], None]):
-        self.look: view.Look | None = None
-        self.state: view.State | None = None
-        self.layer = view.LAST
+        self.gated: GatedPicture | None = None
+        self.state: State | None = None
+        self.layer = LAST_LAYER
         self.figures, self.painter = widgets.HTML(), Painter()
-        self.painter.observe(lambda _: act(lambda: self.see(self.state.threshold)), "painted")
-        # On the screen the painter stands in place of the panel that draws the grid.
-        draws = {title: panel.draw for title, panel in panels.PANELS.items()}
-        self.images = {title: widgets.Image() for title, draw in draws.items() if draw is not panels.grid_panel}
+        self.painter.observe(lambda _: act(lambda: self.run(self.state.threshold)), "painted")
+        # On the screen the painter replaces the panel that draws the grid.
+        self.images = {title: widgets.Image() for title, panel in PANELS.items() if panel.draw is not grid_panel}
         self.boxes = {
             title: widgets.VBox(
                 [widgets.HTML(f'<div class="msvit-title">{title}</div>'), self.images.get(title, self.painter)],
                 layout={"max_width": "300px", "margin": "0 12px 0 0"},
             )
-            for title in panels.PANELS
+            for title in PANELS
         }
         self.box = widgets.VBox([self.figures, widgets.HBox(list(self.boxes.values()), layout=WRAP)])
 
-    def set_look(self, look: view.Look | None):
-        """Another picture or model; None hides the row."""
-        self.look, self.state = look, None
-        self.box.layout.display = "none" if look is None else None
-        if look is not None:
-            shown = panels.shown(look.subject)
+    def show(self, gated: GatedPicture | None):
+        """Show another picture or model; None hides the row."""
+        self.gated, self.state = gated, None
+        self.box.layout.display = "none" if gated is None else None
+        if gated is not None:
+            shown = panels_of(gated.loaded)
             # Many panels stand in lines of four, as in a file.
-            flex = "1 1 170px" if len(shown) <= sheet.LINE else "0 1 22%"
+            flex = "1 1 170px" if len(shown) <= PANELS_IN_LINE else "0 1 22%"
             for title, box in self.boxes.items():
                 box.layout.display = None if title in shown else "none"
                 box.layout.flex = flex
-            self.painter.set_look(look)
+            self.painter.reset(gated)
 
-    def see(self, threshold: float):
-        """Runs the model under the threshold and the painting, and shows what changed."""
-        new, last = view.see(self.look, threshold, self.painter.painting(), self.layer), self.state
-        self.painter.coarse = self.look.decisions(threshold).astype(int).ravel().tolist()
-        for title, panel in panels.shown(self.look.subject).items():
+    def run(self, threshold: float):
+        """Run the model under the threshold and the painting, and show what changed."""
+        new, last = run_backbone(self.gated, threshold, self.painter.painting(), self.layer), self.state
+        self.painter.coarse = self.gated.decisions(threshold).astype(int).ravel().tolist()
+        for title, panel in panels_of(self.gated.loaded).items():
             if title in self.images and (last is None or not panel.fixed):
                 self.images[title].value = png(panel.draw(new))
-        self.figures.value = sheet.figures_html(new)
+        self.figures.value = figures_html(new)
         self.state = new
 
-    def show_stage(self, layer: int):
-        """Shows where the tokens were at another block; nothing is run."""
+    def show_layer(self, layer: int):
+        """Show where the tokens were at another block; nothing is run."""
         self.layer = layer
-        if self.state is not None and self.state.parts:
+        if self.state is not None and self.state.token_maps:
             self.state = replace(self.state, layer=layer)
-            self.images[panels.ENDED].value = png(panels.ended_panel(self.state))
+            self.images[TOKEN_MAP_TITLE].value = png(PANELS[TOKEN_MAP_TITLE].draw(self.state))

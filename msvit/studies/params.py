@@ -10,6 +10,7 @@ import difflib
 import math
 import types
 from collections.abc import Iterable, MutableMapping
+from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import yaml
@@ -19,6 +20,12 @@ INJECTED = "# Parameters"  # the first line of the cell that papermill injects
 
 class ParameterError(ValueError):
     """A parameter that does not exist, or a value it cannot have."""
+
+
+def in_repo(path: str) -> Path:
+    """Return a relative path from the repository's root, or from the working folder if msvit is installed without."""
+    root = Path(__file__).resolve().parents[2]
+    return (root if (root / "notebooks").is_dir() else Path.cwd()) / path
 
 
 def guard(names: MutableMapping[str, Any], **rules: str | Iterable) -> None:

@@ -36,7 +36,7 @@ MISSING = [name for name in PACKAGES if not find_spec(name)] + ([] if CHROMIUM e
 QUIET = ("--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
 QUIET += ("--disable-component-update", "--disable-sync", "--no-sandbox")
 TOKEN = "only-for-this-test"
-# Voila's template asks another host for icons, which the page does without: the browser is told to ask none.
+# Voila's template asks another host for icons, which the page does without: the browser may ask none.
 ONLY_HERE = {
     "Content-Security-Policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
 }
@@ -51,9 +51,9 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory):
+def workspace(tmp_path_factory):
     """A folder with the notebook, whose parameters name two small models of random weights and a folder for files."""
-    folder = tmp_path_factory.mktemp("workplace")
+    folder = tmp_path_factory.mktemp("workspace")
     for i, name in enumerate(("one", "two")):
         torch.manual_seed(i)
         model = msvit.MSViT(timm.create_model("vit_mini_patch8_64"))
@@ -67,15 +67,7 @@ def workplace(tmp_path_factory):
     notebook = json.loads((ROOT / "notebooks/gate_explorer.ipynb").read_text())
     at = [cell["metadata"].get("tags") for cell in notebook["cells"]].index(["parameters"])
     source = "\n".join(f"{name} = {value!r}" for name, value in settings.items())
-    cell = {
-        "cell_type": "code",
-        "id": "given",
-        "source": source,
-        "metadata": {},
-        "outputs": [],
-        "execution_count": None,
-    }
-    notebook["cells"].insert(at + 1, cell)
+    notebook["cells"].insert(at + 1, notebook["cells"][at] | {"id": "given", "source": source, "metadata": {}})
     (folder / "explorer.ipynb").write_text(json.dumps(notebook))
     return folder
 
@@ -93,13 +85,13 @@ def browser():
 @pytest.fixture
 def page(browser):
     """A page that may not leave this machine."""
-    context, strangers = browser.new_context(viewport={"width": 1500, "height": 1300}), []
+    context, elsewhere = browser.new_context(viewport={"width": 1500, "height": 1300}), []
 
     def only_here(route):
         if re.match(r"(https?|wss?)://127\.0\.0\.1[:/]|data:|blob:", route.request.url):
             route.continue_()
         else:
-            strangers.append(route.request.url)
+            elsewhere.append(route.request.url)
             route.abort()
 
     context.route("**/*", only_here)
@@ -107,12 +99,12 @@ def page(browser):
     page.set_default_timeout(PATIENCE)
     yield page
     context.close()
-    assert not strangers, f"the page asked for {strangers[:3]}"
+    assert not elsewhere, f"the page asked for {elsewhere[:3]}"
 
 
 @contextmanager
 def kept(page, name: str):
-    """Keeps a screenshot of what went wrong, and says where."""
+    """Keep a screenshot of what went wrong, and name it in the error."""
     try:
         yield
     except Exception as error:
@@ -123,7 +115,7 @@ def kept(page, name: str):
 
 
 @pytest.fixture
-def serve(workplace, tmp_path):
+def serve(workspace, tmp_path):
     """A function that starts a server and returns its address; all of its processes end with the test."""
     started = []
 
@@ -143,7 +135,7 @@ def serve(workplace, tmp_path):
         log = open(tmp_path / "server.log", "wb")  # noqa: SIM115 (closed below, with the server)
         server = subprocess.Popen(
             [sys.executable, "-m", module, *options],
-            cwd=workplace,
+            cwd=workspace,
             env=environment,
             stdout=log,
             stderr=log,
@@ -195,7 +187,7 @@ def press(page, slider: int, key: str):
 
 
 def send(page, **files: bytes):
-    """Uploads files; their names are given with an underscore for the point."""
+    """Upload files; their names are given with an underscore for the point."""
     with page.expect_file_chooser() as chooser:
         page.get_by_role("button", name="Upload pictures").click()
     chooser.value.set_files(
@@ -226,7 +218,7 @@ def drive(page, out: Path):
     page.mouse.up()
     until(page, 65 - 4 * 3)
     assert figure(page, "prediction") != fine
-    assert re.match(r"row 0, column 3: score -?\d+\.\d+, m 0\.\d+, coarse, painted", page.inner_text(".msvit-said"))
+    assert re.match(r"row 0, column 3: score -?\d+\.\d+, m 0\.\d+, coarse, painted", page.inner_text(".msvit-readout"))
     page.get_by_role("button", name="Clear painting").click()
     until(page, 65)
 
@@ -279,7 +271,7 @@ def run_all(page, address: str):
         page.wait_for_timeout(200)
 
 
-def test_jupyterlab(page, serve, workplace):
+def test_jupyterlab(page, serve, workspace):
     address = serve(
         "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1", "--ServerApp.port={port}",
         "--IdentityProvider.token={token}", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
@@ -289,19 +281,19 @@ def test_jupyterlab(page, serve, workplace):
         page.goto(f"{address}/lab/tree/explorer.ipynb?token={TOKEN}")
         page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']")
         run_all(page, address)
-        drive(page, workplace / "out")
+        drive(page, workspace / "out")
         page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status='idle']")
         assert not page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error']").count()
-    shutil.rmtree(workplace / "out")
+    shutil.rmtree(workspace / "out")
 
 
-def test_voila(page, serve, workplace):
+def test_voila(page, serve, workspace):
     address = serve(
         "voila", "explorer.ipynb", "--no-browser", "--Voila.ip=127.0.0.1", "--port={port}", "--Voila.token={token}",
         "--Voila.tornado_settings={headers}",
     )  # fmt: skip
     with kept(page, "voila"):
         page.goto(f"{address}/?token={TOKEN}")
-        drive(page, workplace / "out")
+        drive(page, workspace / "out")
         label_pixels(page)
-    shutil.rmtree(workplace / "out")
+    shutil.rmtree(workspace / "out")

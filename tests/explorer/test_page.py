@@ -1,0 +1,174 @@
+"""The explorer's page, driven by its traits as a browser drives it."""
+
+from datetime import UTC, datetime
+
+import pytest
+from helpers import bomb, encoded, mini_model, open_explorer, reduced
+from PIL import Image
+
+from msvit.explorer import drawing, panels
+from msvit.explorer.models import LoadedModel
+from msvit.explorer.panels import TOKEN_MAP_TITLE
+from msvit.explorer.state import UNPAINTED
+
+GREY = (120, 130, 140)
+
+
+@pytest.fixture
+def explorer(loaded, tmp_path):
+    mini_model(1).save_pretrained(tmp_path / "runs/other")
+    return open_explorer(loaded, runs=tmp_path / "runs", out=tmp_path / "out")
+
+
+def files_of(**files):
+    return [{"name": name.replace("_", "."), "type": "", "size": len(data), "content": memoryview(data),
+             "last_modified": datetime(2026, 1, 1, tzinfo=UTC)} for name, data in files.items()]  # fmt: skip
+
+
+def test_a_slider_moves_everything_and_the_other_slider(explorer):
+    row = explorer.rows[0]
+    shown = [row.images[title] for title in panels.panels_of(row.gated.loaded) if title in row.images]
+    first, images = row.state, [image.value for image in shown]
+    explorer.threshold.value = 0.99
+    assert row.state.tokens == 65
+    assert ">65</b> of 65 tokens" in row.figures.value
+    assert not any(row.painter.coarse)
+    assert explorer.budget.value == 100
+    changed = [a != image.value for a, image in zip(images, shown, strict=True)]
+    assert changed == [False, True, first.tokens != 65, True]
+    explorer.budget.value = 30
+    assert row.state.numbers()["macs_share"] == pytest.approx(0.3, abs=0.05)
+    assert explorer.threshold.value == pytest.approx(row.state.threshold, abs=1 / 512)
+    assert float(explorer.threshold.value * 256).is_integer(), "a browser would round it and send it back"
+
+
+def test_the_brush_paints_and_clears(explorer):
+    row = explorer.rows[0]
+    explorer.threshold.value = 1.0
+    row.painter.painted = [1, *row.painter.painted[1:]]
+    assert row.state.tokens == 62
+    assert row.state.coarse[0, 0]
+    assert not any(row.painter.coarse), "the gate's own decisions stay as they are"
+    explorer.brush.value = 0
+    assert row.painter.brush == 0
+    explorer.clear.click()
+    assert row.state.tokens == 65
+    assert set(row.painter.painted) == {UNPAINTED}
+    row.painter.painted = [1, 1]  # what a browser sends late, of another grid, counts for nothing
+    assert row.state.tokens == 65
+
+
+def test_a_new_picture_begins_unpainted(explorer):
+    explorer.rows[0].painter.painted = [1] * 16
+    explorer.picture.value = explorer.picture.options[3]
+    assert explorer.states[0].gated.picture.name == "easy scene #3"
+    assert (explorer.states[0].painted == UNPAINTED).all()
+    explorer.source.value = "scenes: hard"
+    assert explorer.states[0].gated.picture.name == "hard scene #0"
+
+
+def test_two_models_side_by_side(explorer):
+    assert len(explorer.states) == 1
+    assert explorer.rows[1].box.layout.display == "none"
+    explorer.second.value = "other"
+    one, two = explorer.states
+    assert (one.gated.loaded.name, two.gated.loaded.name) == ("mini", "other")
+    assert explorer.rows[1].box.layout.display is None
+    explorer.budget.value = 50
+    assert one.gated.soft.tolist() != two.gated.soft.tolist()
+    assert all(s.numbers()["macs_share"] == pytest.approx(0.5, abs=0.05) for s in explorer.states)
+    explorer.second.value = ""
+    assert len(explorer.states) == 1
+
+
+def test_what_cannot_be_loaded_gives_a_message_and_changes_nothing(explorer):
+    before = explorer.states[0]
+    explorer.model.options = [*explorer.model.options, "nonsense"]
+    explorer.model.value = "nonsense"
+    assert "neither" in explorer.message.value
+    assert explorer.states[0] is before
+    assert explorer.model.value == "mini"
+    explorer.folder.value = "no/such/<folder>"
+    assert "there is no folder no/such/&lt;folder&gt;" in explorer.message.value
+    explorer.threshold.value = 0.9
+    assert explorer.message.value == ""
+
+
+def test_uploads_good_and_bad_at_once(explorer):
+    good = encoded(Image.new("RGB", (30, 60), GREY))
+    explorer.upload.value = files_of(bad_png=b"text", good_png=good, bomb_png=bomb(30000))
+    assert explorer.source.value == "uploads"
+    assert explorer.states[0].gated.picture.name == "good.png"
+    assert "bad.png is no picture" in explorer.message.value
+    assert "bomb.png has 900 megapixels" in explorer.message.value
+    shown = explorer.states[0]
+    explorer.upload.value = files_of(bad_png=b"text")
+    assert explorer.states[0] is shown
+
+
+def test_saved_files_and_their_link(explorer, tmp_path):
+    explorer.save_svg.click()
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    tokens = explorer.states[0].tokens
+    assert names == [f"mini_easy-scene--0_{tokens}-tokens.json", f"mini_easy-scene--0_{tokens}-tokens.svg"]
+    assert "data:image/svg+xml;base64," in explorer.message.value
+
+
+def test_a_copy_without_a_kernel_has_a_picture(explorer):
+    bundle = explorer._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in bundle
+    assert bundle["image/png"].startswith("iVBOR")
+
+
+def test_an_impossible_budget_is_refused(loaded, tmp_path):
+    with pytest.raises(ValueError, match="budget=1.5"):
+        open_explorer(loaded, budget=1.5)
+
+
+def test_a_classifier_beside_a_segmenter(segmenter, tmp_path):
+    explorer = open_explorer(segmenter, LoadedModel.of("names", mini_model()), runs=tmp_path, out=tmp_path)
+    assert "of pixels right" in explorer.rows[0].figures.value
+    assert "it is " in explorer.rows[1].figures.value
+    explorer.budget.value = 60
+    assert all(s.numbers()["macs_share"] == pytest.approx(0.6, abs=0.05) for s in explorer.states)
+    with Image.open(explorer.save(kinds=("png",))[0]) as picture:
+        assert picture.width > 5 * drawing.PANEL_WIDTH
+    explorer.model.value, explorer.second.value = "names", ""
+    assert explorer.rows[0].boxes["Error"].layout.display == "none"
+    assert explorer.rows[0].boxes["Class probabilities"].layout.display is None
+
+
+def test_the_layer_slider_shows_the_nearest_stage_and_runs_nothing(tmp_path):
+    one, two = reduced("tome", layers=[0, 2]), reduced("grid", layers=[1])
+    explorer = open_explorer(one, two, runs=tmp_path, out=tmp_path)
+    assert dict(explorer.layer.options) == {
+        "after the tokenizer": -1,
+        "at block 0": 0,
+        "at block 1": 1,
+        "at block 2": 2,
+    }
+    assert explorer.layer.layout.display is None
+    assert [state.token_map.layer for state in explorer.states] == [2, 1]
+    calls, images = [], [row.images[TOKEN_MAP_TITLE].value for row in explorer.rows]
+    one.model.vit.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    explorer.layer.value = -1
+    assert [state.token_map.layer for state in explorer.states] == [-1, -1]
+    assert all(row.images[TOKEN_MAP_TITLE].value != image for row, image in zip(explorer.rows, images, strict=True))
+    explorer.layer.value = 0
+    assert explorer.states[0].token_map.layer == 0
+    assert not calls
+    explorer.threshold.value = 0.3
+    assert explorer.states[0].token_map.layer == 0, "another threshold, the same layer"
+    explorer.second.value = ""
+    assert [value for _, value in explorer.layer.options] == [-1, 0, 2]
+    assert explorer.layer.value == explorer.rows[0].layer == 2
+
+
+def test_models_without_a_reducer_have_no_layers(tmp_path):
+    explorer = open_explorer(LoadedModel.of("mini", mini_model()), reduced("tome"), runs=tmp_path, out=tmp_path)
+    assert explorer.layer.layout.display is None
+    assert explorer.rows[0].boxes[TOKEN_MAP_TITLE].layout.display == "none"
+    explorer.layer.value = 0
+    assert explorer.states[0].numbers()["stages"] == []
+    explorer.second.value = ""
+    assert explorer.layer.layout.display == "none"
