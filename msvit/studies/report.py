@@ -67,27 +67,16 @@ def readable(summary: pd.DataFrame) -> pd.DataFrame:
 
 
 def write_tables(table: pd.DataFrame, folder: Path, name: str, by: str = "method") -> pd.DataFrame:
-    """Write CSV with full precision, Markdown and LaTeX for reading; return the readable table."""
+    """Write CSV with full precision, Markdown and LaTeX (with booktabs) for reading; return the readable table."""
     folder.mkdir(parents=True, exist_ok=True)
     summary = summarise(table, by).rename_axis("label")
     summary.to_csv(folder / f"{name}.csv")
     shown = readable(summary)
-    head = ["method", *shown.columns]
-    lines = [[label, *map(str, row)] for label, row in zip(shown.index, shown.to_numpy(), strict=True)]
-    markdown = [head, ["---"] * len(head), *lines]
-    (folder / f"{name}.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in markdown))
-    latex = [" & ".join(map(_latex, line)) + r" \\" for line in (head, *lines)]
-    body = "\n".join(
-        [r"\begin{tabular}{l" + "r" * len(shown.columns) + "}", r"\hline", latex[0], r"\hline", *latex[1:]]
-    )
-    (folder / f"{name}.tex").write_text(body + "\n\\hline\n\\end{tabular}\n")
+    named = shown.rename_axis("method").reset_index()
+    (folder / f"{name}.md").write_text(named.to_markdown(index=False, disable_numparse=True) + "\n")
+    latex = named.to_latex(index=False, escape=True, column_format="l" + "r" * len(shown.columns))
+    (folder / f"{name}.tex").write_text(latex.replace("±", r"$\pm$"))
     return shown
-
-
-def _latex(text: str) -> str:
-    for plain, escaped in (("%", r"\%"), ("_", r"\_"), ("&", r"\&"), ("±", r"$\pm$")):
-        text = text.replace(plain, escaped)
-    return text
 
 
 def report(runs: str | Path, out: str | Path, notebooks: list[Path] = ()) -> Path:

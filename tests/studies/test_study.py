@@ -82,6 +82,7 @@ def test_tables_say_the_same_in_three_forms(tmp_path):
     assert value.replace("±", r"$\pm$") in latex
     assert r"dense\_a" in latex
     assert r"MSViT \& co" in latex
+    assert r"accuracy (\%)" in latex
     exact = pd.read_csv(tmp_path / "t.csv", index_col=0).loc["dense_a", "accuracy"]
     assert f"{100 * exact:.1f}" == value.split(" ± ")[0]
 
