@@ -145,7 +145,8 @@ def find_shaped(folder: Path, rows: pd.DataFrame) -> ShapedGates | None:
         if (loss := load_gate_loss(folder / row["run"])) is not None:
             inspection = inspect_run(folder / row["run"])
             gate = inspection.model.gate.train()
-            with torch.no_grad():
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)  # the same noise every time
                 return ShapedGates(row["method"], loss, gate.soften(gate(inspection.images)))
     return None
 
