@@ -104,7 +104,7 @@ def _sweep(arguments: argparse.Namespace):
     base = Recipe.from_dict(_settings(arguments))
     try:
         study = sweep.open_study(arguments.study, arguments.storage, arguments.pruner, arguments.sampler_seed)
-        sweep.sweep(study, base, arguments.runs, arguments.trials, price=arguments.price, tell=_print_error)
+        sweep.sweep(study, base, arguments.runs, arguments.trials, price=arguments.price, message=_print_error)
     except ValueError as error:
         raise RecipeError(str(error)) from error
     table = sweep.table(study)

@@ -28,19 +28,19 @@ def papermill(name, to, /, *typed, **parameters):
 
 
 @pytest.mark.parametrize(
-    ("typed", "said"),
+    ("typed", "expected"),
     [
-        (("-p", "typo", "1"), "no parameter 'typo'"),
-        (("-p", "gbas", "maybe"), "gbas='maybe' is no truth value; write true or false"),
+        (("-p", "typo", "1"), "no setting 'typo'"),
+        (("-p", "gbas", "maybe"), "gbas='maybe': expected true or false"),
         (("-p", "target", "1.5"), r"target=1.5 lies outside \(0, 1\)"),
         (("-y", "losses: [gbas, l1]"), "the nearest is 'l0'"),
         (("-y", "methods: [gate+tme]"), "the nearest is 'gate.tome'"),
     ],
 )
-def test_what_cannot_be_meant_fails_before_anything_is_trained(tmp_path, typed, said):
+def test_what_cannot_be_meant_fails_before_anything_is_trained(tmp_path, typed, expected):
     done = papermill("ablation", tmp_path / "out.ipynb", *typed, runs=tmp_path / "runs", out=tmp_path / "out")
     assert done.returncode != 0
-    assert re.search(said, done.stderr)
+    assert re.search(expected, done.stderr)
     assert not (tmp_path / "runs").exists()
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a gate loss: how well the gates fit their priors, and the priors' locations their hyperprior."""
+"""Figures of a gate loss: how well the gates fit their priors, and the priors' locations their hyperprior."""
 
 from copy import deepcopy
 
@@ -9,13 +9,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..gating.losses import BaS, GBaS, cvm
-
-BLUE, VERMILION, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#555555"  # Okabe and Ito's, and a grey
+from .style import BLUE, GREEN, GREY, VERMILION
 
 
 @torch.no_grad()
 def cdf_fit(gates: Tensor, loss: GBaS | BaS) -> Figure:
-    """Empirical CDF of soft gates `[B, h, w]` against the loss's prior.
+    """Draw the empirical CDF of soft gates `[B, h, w]` against the loss's prior.
 
     For GBaS at the positions of the lowest, the middle and the highest p, for BaS over all gates. The legend has each
     CvM, beside the 1 / (6 (n+1)) that is to be expected of gates that do follow the prior.
@@ -37,7 +36,7 @@ def cdf_fit(gates: Tensor, loss: GBaS | BaS) -> Figure:
 
 @torch.no_grad()
 def prior_map(loss: GBaS) -> Figure:
-    """p_l over the positions of the picture: where regions are coarse more often, and where less."""
+    """Draw p_l over the positions of the picture: where regions are coarse more often, and where less."""
     loss = _on_cpu(loss, GBaS)
     p = loss.p.numpy()
     figure, axes = plt.subplots(figsize=(4.6, 3.8), layout="constrained")
@@ -58,7 +57,7 @@ def prior_map(loss: GBaS) -> Figure:
 
 @torch.no_grad()
 def hyperprior_fit(loss: GBaS) -> Figure:
-    """The p_l against their hyperprior: as densities, and as the CDFs that the loss compares."""
+    """Draw the p_l against their hyperprior: as densities, and as the CDFs that the loss compares."""
     loss = _on_cpu(loss, GBaS)
     p = loss.p.flatten().sort().values
     edges = torch.linspace(0, 1, 401)
@@ -76,12 +75,12 @@ def hyperprior_fit(loss: GBaS) -> Figure:
 
 
 def _curves(gates: Tensor, loss: GBaS | BaS) -> list[tuple]:
-    """Name, values and prior CDF of what is drawn."""
+    """Return name, values and prior CDF of each curve that is drawn."""
     if isinstance(loss, BaS):
         return [("", gates.flatten(), loss.cdf)]
-    places, curves = loss.p.flatten().argsort().tolist(), []
-    for place in dict.fromkeys((places[0], places[len(places) // 2], places[-1])):
-        row, column = divmod(place, loss.grid[1])
+    order, curves = loss.p.flatten().argsort().tolist(), []
+    for position in dict.fromkeys((order[0], order[len(order) // 2], order[-1])):
+        row, column = divmod(position, loss.grid[1])
 
         def prior(x: Tensor, row: int = row, column: int = column) -> Tensor:
             return loss.cdf(x[:, None, None])[:, row, column]

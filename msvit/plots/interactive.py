@@ -1,12 +1,12 @@
-"""Figures to hover over, as plain plotly figures: JupyterLab draws them offline, and they survive a reload.
+"""Figures to hover over, by plotly: JupyterLab draws them offline, and they survive a reload.
 
-Each has a static twin in `msvit.plots`; what must be on record is that one.
+Each has a static twin in `msvit.plots`, which is the one to keep on record.
 """
 
 import pandas as pd
 import plotly.graph_objects as go
 
-from .runs import COLOURS, COSTS, MARKERS, style
+from .style import COSTS, GREY, MARKERS, SKY, VERMILION, style
 
 SYMBOLS = dict(
     zip(
@@ -18,19 +18,19 @@ SYMBOLS = dict(
 LAYOUT = {"template": "plotly_white", "height": 480, "margin": {"l": 60, "r": 20, "t": 40, "b": 60}}
 
 
-def tradeoff(table: pd.DataFrame, curves: pd.DataFrame | None = None, x: str = "macs", by: str = "label") -> go.Figure:
-    """Accuracy against cost: a point per run (hover names it), mean and spread over seeds, threshold curves as lines.
+def tradeoff(table: pd.DataFrame, by: str = "method", curves: pd.DataFrame | None = None, x: str = "macs") -> go.Figure:
+    """Draw accuracy against cost: a point per run, mean and spread over seeds, and threshold curves as lines.
 
     Args:
         table: Runs with `accuracy`, the cost `x`, `run` and `seed`.
+        by: Column of the methods' names.
         curves: Points of one model at several thresholds: `run`, `accuracy`, `x`, `threshold`.
         x: "macs" (a share of dense) or "pictures_per_s".
     """
     figure = go.Figure()
     factor, title = COSTS[x]
     for index, (method, runs) in enumerate(table.groupby(by, sort=False)):
-        look = style(index)
-        colour, symbol = look["color"], SYMBOLS[look["marker"]]
+        colour, symbol = style(index)["color"], SYMBOLS[style(index)["marker"]]
         cost, accuracy = runs[x] * factor, runs["accuracy"] * 100
         figure.add_scatter(
             x=cost,
@@ -58,7 +58,7 @@ def tradeoff(table: pd.DataFrame, curves: pd.DataFrame | None = None, x: str = "
             x=points[x] * factor,
             y=points["accuracy"] * 100,
             mode="lines+markers",
-            line={"color": "#666666", "width": 1, "dash": "dot"},
+            line={"color": GREY, "width": 1, "dash": "dot"},
             marker={"size": 4},
             customdata=points[["threshold"]],
             name=f"other thresholds of {run}",
@@ -68,7 +68,7 @@ def tradeoff(table: pd.DataFrame, curves: pd.DataFrame | None = None, x: str = "
 
 
 def front(trials: pd.DataFrame) -> go.Figure:
-    """Accuracy against MACs of a sweep's trials; those that no other beats in both are joined by a line."""
+    """Draw accuracy against MACs of a sweep's trials; those that no other beats in both are joined by a line."""
     done = trials.dropna(subset=["accuracy"])
     best = done[done["front"]].sort_values("macs")
     figure = go.Figure()
@@ -76,7 +76,7 @@ def front(trials: pd.DataFrame) -> go.Figure:
         x=done["macs"] * 100,
         y=done["accuracy"] * 100,
         mode="markers",
-        marker={"color": COLOURS[5], "size": 8},
+        marker={"color": SKY, "size": 8},
         name="trials",
         customdata=done[["trial"]],
         hovertemplate="trial %{customdata[0]}: %{y:.1f} % at %{x:.1f} %<extra></extra>",
@@ -85,7 +85,7 @@ def front(trials: pd.DataFrame) -> go.Figure:
         x=best["macs"] * 100,
         y=best["accuracy"] * 100,
         mode="lines+markers",
-        line={"color": COLOURS[1]},
+        line={"color": VERMILION},
         name="Pareto front",
         hoverinfo="skip",
     )
@@ -93,9 +93,9 @@ def front(trials: pd.DataFrame) -> go.Figure:
 
 
 def parallel(trials: pd.DataFrame, settings: list[str]) -> go.Figure:
-    """A line per finished trial through its settings, its MACs and its accuracy; the colour is the accuracy."""
+    """Draw a line per finished trial through its settings, its MACs and its accuracy; the colour is the accuracy."""
     done = trials.dropna(subset=["accuracy"])
-    columns = [*settings, "macs", "accuracy"]
+    columns = [column for column in (*settings, "macs", "accuracy") if column in done]
     dimensions = [{"label": c.removeprefix("loss_settings."), "values": done[c]} for c in columns]
     line = {"color": done["accuracy"], "colorscale": "Cividis", "showscale": True}
     return go.Figure(go.Parcoords(dimensions=dimensions, line=line)).update_layout(**LAYOUT | {"height": 420})

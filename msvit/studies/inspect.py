@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,20 +14,20 @@ from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .. import plots
 from ..core.fast_linear import fast_linear
 from ..data.loaders import Loaders
 from ..evaluation.predictions import object_finder
 from ..gating.losses import make_loss
 from ..models.msvit import MSViT
-from ..plots import runs as figures
 from ..training import runs
 from ..training.budget import Budget
 from ..training.build import load_data
 
 
 @dataclass(frozen=True)
-class Look:
-    """A model and the first validation pictures as it sees them.
+class Inspection:
+    """A model and what it makes of the first validation pictures.
 
     Attributes:
         images: Normalised, `[B, 3, H, W]`.
@@ -50,19 +50,29 @@ class Look:
 
     @property
     def correct(self) -> Tensor:
-        """Whether the model names the class, bool `[B]`."""
+        """Whether the predicted class is the right one, bool `[B]`."""
         return self.predicted == self.targets
+
+    @property
+    def mixed(self) -> bool:
+        """Whether some regions are coarse and others fine."""
+        return bool(self.coarse.any() and not self.coarse.all())
+
+    @property
+    def drawing(self) -> dict:
+        """The keyword arguments of the functions of `plots` that draw pictures and tokens."""
+        return {"patch": self.model.coarse_patch, "scale": self.model.scale, "mean": self.mean, "std": self.std}
 
 
 def open_run(folder: str | Path):
-    """The model of a finished run, and the loaders of its pictures."""
+    """Return a finished run, its model, and the loaders of its pictures."""
     run = runs.read(folder)
     model = MSViT.from_pretrained(folder, fast_cpu=True)
     return run, model, load_data(run.recipe.data, run.recipe.training.seed, model)
 
 
 def mask_of(run: runs.Run, model: MSViT, loaders: Loaders, indices: Tensor) -> Tensor | None:
-    """All fine for a dense run, whose gate has learned nothing; the oracle's; None where the model decides."""
+    """Return all fine for a dense run, whose gate has learned nothing; the oracle's mask; None if the model decides."""
     if not run.recipe.training.epochs:
         return torch.zeros(model.grid(loaders.size), dtype=torch.bool)
     if run.recipe.gating.by == "oracle":
@@ -71,8 +81,8 @@ def mask_of(run: runs.Run, model: MSViT, loaders: Loaders, indices: Tensor) -> T
 
 
 @torch.no_grad()
-def look(folder: str | Path, pictures: int = 512) -> Look:
-    """Runs a trained model on the first validation pictures."""
+def inspect_run(folder: str | Path, pictures: int = 512) -> Inspection:
+    """Run a trained model on the first validation pictures."""
     run, model, loaders = open_run(folder)
     seen, count = [], 0
     for batch in loaders.val:
@@ -82,27 +92,31 @@ def look(folder: str | Path, pictures: int = 512) -> Look:
         count += len(images)
         if count >= pictures:
             break
-    return Look(model, *(torch.cat(part) for part in zip(*seen, strict=True)), loaders.mean, loaders.std)
+    return Inspection(model, *(torch.cat(part) for part in zip(*seen, strict=True)), loaders.mean, loaders.std)
 
 
-def gate_maps(looks: Mapping[str, Look], count: int = 6, start: int = 0) -> Figure:
-    """`figures.gate_maps` of several models on the same pictures, from number `start`."""
-    first, part = next(iter(looks.values())), slice(start, start + count)
-    decisions = {name: look.coarse[part] for name, look in looks.items()}
-    model = first.model
-    return figures.gate_maps(first.images[part], decisions, model.coarse_patch, model.scale, first.mean, first.std)
+def inspect_runs(folder: Path, rows: pd.DataFrame, pictures: int = 512) -> dict[str, Inspection]:
+    """Return `inspect_run` of each row's run, by the names of the methods."""
+    return {row["method"]: inspect_run(folder / row["run"], pictures) for _, row in rows.iterrows()}
 
 
-def token_counts(looks: Mapping[str, Look]) -> Figure:
-    """`figures.token_counts` of several models of the same backbone."""
-    model, coarse = (first := next(iter(looks.values()))).model, first.coarse[0]
+def draw_gate_maps(inspections: Mapping[str, Inspection], count: int = 6, start: int = 0) -> Figure:
+    """Draw the tokens of several models on the same pictures, from number `start`."""
+    first, part = next(iter(inspections.values())), slice(start, start + count)
+    decisions = {name: inspection.coarse[part] for name, inspection in inspections.items()}
+    return plots.gate_maps(first.images[part], decisions, **first.drawing)
+
+
+def draw_token_counts(inspections: Mapping[str, Inspection]) -> Figure:
+    """Draw how many tokens pictures get from several models of the same backbone."""
+    model, coarse = (first := next(iter(inspections.values()))).model, first.coarse[0]
     prefix = model.vit.num_prefix_tokens
-    counts = {name: look.tokens for name, look in looks.items()}
-    return figures.token_counts(counts, prefix + coarse.numel(), prefix + coarse.numel() * model.scale**2)
+    counts = {name: inspection.tokens for name, inspection in inspections.items()}
+    return plots.token_counts(counts, prefix + coarse.numel(), prefix + coarse.numel() * model.scale**2)
 
 
-def gate_loss(folder: str | Path) -> nn.Module | None:
-    """The GBaS loss of a run with the priors it has learned; None if the run was trained without."""
+def load_gate_loss(folder: str | Path) -> nn.Module | None:
+    """Return the GBaS loss of a run with the priors it has learned; None if the run was trained without."""
     path = Path(folder) / "gate_loss.safetensors"
     recipe = runs.read(folder).recipe
     if recipe.gating.loss != "gbas" or not path.exists():
@@ -114,7 +128,7 @@ def gate_loss(folder: str | Path) -> nn.Module | None:
     return loss
 
 
-class Shaped(NamedTuple):
+class ShapedGates(NamedTuple):
     """A method that was trained with GBaS: its name, its loss with the priors, and its gates `[B, h, w]` on pictures.
 
     The gates are samples with noise, as in training: the priors are about these.
@@ -125,81 +139,76 @@ class Shaped(NamedTuple):
     gates: Tensor
 
 
-def shaped(folder: Path, rows: pd.DataFrame) -> Shaped | None:
-    """The first of some runs that was trained with GBaS."""
+def find_shaped(folder: Path, rows: pd.DataFrame) -> ShapedGates | None:
+    """Return the gates of the first row that was trained with GBaS; None if there is none."""
     for _, row in rows.iterrows():
-        if (loss := gate_loss(folder / row["run"])) is not None:
-            seen = look(folder / row["run"])
-            gate = seen.model.gate.train()
-            with torch.no_grad():
-                return Shaped(row["method"], loss, gate.soften(gate(seen.images)))
+        if (loss := load_gate_loss(folder / row["run"])) is not None:
+            inspection = inspect_run(folder / row["run"])
+            gate = inspection.model.gate.train()
+            with torch.no_grad(), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)  # the same noise every time
+                return ShapedGates(row["method"], loss, gate.soften(gate(inspection.images)))
     return None
 
 
 def speeds(folder: Path, table: pd.DataFrame, batch: int = 32, repeats: int = 5) -> list[float]:
-    """Pictures per second of each run's model on this machine, gate, tokenizer and head included.
+    """Measure the pictures per second of each run's model on this machine, gate, tokenizer and head included.
 
     The models are timed in turns, so that whatever else the machine does hits all of them alike; medians over turns.
     """
-    steps = []
+    counts, calls = [], []
     for name in table["run"]:
         run, model, loaders = open_run(folder / name)
         images, _, indices = (part[:batch] for part in next(iter(loaders.val)))
         mask = mask_of(run, model, loaders, indices)
-        steps.append(
-            (
-                len(images),
-                partial(MSViT.run, model, images, mask)
-                if run.recipe.training.epochs
-                else partial(_plain, model, images),
-            )
-        )
-    turns = [[_seconds(step) for _, step in steps] for _ in range(repeats + 1)][1:]
-    medians = [statistics.median(turn[i] for turn in turns) for i in range(len(steps))]
-    return [count / seconds for (count, _), seconds in zip(steps, medians, strict=True)]
+        gated = run.recipe.training.epochs
+        calls.append(partial(MSViT.run, model, images, mask) if gated else partial(_backbone, model, images))
+        counts.append(len(images))
+    turns = [[_seconds(call) for call in calls] for _ in range(repeats + 1)][1:]
+    return [count / statistics.median(seconds) for count, *seconds in zip(counts, *turns, strict=True)]
 
 
-def _plain(model: MSViT, images: Tensor) -> Tensor:
-    """The backbone alone, with the linear layers that all methods have."""
+def _backbone(model: MSViT, images: Tensor) -> Tensor:
+    """Run the backbone alone, with the linear layers that all methods have."""
     with fast_linear(model.fast_cpu):
         return model.vit(images)
 
 
 @torch.inference_mode()
-def _seconds(step) -> float:
+def _seconds(call: Callable) -> float:
     start = time.perf_counter()
-    step()
+    call()
     return time.perf_counter() - start
 
 
-class Worth(NamedTuple):
-    """The share of pictures that a model names, and its MACs as a share of the dense model's."""
+class AccuracyAndMacs(NamedTuple):
+    """The share of pictures that are classified right, and the MACs as a share of the dense model's."""
 
     accuracy: float
     macs: float
 
 
 @torch.no_grad()
-def worth(look: Look, masks: Tensor | None = None, batch: int = 128) -> Worth:
-    """What the model makes of these pictures as it decides now, or by other decisions, bool `[B, h, w]`."""
-    images = look.images.split(batch)
+def accuracy_and_macs(inspection: Inspection, masks: Tensor | None = None, batch: int = 128) -> AccuracyAndMacs:
+    """Evaluate a model on its pictures as it decides now, or by other decisions, bool `[B, h, w]`."""
+    model, images = inspection.model, inspection.images.split(batch)
     decisions = [None] * len(images) if masks is None else masks.split(batch)
-    results = [look.model.run(part, mask) for part, mask in zip(images, decisions, strict=True)]
-    correct = torch.cat([r.logits.argmax(1) for r in results]) == look.targets
-    macs = torch.cat([r.macs for r in results]).mean().item() / look.model.dense_macs(look.images.shape[-2:])
-    return Worth(correct.double().mean().item(), macs)
+    results = [model.run(part, mask) for part, mask in zip(images, decisions, strict=True)]
+    correct = torch.cat([r.logits.argmax(1) for r in results]) == inspection.targets
+    macs = torch.cat([r.macs for r in results]).mean().item() / model.dense_macs(inspection.images.shape[-2:])
+    return AccuracyAndMacs(correct.double().mean().item(), macs)
 
 
 @torch.no_grad()
 def threshold_curves(folder: Path, table: pd.DataFrame, curves: int, points: int, pictures: int) -> pd.DataFrame:
-    """Accuracy and MACs of the most accurate learned gates at thresholds from nearly all coarse to nearly all fine."""
+    """Evaluate the most accurate learned gates at thresholds from nearly all coarse to nearly all fine."""
     columns = ["run", "label", "threshold", "accuracy", "macs"]
     learned = table[(table["epochs"] > 0) & (table["gating"] == "learned")]
     rows = []
     for _, entry in learned.sort_values("accuracy", ascending=False).drop_duplicates("label").head(curves).iterrows():
-        seen = look(folder / entry["run"], pictures)
-        model = seen.model
+        inspection = inspect_run(folder / entry["run"], pictures)
+        model, gates = inspection.model, inspection.gates.flatten()
         for share in torch.linspace(0.05, 0.95, points):
-            model.threshold = min(max(seen.gates.flatten().quantile(share).item(), 0.0), 1.0)
-            rows.append((entry["run"], entry["label"], model.threshold, *worth(seen)))
+            model.threshold = min(max(gates.quantile(share).item(), 0.0), 1.0)
+            rows.append((entry["run"], entry["label"], model.threshold, *accuracy_and_macs(inspection)))
     return pd.DataFrame(rows, columns=columns)

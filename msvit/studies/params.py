@@ -6,8 +6,6 @@ parameters there are and of what type, the cell that papermill injects says what
 """
 
 import ast
-import difflib
-import math
 import types
 from collections.abc import Iterable, MutableMapping
 from pathlib import Path
@@ -15,7 +13,16 @@ from typing import Any, get_args, get_origin
 
 import yaml
 
+from ..checks import in_interval, known_settings, one_of
+
 INJECTED = "# Parameters"  # the first line of the cell that papermill injects
+TYPES_IN_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    dict: "a mapping such as {sigma: 0.1}",
+}
 
 
 class ParameterError(ValueError):
@@ -23,13 +30,13 @@ class ParameterError(ValueError):
 
 
 def in_repo(path: str) -> Path:
-    """Return a relative path from the repository's root, or from the working folder if msvit is installed without."""
+    """Return a relative path from the repository's root, or from the working folder where there is no repository."""
     root = Path(__file__).resolve().parents[2]
     return (root if (root / "notebooks").is_dir() else Path.cwd()) / path
 
 
 def guard(names: MutableMapping[str, Any], **rules: str | Iterable) -> None:
-    """Converts the parameters in a notebook's globals in place, and refuses what cannot be meant.
+    """Convert the parameters in a notebook's globals in place, or raise a ParameterError.
 
     Args:
         names: `globals()` of the notebook, right after its cell of annotated defaults.
@@ -41,18 +48,14 @@ def guard(names: MutableMapping[str, Any], **rules: str | Iterable) -> None:
         raise ParameterError("no annotated defaults found; call guard(globals()) after the cell tagged `parameters`")
     if stray := set(rules) - set(kinds):
         raise ParameterError(f"rules for {sorted(stray)}, but the notebook's parameters are {', '.join(kinds)}")
-    for name in injected(names.get("In", [])):
-        if name not in kinds:
-            near = difflib.get_close_matches(name, kinds, 1, cutoff=0.4)
-            hint = f"; the nearest is {near[0]!r}" if near else ""
-            raise ParameterError(f"this notebook has no parameter {name!r}{hint}. It has: {', '.join(kinds)}")
+    known_settings("this notebook", dict.fromkeys(injected(names.get("In", []))), kinds, ParameterError)
     for name, kind in kinds.items():
         names[name] = convert(name, names[name], kind)
         check(name, names[name], rules.get(name))
 
 
 def injected(cells: list[str]) -> list[str]:
-    """The names that papermill assigned, from the sources of the cells run so far."""
+    """Return the names that papermill assigned, from the sources of the cells run so far."""
     found = [cell for cell in cells if cell.startswith(INJECTED)]
     if not found:
         return []
@@ -61,38 +64,27 @@ def injected(cells: list[str]) -> list[str]:
 
 
 def convert(name: str, value: Any, kind: Any) -> Any:
-    """The value as the parameter's type has it."""
+    """Return the value as the parameter's type has it."""
     allowed = get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    if value is None and types.NoneType in allowed:
-        return None
     kind = next(k for k in allowed if k is not types.NoneType)
     outer, inner = get_origin(kind) or kind, get_args(kind)
-    plain = _read(value) if isinstance(value, str) and outer is not str else value
-    if plain is None and types.NoneType in allowed:
+    meant = _read(value) if isinstance(value, str) and outer is not str else value
+    if meant is None and types.NoneType in allowed:
         return None
     if outer is list:
-        items = plain if isinstance(plain, list | tuple) else [plain]
+        items = meant if isinstance(meant, list | tuple) else [meant]
         return [convert(f"{name}[{i}]", item, inner[0]) for i, item in enumerate(items)] if inner else list(items)
-    if outer is float and type(plain) is int:
-        plain = float(plain)
-    if outer is int and type(plain) is float and plain.is_integer():
-        plain = int(plain)
-    if type(plain) is not outer or plain != plain:
-        raise ParameterError(f"{name}={value!r} is no {EXPECTED.get(outer, outer.__name__)}")
-    return plain
-
-
-EXPECTED = {
-    bool: "truth value; write true or false",
-    int: "whole number",
-    float: "number",
-    str: "text",
-    dict: "mapping; write it as {sigma: 0.1}",
-}
+    if outer is float and type(meant) is int:
+        meant = float(meant)
+    if outer is int and type(meant) is float and meant.is_integer():
+        meant = int(meant)
+    if type(meant) is not outer or meant != meant:
+        raise ParameterError(f"{name}={value!r}: expected {TYPES_IN_WORDS.get(outer, outer.__name__)}")
+    return meant
 
 
 def _read(text: str) -> Any:
-    """What a typed string means: true, 0.6, 1e-3, [0.5, 0.7], {sigma: 0.1}, none."""
+    """Return what a typed string means: true, 0.6, 1e-3, [0.5, 0.7], {sigma: 0.1}, none."""
     if text.strip().lower() in ("none", "null", ""):
         return None
     try:
@@ -108,7 +100,7 @@ def _read(text: str) -> Any:
 
 
 def check(name: str, value: Any, rule: str | Iterable | None) -> None:
-    """Raises unless the value, or each element of a list, lies in the rule's interval or is one of its values."""
+    """Raise unless the value, or each element of a list, lies in the rule's interval or is one of its values."""
     if rule is None or value is None:
         return
     if isinstance(value, list):
@@ -117,13 +109,6 @@ def check(name: str, value: Any, rule: str | Iterable | None) -> None:
         for i, item in enumerate(value):
             check(f"{name}[{i}]", item, rule)
     elif isinstance(rule, str):
-        low, high = (float(end) for end in rule[1:-1].split(","))
-        above = low <= value if rule[0] == "[" else low < value
-        below = value <= high if rule[-1] == "]" else value < high
-        if not (above and below):
-            end = "" if math.isfinite(high) else " (inf: no upper end)"
-            raise ParameterError(f"{name}={value!r} lies outside {rule}{end}")
-    elif value not in (known := list(rule)):
-        near = difflib.get_close_matches(str(value), [str(k) for k in known], 1, cutoff=0.4)
-        hint = f"; the nearest is {near[0]!r}" if near else ""
-        raise ParameterError(f"{name}={value!r} is not known{hint}. There are: {', '.join(map(str, known))}")
+        in_interval(name, value, rule, ParameterError)
+    else:
+        one_of(name, value, rule, ParameterError)

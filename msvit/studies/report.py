@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..plots import runs as figures
+from .. import plots
 from ..training.recipe import FIELDS
 from .study import finished, summarise
 
-COLUMNS = {
+COLUMN_TITLES = {
     "accuracy": "accuracy (%)",
     "macs": "MACs (% of dense)",
     "tokens": "tokens",
@@ -30,7 +30,7 @@ PERCENT = ("accuracy", "macs", "coarse", "fine_object", "fine_rest")
 
 
 def method_of(run: pd.Series) -> str:
-    """What a run is called in tables and figures: what decides, what shapes it, and which parts are off."""
+    """Return a run's name in tables and figures: what decides, what shapes it, and which parts are off."""
     if not run["epochs"]:
         return "dense"
     after = f" + {run['reducer']}" if run["reducer"] else ""
@@ -39,14 +39,13 @@ def method_of(run: pd.Series) -> str:
     if run["gating"] != "learned":
         return f"{run['gating']} mask{after}"
     words = [f"MSViT {run['loss']}"]
-    words += [said for name, said in (("trim", "untrimmed"), ("control", "no control")) if not run[name]]
-    if not run["share_embedding"]:
-        words.append("own embedding")
+    off = {"trim": "untrimmed", "control": "no control", "share_embedding": "own embedding"}
+    words += [text for name, text in off.items() if not run[name]]
     return ", ".join(words) + after
 
 
 def groups(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """The runs that may be compared, those on the same pictures at the same size: title -> runs with their methods."""
+    """Return title -> the runs that may be compared, on the same pictures at the same size, with their methods."""
     table = table.assign(method=[method_of(run) for _, run in table.iterrows()])
     budget = table["target"].map("{:.2f}".format).where(table["epochs"] > 0, "")
     table = table.assign(budget=budget, label=table["method"] + budget.map(lambda b: f" at {b}" if b else ""))
@@ -55,9 +54,9 @@ def groups(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def readable(summary: pd.DataFrame) -> pd.DataFrame:
-    """Means ± spread as text, columns named with their units."""
+    """Return means ± spread as text, columns named with their units."""
     out = pd.DataFrame({"runs": summary["seeds"].astype(int)})
-    for name, title in COLUMNS.items():
+    for name, title in COLUMN_TITLES.items():
         if name not in summary:
             continue
         factor = 100 if name in PERCENT else 1
@@ -67,41 +66,29 @@ def readable(summary: pd.DataFrame) -> pd.DataFrame:
     return out
 
 
-def write_tables(table: pd.DataFrame, folder: Path, name: str) -> pd.DataFrame:
-    """CSV with full precision; Markdown and LaTeX for reading. Returns the readable one."""
+def write_tables(table: pd.DataFrame, folder: Path, name: str, by: str = "method") -> pd.DataFrame:
+    """Write CSV with full precision, Markdown and LaTeX (with booktabs) for reading; return the readable table."""
     folder.mkdir(parents=True, exist_ok=True)
-    summary = summarise(table, "label")
-    shown = readable(summary)
+    summary = summarise(table, by).rename_axis("label")
     summary.to_csv(folder / f"{name}.csv")
-    head = ["method", *shown.columns]
-    lines = [[label, *map(str, row)] for label, row in zip(shown.index, shown.to_numpy(), strict=True)]
-    markdown = [head, ["---"] * len(head), *lines]
-    (folder / f"{name}.md").write_text("".join(f"| {' | '.join(line)} |\n" for line in markdown))
-    latex = [" & ".join(map(_latex, line)) + r" \\" for line in (head, *lines)]
-    body = "\n".join(
-        [r"\begin{tabular}{l" + "r" * len(shown.columns) + "}", r"\hline", latex[0], r"\hline", *latex[1:]]
-    )
-    (folder / f"{name}.tex").write_text(body + "\n\\hline\n\\end{tabular}\n")
+    shown = readable(summary)
+    named = shown.rename_axis("method").reset_index()
+    (folder / f"{name}.md").write_text(named.to_markdown(index=False, disable_numparse=True) + "\n")
+    latex = named.to_latex(index=False, escape=True, column_format="l" + "r" * len(shown.columns))
+    (folder / f"{name}.tex").write_text(latex.replace("±", r"$\pm$"))
     return shown
 
 
-def _latex(text: str) -> str:
-    for plain, escaped in (("%", r"\%"), ("_", r"\_"), ("&", r"\&"), ("±", r"$\pm$")):
-        text = text.replace(plain, escaped)
-    return text
-
-
 def report(runs: str | Path, out: str | Path, notebooks: list[Path] = ()) -> Path:
-    """Writes tables, figures and index.html of all finished runs under `runs` into `out`; returns the page."""
+    """Write tables, figures and index.html of all finished runs under `runs` into `out`, and return the page."""
     out, table = Path(out), finished(runs)
     if table.empty:
         raise ValueError(f"there is no finished run under {runs}; train something first: `make ablation`")
     parts = []
     for title, group in groups(table).items():
         name = "".join(c if c.isalnum() else "-" for c in title).strip("-")
-        shown = write_tables(group, out / "tables", name)
-        figure = figures.tradeoff(group, "label")
-        figures.save(figure, out / "figures", f"tradeoff-{name}", ("png", "svg", "pdf"))
+        shown = write_tables(group, out / "tables", name, by="label")
+        plots.save(plots.tradeoff(group, "label"), out / "figures", f"tradeoff-{name}", ("png", "svg", "pdf"))
         parts.append(_section(title, shown, out / "figures" / f"tradeoff-{name}.png", group))
     links = "".join(f"<li><a href='{p.as_posix()}'>{html.escape(p.stem)}</a></li>" for p in notebooks)
     page = PAGE.format(date=datetime.date.today().isoformat(), parts="\n".join(parts), links=links, runs=len(table))

@@ -15,7 +15,8 @@ from ..models.fit_reducer import fit_reducer
 from ..reducers.registry import REDUCERS
 from ..training import runs
 from ..training.build import build
-from ..training.recipe import Recipe
+from ..training.loop import train
+from ..training.recipe import GATINGS, Recipe
 
 # What each part of the method is replaced by when it is switched off.
 PARTS: dict[str, dict[str, Any]] = {
@@ -26,15 +27,19 @@ PARTS: dict[str, dict[str, Any]] = {
     "share_embedding": {"share_embedding": False},
     "budget_control": {"control": False, "calibrate": False},
 }
-MASKS = ("coarse", "random", "centre", "border", "checkerboard", "entropy", "oracle")
+MASKS = tuple(name for name in GATINGS if name not in ("learned", "fine"))
 FULL = "MSViT"
+SUMMARY_COLUMNS = (
+    *("accuracy", "macs", "tokens", "coarse", "fine_object", "fine_rest"),
+    *("pictures_per_s", "seconds"),
+)
 # Reducers alone, and after the gate. How many tokens a grid leaves is not known beforehand: no gate can budget for it.
-METHODS = (*REDUCERS, *(f"gate+{name}" for name in REDUCERS if name != "grid"))
+REDUCER_METHODS = (*REDUCERS, *(f"gate+{name}" for name in REDUCERS if name != "grid"))
 
 
 @dataclass(frozen=True)
-class Row:
-    """A line of a study's table: what it is called and which settings make it."""
+class StudyRow:
+    """A line of a study's table: its name and the settings that make it."""
 
     label: str
     changes: dict[str, Any]
@@ -46,9 +51,9 @@ def ablation(
     losses: Iterable[str],
     masks: Iterable[str],
     one_by_one: bool = False,
-    reduced: Iterable[Row] = (),
-) -> list[Row]:
-    """The rows of the ablation: the full method, the method without what is switched off, other losses, masks.
+    reducers: Iterable[StudyRow] = (),
+) -> list[StudyRow]:
+    """Return the rows of the ablation: the full method, the method without what is switched off, other losses, masks.
 
     With `gbas` off no row is trained with GBaS.
 
@@ -56,81 +61,87 @@ def ablation(
         switches: Which parts are on, by the names of PARTS.
         losses: Gate losses; GBaS is the full method's own.
         masks: Decisions that are not learned, at the same MACs.
-        one_by_one: A row for each part left out alone.
-        reduced: The rows of `methods`.
+        one_by_one: Add a row for each part left out alone.
+        reducers: The rows of `reducer_rows`.
     """
     off = [name for name in PARTS if not switches[name]]
-    rows = [Row(FULL, {})] if switches["gbas"] else []
+    rows = [StudyRow(FULL, {})] if switches["gbas"] else []
     if off:
         rows.append(without(off))
     if one_by_one:
         never = [] if switches["gbas"] else ["gbas"]
         rows += [without([*never, name]) for name in PARTS if name not in never]
-    rows += [Row(f"{FULL}, {loss}", {"loss": loss}) for loss in losses if loss != "gbas"]
-    rows += [Row(f"{name} mask", {"gating": name}) for name in masks]
-    rows += reduced
-    kinds: dict[str, Row] = {}
+    rows += [StudyRow(f"{FULL}, {loss}", {"loss": loss}) for loss in losses if loss != "gbas"]
+    rows += [StudyRow(f"{name} mask", {"gating": name}) for name in masks]
+    rows += reducers
+    different: dict[str, StudyRow] = {}
     for row in rows:
-        kinds.setdefault(repr((sorted(row.changes.items()), row.dense)), row)
-    return list(kinds.values())
+        different.setdefault(repr((sorted(row.changes.items()), row.dense)), row)
+    return list(different.values())
 
 
-def methods(names: Iterable[str], base: Recipe) -> list[Row]:
-    """A row for each reducer, with the setting whose MACs are nearest to the recipe's target.
+def reducer_rows(names: Iterable[str], base: Recipe) -> list[StudyRow]:
+    """Return a row for each reducer, with the setting whose MACs are nearest to the recipe's target.
 
     Args:
-        names: Of METHODS. After a gate, "gate+tome", the reducer saves half of what is to be saved and the gate, whose
-            budget counts the reducer, the rest.
+        names: Of REDUCER_METHODS. After a gate, "gate+tome", the reducer saves half of what is to be saved and the
+            gate, whose budget counts the reducer, the rest.
     """
     names = list(names)
     for name in names:
-        one_of("method", name, METHODS)
+        one_of("method", name, REDUCER_METHODS)
     vit, rows = build(base, Path()).vit if names else None, []
     for name in names:
         gate, _, reducer = name.rpartition("+")
         own = fit_reducer(reducer, vit, (1 + base.gating.target) / 2 if gate else base.gating.target)
         gating = {} if gate else {"gating": "fine"}
-        rows.append(Row(name.replace("gate+", f"{FULL} + "), gating | {"reducer": reducer, "reducer_settings": own}))
+        changes = gating | {"reducer": reducer, "reducer_settings": own}
+        rows.append(StudyRow(name.replace("gate+", f"{FULL} + "), changes))
     return rows
 
 
-def without(parts: list[str]) -> Row:
-    """The full method less some parts."""
+def without(parts: list[str]) -> StudyRow:
+    """Return the full method less some parts."""
     changes = {k: v for name in parts for k, v in PARTS[name].items()}
-    return Row(f"without {', '.join(p.replace('_', ' ') for p in parts)}", changes, "pretrained_dense" not in parts)
+    names = ", ".join(name.replace("_", " ") for name in parts)
+    return StudyRow(f"without {names}", changes, "pretrained_dense" not in parts)
 
 
 def run_rows(
-    base: Recipe, rows: Iterable[Row], seeds: Iterable[int], folder: str | Path, tell: Callable[[str], None] = print
+    base: Recipe,
+    rows: Iterable[StudyRow],
+    seeds: Iterable[int],
+    folder: str | Path,
+    message: Callable[[str], None] = print,
 ) -> pd.DataFrame:
-    """Trains what is not there yet and returns a table with one line per row and seed, the dense model's first.
+    """Train what is not there yet and return a table with one line per row and seed, the dense model's first.
 
     Args:
         base: Settings of the full method; `epochs_dense` are those of the dense model that the rows start from.
         folder: Where the runs are; running again, after an interruption too, only trains what is missing.
-        tell: Called with a line of progress before each run.
+        message: Called with a line of progress before each run.
     """
     plan = []
     for seed in seeds:
         dense = base.replace(seed=seed, epochs=0)
         plan += [("dense", dense)] + [(row.label, recipe_of(base, row, dense, seed)) for row in rows]
-    return train_all(plan, folder, tell)
+    return train_all(plan, folder, message)
 
 
-def train_all(plan: list[tuple[str, Recipe]], folder: str | Path, tell: Callable[[str], None] = print) -> pd.DataFrame:
-    """Trains labelled recipes in turn, each in the folder of its name; their summaries as a table."""
-    from ..training.loop import train
-
+def train_all(
+    plan: list[tuple[str, Recipe]], folder: str | Path, message: Callable[[str], None] = print
+) -> pd.DataFrame:
+    """Train labelled recipes in turn, each in the folder of its name, and return their summaries as a table."""
     table = []
     for number, (label, recipe) in enumerate(plan, 1):
-        tell(f"{number}/{len(plan)}: {label}, seed {recipe.training.seed}")
+        message(f"{number}/{len(plan)}: {label}, seed {recipe.training.seed}")
         run = train(recipe, Path(folder) / recipe.run_name, progress=False)
         table.append({"method": label, "seed": recipe.training.seed, "run": recipe.run_name} | run.summary)
     return pd.DataFrame(table)
 
 
-def recipe_of(base: Recipe, row: Row, dense: Recipe, seed: int) -> Recipe:
-    """The settings of a row: from the seed's dense model, or from scratch in one stage that is as long as both."""
+def recipe_of(base: Recipe, row: StudyRow, dense: Recipe, seed: int) -> Recipe:
+    """Return the settings of a row: from the seed's dense model, or from scratch in one stage as long as both."""
     if row.dense:
         return base.replace(seed=seed, epochs_dense=0, model=f"run:{dense.run_name}", **row.changes)
     return base.replace(
@@ -139,9 +150,14 @@ def recipe_of(base: Recipe, row: Row, dense: Recipe, seed: int) -> Recipe:
 
 
 def transfer(
-    base: Recipe, first: str, second: str, seeds: Iterable[int], folder: str | Path, tell=print
+    base: Recipe,
+    first: str,
+    second: str,
+    seeds: Iterable[int],
+    folder: str | Path,
+    message: Callable[[str], None] = print,
 ) -> pd.DataFrame:
-    """The second backbone with a gate of its own, with the first one's frozen or trained on, and with a random mask."""
+    """Train the second backbone with its own gate, with the first one's, frozen or trained on, and with a mask."""
     plan, source = [], []
     for seed in seeds:
         teacher = base.replace(model=first, seed=seed, epochs=0)
@@ -156,17 +172,18 @@ def transfer(
             ("gate of the first, trained on", own.replace(gate=f"run:{taught.run_name}")),
             ("random mask", own.replace(gating="random")),
         ]
-    train_all(source, folder, tell)
-    return train_all(plan, folder, tell)
+    train_all(source, folder, message)
+    return train_all(plan, folder, message)
+
+
+def first_seed(table: pd.DataFrame) -> pd.DataFrame:
+    """Return the rows of the first seed, but for the dense model that they start from."""
+    return table[(table["seed"] == table["seed"].min()) & (table["method"] != "dense")]
 
 
 def summarise(table: pd.DataFrame, by: str = "method") -> pd.DataFrame:
-    """Mean and spread over seeds, in the order in which the methods came."""
-    columns = [
-        c
-        for c in ("accuracy", "macs", "tokens", "coarse", "fine_object", "fine_rest", "pictures_per_s", "seconds")
-        if c in table
-    ]
+    """Return mean and spread over seeds, in the order in which the methods came."""
+    columns = [column for column in SUMMARY_COLUMNS if column in table]
     grouped = table.groupby(by, sort=False)[columns]
     mean, spread = grouped.mean(), grouped.std(ddof=1)
     out = pd.DataFrame({"seeds": grouped.size()})
@@ -176,28 +193,22 @@ def summarise(table: pd.DataFrame, by: str = "method") -> pd.DataFrame:
 
 
 def finished(folder: str | Path) -> pd.DataFrame:
-    """The finished runs of a folder; a run that was killed leaves no summary and is not among them."""
+    """Return the finished runs of a folder; a run that was killed leaves no summary and is not among them."""
     table = runs.load(folder)
     return table[table["status"] == "finished"].reset_index(drop=True)
 
 
 def examples(folder: Path):
-    """A few small runs where there is none yet, so that a notebook that reads runs has something to show."""
+    """Train a few small runs where there is none yet, so that a notebook that reads runs has something to show."""
     folder.mkdir(parents=True, exist_ok=True)
     if finished(folder).empty:
         base = Recipe(epochs_dense=3, epochs=2, train_n=2048, val_n=512)
-        run_rows(base, [Row(FULL, {}), Row("random mask", {"gating": "random"})], [0], folder / "examples")
+        run_rows(base, [StudyRow(FULL, {}), StudyRow("random mask", {"gating": "random"})], [0], folder / "examples")
 
 
 def choose(found: Mapping[str, pd.DataFrame], data: str = "") -> str:
-    """The group of comparable runs that is on `data`, or the largest."""
+    """Return the title of the group of comparable runs that is on `data`, or of the largest."""
     fits = {title: len(runs) for title, runs in found.items() if not data or runs["data"].iloc[0] == data}
     if not fits:
         raise ValueError(f"data={data!r}: no finished run is on these pictures; there are {', '.join(found)}")
     return max(fits, key=fits.get)
-
-
-def place(path: str) -> Path:
-    """A relative path from the repository's root, or from the working folder where msvit is installed without one."""
-    root = Path(__file__).resolve().parents[2]
-    return (root if (root / "notebooks").is_dir() else Path.cwd()) / path

@@ -28,7 +28,7 @@ from ..training.recipe import Recipe
 
 
 class Range(NamedTuple):
-    """Where a setting is looked for; log: evenly in its logarithm."""
+    """The range in which a setting is searched; log: evenly in its logarithm."""
 
     low: float
     high: float
@@ -53,7 +53,7 @@ DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
 def open_study(name: str, storage: str, pruner: str = "asha", seed: int = 0) -> optuna.Study:
-    """The study of that name in a storage, new or as other workers have left it.
+    """Return the study of that name in a storage, new or as other workers have left it.
 
     Args:
         storage: An RDB URL such as postgresql+psycopg://user@host/base, or a path, which becomes an SQLite file.
@@ -81,7 +81,7 @@ def open_study(name: str, storage: str, pruner: str = "asha", seed: int = 0) -> 
 
 
 def _connect(storage: str, **options: Any) -> RDBStorage:
-    """The database; where several workers come first at once, one makes the tables and the others come again."""
+    """Return the database; where several workers come first at once, one makes the tables and the others come again."""
     for pause in (0.5, 1, 2, 4):
         try:
             return RDBStorage(storage, **options)
@@ -97,16 +97,16 @@ def sweep(
     trials: int,
     space: dict[str, Range] = SPACE,
     price: float = 0.1,
-    tell: Callable[[str], None] = print,
+    message: Callable[[str], None] = print,
 ):
-    """Works on a study until it has `trials` finished trials, whoever ran them.
+    """Work on a study until it has `trials` finished trials, whoever ran them.
 
     A trial that fails is recorded with its error and does not stop the rest; interrupted sweeps go on where they were.
 
     Args:
         base: Settings of every trial but for those in `space`; `holdout` says what share of training pictures scores.
         folder: Where the trials' runs are kept.
-        price: Accuracy that a MAC share of one is worth.
+        price: Accuracy that is given up for a MACs share of one.
     """
     if base.data.holdout <= 0:
         raise ValueError("holdout=0 would tune on the validation split; set it to a share of training pictures")
@@ -129,17 +129,22 @@ def sweep(
 
     def after(study: optuna.Study, trial: optuna.trial.FrozenTrial):
         found = trial.user_attrs
-        told = f"accuracy {found['accuracy']:.3f}, MACs {found['macs']:.1%}" if found else trial.state.name.lower()
-        tell(f"trial {trial.number}: {told}")
-        if sum(t.state in DONE for t in study.get_trials(deepcopy=False)) >= trials:
+        result = f"accuracy {found['accuracy']:.3f}, MACs {found['macs']:.1%}" if found else trial.state.name.lower()
+        message(f"trial {trial.number}: {result}")
+        if finished_trials(study) >= trials:
             study.stop()
 
-    if sum(t.state in DONE for t in study.get_trials(deepcopy=False)) < trials:
+    if finished_trials(study) < trials:
         study.optimize(objective, callbacks=[after], catch=(Exception,))
 
 
+def finished_trials(study: optuna.Study) -> int:
+    """Return how many trials of a study are done, well or not."""
+    return sum(trial.state in DONE for trial in study.get_trials(deepcopy=False))
+
+
 def from_dense(base: Recipe, folder: Path) -> Recipe:
-    """The same settings from a dense model on; it is trained by whichever worker comes first."""
+    """Return the same settings from a dense model on; it is trained by whichever worker comes first."""
     if not base.training.epochs_dense:
         return base
     dense = base.replace(epochs=0)
@@ -152,20 +157,20 @@ def from_dense(base: Recipe, folder: Path) -> Recipe:
 
 
 def suggest(trial: optuna.Trial, space: dict[str, Range], base: Recipe) -> dict[str, Any]:
-    """A trial's settings, those of the gate loss gathered in one."""
+    """Return a trial's settings, those of the gate loss gathered in one."""
     changes: dict[str, Any] = {}
-    for name, where in space.items():
-        value = trial.suggest_float(name, where.low, where.high, log=where.log)
+    for name, span in space.items():
+        value = trial.suggest_float(name, span.low, span.high, log=span.log)
         head, _, tail = name.partition(".")
         if tail:
-            changes.setdefault(head, dict(getattr(base, head)))[tail] = value
+            changes.setdefault(head, dict(base.to_dict()[head]))[tail] = value
         else:
             changes[name] = value
     return changes
 
 
 def table(study: optuna.Study) -> pd.DataFrame:
-    """The trials, a row each: state, value, settings, accuracy, MACs, and whether it is on the Pareto front."""
+    """Return the trials, a row each: state, value, settings, accuracy, MACs, and whether it is on the Pareto front."""
     rows = [
         {"trial": t.number, "state": t.state.name.lower(), "value": t.value, **t.params, **t.user_attrs}
         for t in study.get_trials(deepcopy=False)
@@ -178,7 +183,7 @@ def table(study: optuna.Study) -> pd.DataFrame:
 
 
 def pareto(accuracy: pd.Series, macs: pd.Series) -> pd.Series:
-    """True where no other trial is at least as good in both and better in one."""
+    """Return True where no other trial is at least as good in both and better in one."""
     better = [
         ((accuracy >= a) & (macs <= m) & ((accuracy > a) | (macs < m))).any()
         for a, m in zip(accuracy, macs, strict=True)
@@ -187,6 +192,6 @@ def pareto(accuracy: pd.Series, macs: pd.Series) -> pd.Series:
 
 
 def importance(study: optuna.Study) -> dict[str, float]:
-    """Setting -> share of the score's variance that it explains (fANOVA); empty where that cannot be told yet."""
+    """Return the share of the score's variance that each setting explains (fANOVA); empty while trials are too few."""
     scores = {t.value for t in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))}
     return dict(optuna.importance.get_param_importances(study)) if len(scores) > 3 else {}

@@ -27,13 +27,13 @@ def test_the_other_settings_stay(tiny_vit):
 
 def test_rows_of_methods():
     base = Recipe(target=0.6)
-    rows = {row.label: row.changes for row in study.methods(["evit", "gate+tome"], base)}
+    rows = {row.label: row.changes for row in study.reducer_rows(["evit", "gate+tome"], base)}
     assert rows["evit"]["gating"] == "fine"
     assert rows["MSViT + tome"].keys() == {"reducer", "reducer_settings"}
-    alone = study.methods(["tome"], base)[0].changes["reducer_settings"]["r"]
+    alone = study.reducer_rows(["tome"], base)[0].changes["reducer_settings"]["r"]
     assert rows["MSViT + tome"]["reducer_settings"]["r"] < alone  # the gate saves the rest
-    for row in study.methods(study.METHODS, base):
+    for row in study.reducer_rows(study.REDUCER_METHODS, base):
         base.replace(**row.changes)
-    assert study.methods([], base) == []
+    assert study.reducer_rows([], base) == []
     with pytest.raises(ValueError, match="nearest is 'tome'"):
-        study.methods(["tomme"], base)
+        study.reducer_rows(["tomme"], base)

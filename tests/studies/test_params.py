@@ -1,8 +1,10 @@
 """The notebooks' guard: papermill's strings, typing errors, impossible values."""
 
+from pathlib import Path
+
 import pytest
 
-from msvit.studies.params import ParameterError, guard
+from msvit.studies.params import ParameterError, guard, in_repo
 
 ANNOTATIONS = {
     "gbas": bool,
@@ -85,12 +87,32 @@ def test_strings_become_what_the_default_says(name, typed, meant):
     ],
 )
 def test_what_cannot_be_meant_is_refused_by_name_and_value(name, typed):
-    with pytest.raises(ParameterError, match=rf"{name}.*is no "):
+    with pytest.raises(ParameterError, match=rf"{name}.*: expected "):
         guard(notebook(**{name: typed}))
 
 
+@pytest.mark.parametrize(
+    ("name", "typed", "expected"),
+    [
+        ("gbas", "maybe", "gbas='maybe': expected true or false"),
+        ("seeds", "three", "seeds='three': expected a whole number"),
+        ("budgets", "[0.5, x]", r"budgets\[1\]='x': expected a number"),
+        ("loss_settings", "sigma", "loss_settings='sigma': expected a mapping such as"),
+    ],
+)
+def test_messages_name_the_value_and_what_is_expected(name, typed, expected):
+    with pytest.raises(ParameterError, match=expected):
+        guard(notebook(**{name: typed}))
+
+
+def test_paths_are_from_the_repository_root():
+    root = Path(__file__).resolve().parents[2]
+    assert in_repo("runs/x") == root / "runs" / "x"
+    assert in_repo(str(root.parent / "elsewhere")) == root.parent / "elsewhere"
+
+
 def test_unknown_names_that_papermill_injected_are_refused_with_the_nearest():
-    with pytest.raises(ParameterError, match="no parameter 'gbass'; the nearest is 'gbas'. It has: gbas, seeds"):
+    with pytest.raises(ParameterError, match="no setting 'gbass'; the nearest is 'gbas'. It has: gbas, seeds"):
         guard(notebook("gbass = False\nseeds = 2\n", gbass=False))
 
 
@@ -103,7 +125,7 @@ def test_variables_of_later_cells_do_not_matter_when_the_guard_runs_again():
     [
         ({"target": 1.5}, {"target": "(0, 1)"}, r"target=1\.5 lies outside \(0, 1\)"),
         ({"target": 0.0}, {"target": "(0, 1)"}, "outside"),
-        ({"seeds": 0}, {"seeds": "[1, inf)"}, "no upper end"),
+        ({"seeds": 0}, {"seeds": "[1, inf)"}, r"seeds=0 lies outside \[1, inf\)"),
         ({"budgets": [0.5, 2.0]}, {"budgets": "(0, 1)"}, r"budgets\[1\]=2\.0"),
         ({"budgets": []}, {"budgets": "(0, 1)"}, "empty list"),
         ({"losses": ["gbas", "gbsa"]}, {"losses": ("gbas", "l0")}, r"losses\[1\]='gbsa'.*nearest is 'gbas'"),

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from msvit.plots import runs as figures
+from msvit.plots.style import as_the_model_sees
 from msvit.studies import report, study
 from msvit.training.recipe import Recipe
 
@@ -38,15 +38,16 @@ def test_without_gbas_no_row_is_trained_with_it(one_by_one):
     rows = study.ablation(ON | {"gbas": False}, ["gbas", "bas"], ["random"], one_by_one)
     recipes = [study.recipe_of(base, row, dense, 0) for row in rows]
     assert recipes
-    assert all(r.loss != "gbas" for r in recipes if r.gating == "learned")
+    assert all(r.gating.loss != "gbas" for r in recipes if r.gating.learned)
 
 
 def test_rows_start_from_the_dense_run_of_their_seed_or_train_as_long():
     base, dense = Recipe(epochs_dense=3, epochs=2), Recipe(epochs_dense=3, epochs=0)
-    full = study.recipe_of(base, study.Row("MSViT", {}), dense, 5)
-    assert (full.model, full.epochs_dense, full.epochs, full.seed) == (f"run:{dense.name}", 0, 2, 5)
+    full = study.recipe_of(base, study.StudyRow("MSViT", {}), dense, 5)
+    assert (full.model.name, full.training.seed) == (f"run:{dense.run_name}", 5)
+    assert (full.training.epochs_dense, full.training.epochs) == (0, 2)
     scratch = study.recipe_of(base, study.without(["pretrained_dense"]), dense, 5)
-    assert (scratch.model, scratch.epochs_dense, scratch.epochs) == ("tiny", 0, 5)
+    assert (scratch.model.name, scratch.training.epochs_dense, scratch.training.epochs) == ("tiny", 0, 5)
 
 
 def results(seeds=(0, 1, 2)):
@@ -74,15 +75,21 @@ def test_means_and_spreads_over_seeds():
 
 
 def test_tables_say_the_same_in_three_forms(tmp_path):
-    shown = report.write_tables(results(), tmp_path, "t")
+    shown = report.write_tables(results(), tmp_path, "t", by="label")
     value = shown.loc["dense_a", "accuracy (%)"]
     assert value in (tmp_path / "t.md").read_text()
     latex = (tmp_path / "t.tex").read_text()
     assert value.replace("±", r"$\pm$") in latex
     assert r"dense\_a" in latex
     assert r"MSViT \& co" in latex
+    assert r"accuracy (\%)" in latex
     exact = pd.read_csv(tmp_path / "t.csv", index_col=0).loc["dense_a", "accuracy"]
     assert f"{100 * exact:.1f}" == value.split(" ± ")[0]
+
+
+def test_the_first_seed_without_its_dense_model():
+    table = results().assign(method=lambda t: t["label"].replace({"dense_a": "dense"}))
+    assert study.first_seed(table)["run"].tolist() == ["MSViT & co-0"]
 
 
 def write_run(folder, **settings):
@@ -136,7 +143,7 @@ def test_the_pixels_that_the_model_sees():
     import torch
 
     image, coarse = torch.randn(3, 32, 32), torch.tensor([[True, False], [False, False]])
-    seen = figures.as_the_model_sees(image, coarse, 2)
+    seen = as_the_model_sees(image, coarse, 2)
     assert torch.equal(seen[:, 16:], image[:, 16:])
     assert torch.equal(seen[:, :16, 16:], image[:, :16, 16:])
     for y in range(0, 16, 2):

@@ -3,8 +3,8 @@
 import pandas as pd
 import pytest
 
+from msvit import plots
 from msvit.plots import interactive
-from msvit.plots import runs as figures
 from msvit.studies import sweep
 from msvit.training.files import RunError
 from msvit.training.recipe import Recipe
@@ -18,19 +18,19 @@ def storage(tmp_path):
 
 
 def test_a_sweep_goes_on_where_it_was(storage, tmp_path):
-    told = []
+    messages = []
     for trials in (2, 3):
         study = sweep.open_study("s", storage, "none")
-        sweep.sweep(study, TINY, tmp_path / "runs", trials, tell=told.append)
+        sweep.sweep(study, TINY, tmp_path / "runs", trials, message=messages.append)
     table = sweep.table(study)
     assert table["trial"].tolist() == [0, 1, 2]
     assert set(table["state"]) == {"complete"}
     assert table["target"].between(*sweep.SPACE["target"][:2]).all()
     assert (table["value"] - (table["accuracy"] - 0.1 * table["macs"])).abs().max() < 1e-9
-    assert len(told) == 3
+    assert len(messages) == 3
     assert len(list((tmp_path / "runs").glob("*dense*/summary.json"))) == 1
-    sweep.sweep(study, TINY, tmp_path / "runs", 3, tell=told.append)
-    assert len(told) == 3
+    sweep.sweep(study, TINY, tmp_path / "runs", 3, message=messages.append)
+    assert len(messages) == 3
 
 
 def test_a_failed_trial_is_recorded_and_does_not_stop_the_rest(storage, tmp_path, monkeypatch):
@@ -43,7 +43,7 @@ def test_a_failed_trial_is_recorded_and_does_not_stop_the_rest(storage, tmp_path
 
     monkeypatch.setattr(sweep, "train", train)
     study = sweep.open_study("s", storage, "none")
-    sweep.sweep(study, TINY, tmp_path / "runs", 2, tell=lambda line: None)
+    sweep.sweep(study, TINY, tmp_path / "runs", 2, message=lambda line: None)
     assert sweep.table(study)["state"].tolist() == ["fail", "complete"]
     assert sweep.table(study)["front"].tolist() == [False, True]
 
@@ -51,7 +51,7 @@ def test_a_failed_trial_is_recorded_and_does_not_stop_the_rest(storage, tmp_path
 def test_trials_that_fall_behind_are_pruned(storage, tmp_path, monkeypatch):
     study = sweep.open_study("s", storage, "median")
     monkeypatch.setattr(type(study.pruner), "prune", lambda self, study, trial: trial.number == 1)
-    sweep.sweep(study, TINY, tmp_path / "runs", 3, tell=lambda line: None)
+    sweep.sweep(study, TINY, tmp_path / "runs", 3, message=lambda line: None)
     assert sweep.table(study)["state"].tolist() == ["complete", "pruned", "complete"]
     assert not (tmp_path / "runs" / "s-0001" / "summary.json").exists()
 
@@ -73,9 +73,9 @@ def test_pictures_of_a_sweep():
         {"trial": [0, 1, 2], "state": "complete", "accuracy": [0.9, 0.8, None], "macs": [0.6, 0.5, None], "target": 0.5}
     )
     trials["front"] = sweep.pareto(trials["accuracy"], trials["macs"])
-    assert "MACs" in figures.front(trials).axes[0].get_xlabel()
+    assert "MACs" in plots.front(trials).axes[0].get_xlabel()
     assert len(interactive.front(trials).data[1].x) == 2
     lines = interactive.parallel(trials, ["target"]).data[0].dimensions
     assert [line.label for line in lines] == ["target", "macs", "accuracy"]
-    bars = figures.importance({"target": 0.9, "loss_settings.sigma": 0.1}).axes[0]
+    bars = plots.importance({"target": 0.9, "loss_settings.sigma": 0.1}).axes[0]
     assert bars.get_yticklabels()[0].get_text() == "sigma"

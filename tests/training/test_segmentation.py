@@ -174,6 +174,8 @@ def test_the_study_shows_what_its_runs_recorded(finished, tmp_path):
     segstudy = pytest.importorskip("msvit.studies.segmentation", exc_type=ImportError)
     from matplotlib import pyplot as plt
 
+    from msvit import plots
+
     rows = segstudy.rows([0.5, 0.7], ["random"])
     assert [row.label for row in rows] == [
         "all fine", "all coarse", "gate at 50%", "random at 50%", "gate at 70%", "random at 70%",
@@ -187,8 +189,8 @@ def test_the_study_shows_what_its_runs_recorded(finished, tmp_path):
     assert summary["miou ±"] == pytest.approx(0.1 / 2**0.5)
     assert segstudy.class_ious(table).loc["gate at 50%", "a"] == pytest.approx(0.4)
     assert segstudy.class_ious(table)["b"].isna().all()
-    assert len(segstudy.quality(table).axes) == 3
-    figure = segstudy.pictures(finished.folder, 3)
+    assert len(plots.quality(table).axes) == 3
+    figure = segstudy.draw_pictures(finished.folder, 3)
     assert [axes.get_ylabel() for axes in figure.axes[::3]] == ["tokens", "truth", "prediction", "error"]
     model, scenes = msvit.MSViT.from_pretrained(finished.folder), Scenes(24, 32, 0, "easy", "val")
     with torch.no_grad():

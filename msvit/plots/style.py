@@ -1,0 +1,78 @@
+"""The style of all figures: colours and markers of methods, pictures and their tokens, and files of the same bytes."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from ..core.tokens import shrink
+
+# Okabe and Ito's colours, which readers with any colour vision tell apart; and markers, for those who print in grey.
+BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
+COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, "#000000", "#999933", "#882255", "#44AA99")
+MARKERS = "osD^vP*Xph"
+GREY = "#666666"  # of what is there for comparison
+FINE_COLOUR, COARSE_COLOUR = SKY, ORANGE
+
+# What a method costs: column of a table of runs -> factor and axis label.
+COSTS = {
+    "macs": (100, "MACs per picture, gate included (% of the dense model's)"),
+    "pictures_per_s": (1, "pictures per second on this machine"),
+}
+
+
+def style(index: int) -> dict:
+    """Return colour and marker of the index-th method, the same in every figure of a report."""
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]}
+
+
+def save(figure: Figure, folder: str | Path, name: str, kinds: tuple[str, ...] = ("png", "svg")) -> Figure:
+    """Write the figure under a folder, without dates inside, so that the same figure gives the same bytes."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
+    with plt.rc_context({"svg.hashsalt": "msvit"}):
+        for kind in kinds:
+            figure.savefig(Path(folder) / f"{name}.{kind}", dpi=150, bbox_inches="tight", metadata=dates.get(kind, {}))
+    return figure
+
+
+def with_note(figure: Figure, note: str, title: str = "") -> Figure:
+    """Put a note in brackets below the figure's title, and `title` before it."""
+    titles = ": ".join(text for text in (title, figure.get_suptitle()) if text)
+    figure.suptitle(f"{titles}\n({note})".strip(), fontsize=9)
+    return figure
+
+
+def to_pixels(image: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
+    """Return a normalised picture `[3, H, W]` as floats in [0, 1], `[H, W, 3]`."""
+    mean, std = (torch.tensor(v, dtype=image.dtype).view(-1, 1, 1) for v in (mean, std))
+    return (image.detach().cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+
+
+def as_the_model_sees(image: Tensor, coarse: Tensor, scale: int) -> Tensor:
+    """Return the picture `[c, H, W]` with the regions `[h, w]` that are coarse at 1 / scale of the resolution."""
+    reduced = F.interpolate(shrink(image[None], scale), scale_factor=scale, mode="nearest")[0]
+    rows, columns = image.shape[1] // coarse.shape[0], image.shape[2] // coarse.shape[1]
+    pixels = coarse.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+    return torch.where(pixels, reduced, image)
+
+
+def draw_grid(axes: Axes, coarse: Tensor, patch: int, scale: int):
+    """Draw the borders of the tokens: a frame round each coarse region, a cross of thin lines in each fine one."""
+    lines = {True: [], False: []}
+    for r, c in np.ndindex(*coarse.shape):
+        top, left = r * patch, c * patch
+        kind = bool(coarse[r, c])
+        steps = [0, patch] if kind else [patch * i / scale for i in range(scale + 1)]
+        lines[kind] += [[(left + s, top), (left + s, top + patch)] for s in steps]
+        lines[kind] += [[(left, top + s), (left + patch, top + s)] for s in steps]
+    shift = -0.5  # a pixel's centre is its integer coordinate
+    for kind, colour, width in ((True, COARSE_COLOUR, 1.2), (False, FINE_COLOUR, 0.9)):
+        segments = [[(x + shift, y + shift) for x, y in line] for line in lines[kind]]
+        axes.add_collection(LineCollection(segments, colors=colour, linewidths=width))
