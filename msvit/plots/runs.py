@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .style import BLUE, COSTS, GREY, SKY, VERMILION, as_the_model_sees, draw_grid, style, to_pixels
-from .style import save as save  # for the benchmark's figures
 
 
 def gate_maps(
