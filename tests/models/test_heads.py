@@ -1,10 +1,13 @@
 """Segmentation: anchored in plain timm, one function in three executions, and every pixel in its place."""
 
+import json
+
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from helpers import decode, encode, segmenting, shake
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import msvit
@@ -310,6 +313,26 @@ def test_a_classifiers_parts_are_taken_over(tmp_path):
     assert msvit.MSViT.from_pretrained(tmp_path / "segmenter").head.dense
     with pytest.raises(FileNotFoundError, match=r"config\.json"):
         msvit.MSViT.from_pretrained(tmp_path)
+
+
+def test_folders_of_earlier_versions_load(tmp_path):
+    """Their config calls the head a segmenter, and their weights have the decoder beside the backbone."""
+    model = segmenting(msvit.MSViT(timm.create_model("vit_mini_patch8_64")), K, "mask").eval()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["segmenter"] = config.pop("head")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    weights = load_file(tmp_path / "model.safetensors")
+    renamed = {key.removeprefix("head."): value for key, value in weights.items()}
+    assert renamed.keys() != weights.keys()
+    save_file(renamed, tmp_path / "model.safetensors")
+    again, images = msvit.MSViT.from_pretrained(tmp_path), torch.randn(2, 3, 64, 64)
+    assert torch.equal(again(images), model(images))
+    wrapped = torch.nn.ModuleDict(
+        {"model": segmenting(msvit.MSViT(timm.create_model("vit_mini_patch8_64")), K, "mask")}
+    )
+    wrapped.load_state_dict({f"model.{key}": value for key, value in renamed.items()})  # as in a run's state
+    assert torch.equal(wrapped["model"].eval()(images), model(images))
 
 
 def test_calibration_meets_a_budget_that_includes_the_decoder(make_vit):
