@@ -48,11 +48,6 @@ def patch_size(vit: VisionTransformer) -> int:
     return vit.patch_embed.patch_size[0]
 
 
-def prefix_count(vit: VisionTransformer) -> int:
-    """Return how many class, distillation and register tokens there are."""
-    return vit.num_prefix_tokens
-
-
 def bases(vit: VisionTransformer, candidates: Candidates) -> Tensor:
     """Return what each candidate is before its pixels are added, `[N, C]`: prefix tokens and positions.
 
@@ -121,7 +116,7 @@ def pooled_logits(vit: VisionTransformer, tokens: Tokens) -> Tensor:
     Average pooling weighs a token by its area, so that it is the mean over the fine grid. The head is given a sequence
     on which its own pooling returns what was pooled here.
     """
-    prefix = prefix_count(vit)
+    prefix = vit.num_prefix_tokens
     first = tokens.layout.ends[:-1, None] + torch.arange(prefix, device=tokens.x.device)
     lead = tokens.x[first]
     if vit.global_pool == "token":
@@ -159,7 +154,7 @@ def _attention_pool(vit: VisionTransformer, tokens: Tokens) -> Tensor:
     q = pool.q(pool.latent[0]).view(1, pool.num_heads, pool.head_dim)
     k, v = pool.kv(tokens.x).view(len(tokens.x), 2, pool.num_heads, pool.head_dim).unbind(1)
     q, k = pool.q_norm(q).to(v.dtype).expand(b, -1, -1), pool.k_norm(k).to(v.dtype)
-    prefix = prefix_count(vit)
+    prefix = vit.num_prefix_tokens
     weight = tokens.activity if not prefix else _weights(vit, tokens, by_area=False)
     x = pool.proj_drop(pool.proj(attend(tokens.layout, q, k, v, weight).flatten(1)))
     return x if pool.mlp is None else x + pool.mlp(pool.norm(x))

@@ -79,7 +79,7 @@ def run_blocks(
     watch: Watch | None = None,
 ) -> Encoded:
     """Take tokens from before the first block to after the last norm."""
-    prefix = backbone.prefix_count(vit)
+    prefix = vit.num_prefix_tokens
     stages, counts, n = [_stage(None, tokens, prefix)], [], tokens.active_counts()
     for layer, block in enumerate(vit.blocks):
         acts = reducer is not None and layer in reducer.layers

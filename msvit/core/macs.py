@@ -7,8 +7,6 @@ and positions are not counted, as usual.
 import torch
 from torch import Tensor, nn
 
-from . import backbone
-
 
 def linear_macs(module: nn.Module) -> int:
     """Return the MACs of one row through every linear layer of a module."""
@@ -38,7 +36,7 @@ def classifier_macs(vit: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def embedding_macs(vit: nn.Module, tokens: Tensor) -> Tensor:
-    return (tokens - backbone.prefix_count(vit)) * vit.patch_embed.proj.weight.numel()
+    return (tokens - vit.num_prefix_tokens) * vit.patch_embed.proj.weight.numel()
 
 
 def vit_macs(vit: nn.Module, tokens: Tensor) -> Tensor:

@@ -130,7 +130,7 @@ def run_dense(model: MSViT, images: torch.Tensor) -> torch.Tensor:
         return vit(images)
     x, size = vit.forward_features(images), images.shape[-2:]
     b, n, _ = x.shape
-    rows, prefix = torch.arange(b * n, device=x.device).view(b, n), backbone.prefix_count(vit)
+    rows, prefix = torch.arange(b * n, device=x.device).view(b, n), vit.num_prefix_tokens
     tokens = Tokens(
         x=x.flatten(0, 1),
         activity=None,

@@ -92,7 +92,7 @@ class SegmentationHead(nn.Module):
 
     def decode(self, vit: nn.Module, tokens: Tokens, decisions: Tensor) -> Tensor:
         """Return what the decoder makes of the tokens after the last norm: logits `[B, H_f, W_f, K]`."""
-        prefix = backbone.prefix_count(vit)
+        prefix = vit.num_prefix_tokens
         seeing = (tokens.area > 0).nonzero()[:, 0]
         patches = tokens.select(seeing, [n - prefix for n in tokens.layout.lengths])
         x = vit.fc_norm(patches.x)
@@ -105,7 +105,7 @@ class SegmentationHead(nn.Module):
 
     def macs(self, vit: nn.Module, tokens: Tensor, fine_patches: int) -> Tensor:
         """Return the decoder's MACs on so many tokens per picture, prefix included, int64 `[B]`."""
-        patches = tokens - backbone.prefix_count(vit)
+        patches = tokens - vit.num_prefix_tokens
         return self.decoder.macs(torch.full_like(tokens, fine_patches) if self.scatter == "before" else patches)
 
     def loss(self, logits: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:

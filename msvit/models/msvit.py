@@ -214,7 +214,7 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
         """Return the tokens that an execution needs, embedded, before the first block."""
         execution = one_of("execution", execution or ("trimmed" if self.training else "packed"), EXECUTIONS)
         candidates = Candidates(
-            self.grid(images.shape[-2:]), self.scale, backbone.prefix_count(self.vit), gating.blocks is not None
+            self.grid(images.shape[-2:]), self.scale, self.vit.num_prefix_tokens, gating.blocks is not None
         )
         both = self.head.dense and self.reducer is None
         return tokenize(self.vit, images, candidates, gating, execution, self.margin, self.coarse_embed, both)
@@ -242,12 +242,12 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
         """
         regions = math.prod(self.grid(size))
         patches = n_coarse + (regions - n_coarse) * self.scale**2 - 3 * n_blocks
-        return self._macs(backbone.prefix_count(self.vit) + patches, regions, gated=True)
+        return self._macs(self.vit.num_prefix_tokens + patches, regions, gated=True)
 
     def dense_macs(self, size: tuple[int, int]) -> int:
         """Return the MACs of backbone and head on a picture with all tokens fine, without gate and reducer."""
         patches = math.prod(self.grid(size)) * self.scale**2
-        tokens = torch.tensor([backbone.prefix_count(self.vit) + patches])
+        tokens = torch.tensor([self.vit.num_prefix_tokens + patches])
         counts = token_counts(len(self.vit.blocks), tokens)
         return int(encoder_macs(self.vit, tokens, counts) + self.head.macs(self.vit, counts[-1, 1], patches))
 
