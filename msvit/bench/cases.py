@@ -87,10 +87,6 @@ class Case:
         _set_noisy_share(model.gate, self.images.float(), TRAINING_SHARE)
         return model
 
-    def forget_trained(self):
-        """Give back the memory of the copy for training."""
-        vars(self).pop("trained", None)
-
     def variant(self, gate: nn.Module, reducer: nn.Module | None = None, threshold: float = 0.5) -> MSViT:
         """Return another model around the same backbone."""
         model = MSViT(self.vit, self.model.scale, gate, reducer=reducer, fast_cpu=True).eval()

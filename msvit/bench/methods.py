@@ -166,12 +166,8 @@ def train_step(execution: str, case: Case, fast: bool = False) -> PreparedMethod
     lower = case.images.dtype != torch.float32
 
     def work():
-        with torch.autocast(device.type, case.images.dtype) if lower else nullcontext():
-            if execution == "dense":
-                with fast_linear(fast):
-                    logits = model.vit(images)
-            else:
-                logits = model.run(images, execution=execution).logits
+        with torch.autocast(device.type, case.images.dtype) if lower else nullcontext(), fast_linear(fast):
+            logits = model.vit(images) if execution == "dense" else model.run(images, execution=execution).logits
             loss = F.cross_entropy(logits.float(), labels)
         loss.backward()
         model.zero_grad(set_to_none=True)

@@ -70,7 +70,9 @@ def write_report(report: Report, folder: str | Path):
     Path(folder).mkdir(parents=True, exist_ok=True)
     path = Path(folder) / stem(report)
     write_whole(path.with_suffix(".json"), (json.dumps(report, indent=2) + "\n").encode())
-    write_whole(path.with_suffix(".csv"), _csv(report["rows"]).encode())
+    table = pd.DataFrame(report["rows"], dtype=object).reindex(columns=CSV_COLUMNS)
+    table["settings"] = [json.dumps(timing["settings"]) if timing.get("settings") else "" for timing in report["rows"]]
+    write_whole(path.with_suffix(".csv"), table.to_csv(index=False, lineterminator="\n").encode())
     write_whole(path.with_suffix(".md"), _page(report).encode())
 
 
@@ -91,19 +93,13 @@ def draw_figure(report: Report, folder: str | Path, tell: Callable[[str], object
             write_whole(Path(folder) / path.name, path.read_bytes())
 
 
-def _csv(timings: list[Timing]) -> str:
-    table = pd.DataFrame(timings, dtype=object).reindex(columns=CSV_COLUMNS)
-    table["settings"] = [json.dumps(timing["settings"]) if timing.get("settings") else "" for timing in timings]
-    return table.to_csv(index=False, lineterminator="\n")
-
-
 def _page(report: Report) -> str:
     """Return where and with what it was measured, and a table for each case."""
-    found, settings = report["environment"], report["settings"]
+    found, scaling = report["environment"], report["settings"]["scaling"]
     on = found["device"] if found["cuda"] else f"{found['cpu'] or found['device']}, {found['threads']} threads"
     repeats = max((len(timing["seconds"]) for timing in report["rows"] if "seconds" in timing), default=0)
     lines = [
-        f"# {'Cost against size, batch and share of coarse regions' if settings['scaling'] else 'On the clock'}",
+        f"# {'Cost against size, batch and share of coarse regions' if scaling else 'On the clock'}",
         "",
         f"{on}; {found['dtype']}; torch {found['torch']}, timm {found['timm']}, msvit {found['msvit']} "
         f"({found['commit']}); {found['started']}.",
@@ -111,16 +107,15 @@ def _page(report: Report) -> str:
         *(f"**Not to be trusted**: {problem}." for problem in report["problems"]),
         "",
         PAGE_NOTE.format(repeats=repeats),
+        summary(report, heading="## {}\n"),
     ]
-    for title, timings in groupby(report["rows"], _case_title):
-        lines += [f"## {title}", "", *_table(list(timings)), ""]
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
-def summary(report: Report) -> str:
-    """Return the tables for a terminal."""
+def summary(report: Report, heading: str = "{}") -> str:
+    """Return a heading and a table for each case, as Markdown that a terminal shows well too."""
     cases = groupby(report["rows"], _case_title)
-    return "\n\n".join("\n".join([title, *_table(list(timings))]) for title, timings in cases)
+    return "\n\n".join(f"{heading.format(title)}\n{_table(list(timings))}" for title, timings in cases)
 
 
 def _case_title(timing: Timing) -> str:
@@ -128,18 +123,12 @@ def _case_title(timing: Timing) -> str:
     return f"{timing['model']}, {timing['size']} px, batch {timing['batch']}, {timing['coarse']:.0%} coarse{varied}"
 
 
-def _table(timings: list[Timing]) -> list[str]:
-    """Return lines of Markdown; columns that nothing is in are left out."""
-    cells = [_cells(timing) for timing in timings]
-    kept = [name for name in HEADINGS if name in ALWAYS_SHOWN or any(name in line for line in cells)]
-    columns = []
-    for name in kept:
-        texts = [name, *(line.get(name, "") for line in cells)]
-        width = max(map(len, texts))
-        columns.append([text.ljust(width) for text in (name, "-" * width, *texts[1:])])
-    lines = [f"| {' | '.join(line)} |" for line in zip(*columns, strict=True)]
-    notes = [f"\n{timing['label']}: {timing['note']}." for timing in timings if timing["note"]]
-    return lines + notes
+def _table(timings: list[Timing]) -> str:
+    """Return the table, without the columns that nothing is in, and the notes below it."""
+    cells = pd.DataFrame([_cells(timing) for timing in timings])
+    kept = [name for name in HEADINGS if name in ALWAYS_SHOWN or name in cells]
+    table = cells.reindex(columns=kept).fillna("").to_markdown(index=False, tablefmt="github", disable_numparse=True)
+    return table + "".join(f"\n\n{timing['label']}: {timing['note']}." for timing in timings if timing["note"])
 
 
 def _cells(timing: Timing) -> dict[str, str]:

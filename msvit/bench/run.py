@@ -40,10 +40,10 @@ def bench(settings: BenchSettings, tell: Callable[[str], object]) -> Report:
     except KeyboardInterrupt:
         report["interrupted"] = True
         write_report(report, settings.out)
-        draw_figure(report, settings.out, tell)
-        found = f"what was measured until then is in {settings.out}" if report["rows"] else "nothing was measured yet"
-        raise KeyboardInterrupt(f"interrupted; {found}") from None
     draw_figure(report, settings.out, tell)
+    if report["interrupted"]:
+        found = f"what was measured until then is in {settings.out}" if report["rows"] else "nothing was measured yet"
+        raise KeyboardInterrupt(f"interrupted; {found}")
     if report["problems"]:
         raise RunError("; ".join(report["problems"]))
     return report
@@ -91,13 +91,12 @@ class CaseTimer:
         works = {name: work for name, work in prepared.items() if work is not None}
         done, started = [], time.perf_counter()
         try:
-            for seconds in interleaved(works, repeats, self.synchronise) if works else ():
+            for seconds in interleaved(works, repeats, self.synchronise):
                 done.append(seconds)
         finally:  # after an interruption the repeats that are whole count
-            if done or not works:
+            if done:
                 self.report["rows"] += [timing | compare(name, timings, done) for name, timing in timings.items()]
         self.tell(f"  {len(done)} repeats of {len(works)} methods: {time.perf_counter() - started:.0f} s")
-        case.forget_trained()
         if any(BENCH_METHODS[name].compiled for name in names):  # torch keeps few versions of what was compiled
             torch.compiler.reset()
             gc.collect()
@@ -155,10 +154,8 @@ def _warm_up(name: str, work: Work):
     try:
         for _ in range(2 if compiled else 1):  # the count was a call already
             work()
-    except torch.OutOfMemoryError:
-        raise
     except (RuntimeError, OSError) as error:
-        if not compiled:
+        if not compiled or isinstance(error, torch.OutOfMemoryError):
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise Unavailable(f"torch.compile failed: {reason}") from error

@@ -1,6 +1,7 @@
 """Timing: what calling a function costs here. Seconds, interleaved with others; MACs as torch counts them; memory."""
 
 import importlib
+import itertools
 import json
 import os
 import random
@@ -12,13 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.flop_counter import (
-    FlopCounterMode,
-    flop_registry,
-    register_flop_formula,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
+from torch.utils import flop_counter
 
 from .settings import BENCH_METHODS
 
@@ -38,9 +33,7 @@ class Quartiles(NamedTuple):
 
 def quartiles(values: Sequence[float]) -> Quartiles:
     """Return the quartiles of one value or more."""
-    if len(values) == 1:
-        return Quartiles(median=values[0], low=values[0], high=values[0])
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    low, median, high = values * 3 if len(values) == 1 else statistics.quantiles(values, n=4, method="inclusive")
     return Quartiles(median=median, low=low, high=high)
 
 
@@ -49,13 +42,12 @@ def interleaved(
     repeats: int,
     synchronise: Work = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
-    seed: int = 0,
 ) -> Iterator[Seconds]:
     """Call every function once a repeat, in a new order each time, and yield the seconds of each whole repeat.
 
     What else the machine does meets all of them alike, so that ratios within a repeat tell more than times.
     """
-    generator, order = random.Random(seed), list(works)
+    generator, order = random.Random(0), list(works)
     for _ in range(repeats):
         generator.shuffle(order)
         seconds = {}
@@ -101,8 +93,7 @@ def compare(name: str, timings: Mapping[str, Timing], repeats: Sequence[Seconds]
 def counted_macs(work: Work) -> float:
     """Return the MACs of the matrix products that one call runs, at two FLOPs each."""
     _complete_registry()
-    counter = FlopCounterMode(display=False)
-    with counter:
+    with flop_counter.FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops() / 2
 
@@ -111,23 +102,15 @@ def _complete_registry():
     """Register what older PyTorch counts as nothing: attention on a CPU, and packed attention on CUDA."""
     aten = torch.ops.aten
     formulas = {
-        aten._scaled_dot_product_flash_attention_for_cpu: _padded_flops,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward_flops,
+        aten._scaled_dot_product_flash_attention_for_cpu: flop_counter.sdpa_flop,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_counter.sdpa_backward_flop,
     }
     if torch.cuda.is_available():
         importlib.import_module("torch.nn.attention.varlen")  # makes the operation
         formulas[torch.ops.torch_attn._varlen_attn] = _varlen_flops
     for operation, formula in formulas.items():
-        if operation not in flop_registry:
-            register_flop_formula(operation, get_raw=True)(formula)
-
-
-def _padded_flops(q, k, v, *rest, **options) -> int:
-    return sdpa_flop_count(q.shape, k.shape, v.shape)
-
-
-def _backward_flops(grad, q, k, v, *rest, **options) -> int:
-    return sdpa_backward_flop_count(grad.shape, q.shape, k.shape, v.shape)
+        if operation not in flop_counter.flop_registry:
+            flop_counter.register_flop_formula(operation, get_raw=True)(formula)
 
 
 def _varlen_flops(q, k, v, ends_q, ends_k, *rest, **options) -> int:
@@ -157,8 +140,5 @@ def peak_memory(work: Work, device: torch.device) -> int:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         events = json.loads(path.read_text())["traceEvents"]
-    now = peak = 0
-    for event in sorted((e for e in events if e["name"] == "[memory]"), key=lambda e: e["ts"]):
-        now += event["args"]["Bytes"]
-        peak = max(peak, now)
-    return peak
+    changes = sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"])
+    return max(itertools.accumulate((event["args"]["Bytes"] for event in changes), initial=0))

@@ -5,7 +5,7 @@ other in one matrix `[T, C]`, and only this file knows where a picture begins an
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import NamedTuple
 
@@ -27,8 +27,7 @@ class Layout:
     @cached_property
     def ends(self) -> Tensor:
         """`[B + 1]`: picture b has the rows ends[b] ... ends[b + 1] - 1."""
-        counts = torch.tensor([0, *self.lengths], device=self.device)
-        return counts.cumsum(0)
+        return torch.tensor([0, *self.lengths], device=self.device).cumsum(0)
 
     @cached_property
     def picture(self) -> Tensor:
@@ -59,6 +58,10 @@ class Layout:
         """Return the inverse of `pad`."""
         rows = padded.flatten(0, 1)
         return rows if self.uniform else rows[self.slot]
+
+    def split(self, rows: Tensor | None) -> Sequence[Tensor | None]:
+        """Return the rows `[T, ...]` of each picture, as views; None for each where there are none."""
+        return [None] * len(self.lengths) if rows is None else rows.split(self.lengths)
 
     def sum(self, rows: Tensor) -> Tensor:
         """Return rows `[T, ...]` summed over each picture, `[B, ...]`."""
@@ -93,12 +96,12 @@ def attend(layout: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | Non
         weight: `[T]`, not negative; in every picture at least one is positive.
     """
     learned = weight is not None and weight.requires_grad
+    queries = layout if len(q) == len(k) else Layout([1] * len(q), q.device)
     if not layout.uniform and not learned:
         if weight is None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-            return _attend_varlen(layout, q, k, v)
+            return _attend_varlen(queries, layout, q, k, v)
         if not q.is_cuda:
-            return _attend_each(layout, q, k, v, weight)
-    queries = layout if len(q) == len(k) else Layout([1] * len(q), q.device)
+            return _attend_each(queries, layout, q, k, v, weight)
     padded = [part.transpose(1, 2) for part in (queries.pad(q), layout.pad(k), layout.pad(v))]
     if weight is None and not layout.uniform:
         weight = torch.ones(len(k), device=k.device)
@@ -112,35 +115,22 @@ def attend(layout: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | Non
     return queries.unpad(out.transpose(1, 2))
 
 
-def _attend_varlen(layout: Layout, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _attend_varlen(queries: Layout, layout: Layout, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Attend by PyTorch's own packed attention: one kernel for pictures of any lengths."""
     from torch.nn.attention.varlen import varlen_attn
 
-    ends = layout.ends.int()
-    longest = max(layout.lengths)
-    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-    if len(q) == len(k):
-        return varlen_attn(q, k, v, ends, ends, longest, longest)
-    each = torch.arange(len(q) + 1, device=q.device, dtype=torch.int32)
-    return varlen_attn(q, k, v, each, ends, 1, longest)
+    rows = (x.contiguous() for x in (q, k, v))
+    return varlen_attn(*rows, queries.ends.int(), layout.ends.int(), max(queries.lengths), max(layout.lengths))
 
 
-def _attend_each(layout: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None) -> Tensor:
+def _attend_each(queries: Layout, layout: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None) -> Tensor:
     """Attend picture by picture, on views. On a CPU this beats padding, and does no more than the counted MACs."""
-    sizes = layout.lengths if len(q) == len(k) else [1] * len(q)
-    bias = None if weight is None else weight.to(q.dtype).log()[:, None]
-    out = []
-    for part in _pictures(layout, (q, sizes), (k, layout.lengths), (v, layout.lengths), (bias, layout.lengths)):
-        q_, k_, v_ = (x.transpose(0, 1)[None] for x in part[:3])
-        mask = None if part[3] is None else part[3].T
-        out.append(F.scaled_dot_product_attention(q_, k_, v_, attn_mask=mask)[0].transpose(0, 1))
+    bias, out = None if weight is None else weight.to(q.dtype).log(), []
+    for *rows, mask in zip(queries.split(q), *map(layout.split, (k, v, bias)), strict=True):
+        heads = (x.transpose(0, 1)[None] for x in rows)
+        mask = None if mask is None else mask[None]
+        out.append(F.scaled_dot_product_attention(*heads, attn_mask=mask)[0].transpose(0, 1))
     return torch.cat(out)
-
-
-def _pictures(layout: Layout, *rows: tuple[Tensor | None, list[int]]):
-    """Return the rows of each picture in turn, as views."""
-    parts = [[None] * len(layout.lengths) if x is None else x.split(sizes) for x, sizes in rows]
-    return zip(*parts, strict=True)
 
 
 class Watched(NamedTuple):
@@ -183,8 +173,7 @@ def _groups(layout: Layout, *rows: Tensor | None):
     if layout.uniform or rows[0].is_cuda:
         yield layout, *rows
         return
-    parts = _pictures(layout, *((x, layout.lengths) for x in rows))
-    for n, part in zip(layout.lengths, parts, strict=True):
+    for n, *part in zip(layout.lengths, *map(layout.split, rows), strict=True):
         yield Layout([n], layout.device), *part
 
 

@@ -1,5 +1,7 @@
 """The gate: for each coarse patch, one number that says how happily the picture would do with one token there."""
 
+from itertools import pairwise
+
 import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
@@ -30,11 +32,7 @@ class Gate(nn.Module, PyTorchModelHubMixin):
         self.patch, self.channels = patch, channels
         self.register_buffer("tau", torch.tensor(float(temperature)))
         sizes = [channels * patch * patch, width, width, width]
-        hidden = [
-            layer
-            for i, o in zip(sizes[:-1], sizes[1:], strict=True)
-            for layer in (nn.Linear(i, o), nn.LayerNorm(o), nn.GELU())
-        ]
+        hidden = [layer for i, o in pairwise(sizes) for layer in (nn.Linear(i, o), nn.LayerNorm(o), nn.GELU())]
         self.mlp = nn.Sequential(*hidden, nn.Linear(width, 1))
 
     @property

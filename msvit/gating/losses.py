@@ -12,8 +12,8 @@ GBaS is Havtorn et al. 2023, BaS Bejnordi et al. 2020, the ratio loss is Dynamic
 that do follow F have E[CvM] = 1 / (6 (n+1)), the mean variance of uniform order statistics.
 """
 
-import inspect
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,6 @@ from ..checks import in_interval, known_settings, one_of
 from ..core.gather import global_batch
 from .beta import beta_cdf
 from .cdf import GRADIENTS, TIES, cvm, normal_cdf, relaxed_bernoulli_cdf, route
-
-__all__ = [
-    "BaS", "GBaS", "GateLoss", "L0", "NoLoss", "Ratio", "bas_loss", "beta_cdf", "cvm",
-    "gbas_loss", "global_batch", "make_loss", "normal_cdf", "relaxed_bernoulli_cdf",
-]  # fmt: skip
 
 PRIORS = {"relaxed_bernoulli": relaxed_bernoulli_cdf, "beta": beta_cdf}
 HYPERPRIORS = {"normal": normal_cdf, "beta": beta_cdf}
@@ -178,16 +173,12 @@ class GBaS(GateLoss):
         self.hyper = _hyper_params(hyperprior, target, sigma)
         self.sigma, self.hyperprior, self.hyper_weight = float(sigma), hyperprior, float(hyper_weight)
         self.prior, self.gradients, self.ties = prior, gradients, ties
-        self._keep("logits", math.log(target / (1 - target)), gradients != "values")
-        self._keep("log_temperature", math.log(temperature), gradients != "values" and learn_temperature)
+        self.logits = self._per_position(math.log(target / (1 - target)), gradients != "values")
+        self.log_temperature = self._per_position(math.log(temperature), gradients != "values" and learn_temperature)
 
-    def _keep(self, name: str, value: float, learned: bool):
-        """Keep a number per position, as a parameter or, so that none waits for a gradient in vain, a buffer."""
-        tensor = torch.full(self.grid, value)
-        if learned:
-            self.register_parameter(name, nn.Parameter(tensor))
-        else:
-            self.register_buffer(name, tensor)
+    def _per_position(self, value: float, learned: bool) -> Tensor:
+        """Return a number per position: a parameter or, so that none waits for a gradient in vain, a buffer."""
+        return (nn.Parameter if learned else nn.Buffer)(torch.full(self.grid, value))
 
     @property
     def p(self) -> Tensor:
@@ -267,6 +258,5 @@ LOSSES = {"gbas": GBaS, "bas": BaS, "l0": L0, "ratio": Ratio, "none": NoLoss}
 
 def make_loss(name: str, grid: tuple[int, int], target: float = 0.6, **settings) -> GateLoss:
     """Return the gate loss of this name; `settings` are those of its class."""
-    one_of("gate loss", name, LOSSES)
-    takes = [setting for setting in inspect.signature(LOSSES[name]).parameters if setting not in ("grid", "target")]
-    return LOSSES[name](grid, target, **known_settings(f"the gate loss {name!r}", settings, takes))
+    make = partial(LOSSES[one_of("gate loss", name, LOSSES)], grid, target)
+    return make(**known_settings(f"the gate loss {name!r}", settings, make))

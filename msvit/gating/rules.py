@@ -4,8 +4,8 @@ A rule is a module that MSViT takes as its gate, `MSViT(vit, gate=msvit.make_rul
 each coarse region of a picture with a number in [0, 1], and the model makes coarse what exceeds its threshold.
 """
 
-import inspect
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -128,11 +128,9 @@ class Entropy(Rule):
         """Return how many pixels of each region have each of 256 grey values, `[B, h, w, 256]`."""
         if len(self.mean) != images.shape[1]:
             raise ValueError(f"mean={self.mean} for pictures of {images.shape[1]} channels; give one number for each")
-        share = images.new_tensor(
-            (0.299, 0.587, 0.114) if len(self.mean) == 3 else [1 / len(self.mean)] * len(self.mean)
-        )
+        shares = (0.299, 0.587, 0.114) if len(self.mean) == 3 else [1 / len(self.mean)] * len(self.mean)
         values = images * images.new_tensor(self.std)[:, None, None] + images.new_tensor(self.mean)[:, None, None]
-        grey = torch.einsum("bchw,c->bhw", values.float(), share.float())[:, None]
+        grey = torch.einsum("bchw,c->bhw", values.float(), images.new_tensor(shares).float())[:, None]
         levels = (grey * 255).round().clamp(0, 255).long()
         cells = patchify(levels, images.shape[-1] // grid[1]).flatten(0, 1)
         cells = cells + 256 * torch.arange(len(cells), device=cells.device)[:, None]
@@ -171,14 +169,12 @@ def oracle(objects: Tensor, patch: int) -> Tensor:
     return ~objects.view(b, height // patch, patch, width // patch, patch).any(4).any(2)
 
 
-RULES = {"entropy": Entropy, **dict.fromkeys(Static.KINDS, Static)}
+RULES = {"entropy": Entropy, **{kind: partial(Static, kind) for kind in Static.KINDS}}
 
 
 def make_rule(name: str, **settings) -> Rule:
     """Return a rule by its name in `RULES`; the settings are the class's own, as JSON has them."""
-    kind = RULES[one_of("rule", name, RULES)]
-    takes = [setting for setting in inspect.signature(kind).parameters if setting != "kind"]
-    known_settings(name, settings, takes)
-    rule = Entropy(**settings) if kind is Entropy else Static(name, **settings)
+    make = RULES[one_of("rule", name, RULES)]
+    rule = make(**known_settings(name, settings, make))
     rule.settings = {"name": name, **settings}
     return rule

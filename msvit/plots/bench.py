@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,34 +16,31 @@ AXIS_TITLES = {"size": "side of the pictures (pixels)", "batch": "pictures at on
 
 def speeds_against_macs(timings: list[dict[str, Any]]) -> Figure:
     """Draw pictures per second against MACs, a panel per model and batch, and the speed that MACs promise."""
-    timings = [timing for timing in timings if timing["kind"] == "model" and "ms" in timing]
-    labels = list(dict.fromkeys(timing["label"] for timing in timings))
-    panels = list(dict.fromkeys((timing["model"], timing["size"], timing["batch"]) for timing in timings))
-    columns = max(sum(panel[:2] == other[:2] for other in panels) for panel in panels)
+    table = pd.DataFrame(timings).query("kind == 'model'").dropna(subset="ms")
+    styles = {label: style(index) | {"label": label} for index, label in enumerate(table["label"].unique())}
+    panels = table.groupby(["model", "size", "batch"], sort=False)
+    columns = table.groupby(["model", "size"])["batch"].nunique().max()
     rows = -(-len(panels) // columns)
     figure, grid = plt.subplots(
         rows, columns, figsize=(4.2 * columns + 2, 3.4 * rows), squeeze=False, layout="constrained"
     )
     for axes in grid.flat[len(panels) :]:
         axes.remove()
-    for axes, panel in zip(grid.flat, panels, strict=False):
-        shown = [timing for timing in timings if (timing["model"], timing["size"], timing["batch"]) == panel]
-        _speed_panel(axes, shown, labels)
+    for axes, (panel, shown) in zip(grid.flat, panels, strict=False):
+        _speed_panel(axes, shown, styles)
         axes.set_title("{}, {} px, batch {}".format(*panel), fontsize=9)
     handles = {text: line for axes in figure.axes for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(handles.values(), handles, loc="outside right upper", fontsize=8, frameon=False)
     return figure
 
 
-def _speed_panel(axes: Axes, timings: list[dict[str, Any]], labels: list[str]):
+def _speed_panel(axes: Axes, table: pd.DataFrame, styles: dict[str, dict]):
     """Draw the methods of one case, and through the dense ones the speed that MACs promise."""
-    for timing in timings:
+    x = np.linspace(table["macs"].min(), table["macs"].max(), 50)
+    for timing in table.to_dict("records"):
         speed, low, high = (1e3 * timing["batch"] / timing[f"ms{end}"] for end in ("", "_high", "_low"))
         spread = [[max(speed - low, 0)], [max(high - speed, 0)]]
-        drawn = style(labels.index(timing["label"])) | {"label": timing["label"]}
-        axes.errorbar(timing["macs"] / 1e9, speed, yerr=spread, linestyle="", markersize=6, **drawn)
-    x = np.linspace(min(timing["macs"] for timing in timings), max(timing["macs"] for timing in timings), 50)
-    for timing in timings:
+        axes.errorbar(timing["macs"] / 1e9, speed, spread, linestyle="", markersize=6, **styles[timing["label"]])
         if line := {"dense": "--", "dense-linear": ":"}.get(timing["row"]):
             promised, label = timing["pictures_per_s"] * timing["macs"] / x, f"promised by MACs, from {timing['label']}"
             axes.plot(x / 1e9, promised, line, color=LINE_COLOUR, zorder=0, label=label)
@@ -52,27 +50,24 @@ def _speed_panel(axes: Axes, timings: list[dict[str, Any]], labels: list[str]):
 
 def gains_by_axis(timings: list[dict[str, Any]]) -> Figure:
     """Draw the gain of packed execution by picture size, batch and share of coarse regions, and the promised one."""
-    timings = [timing for timing in timings if timing["row"] == "packed" and "ms" in timing]
-    axis_names = [name for name in AXIS_TITLES if any(timing["axis"] == name for timing in timings)]
-    models = list(dict.fromkeys(timing["model"] for timing in timings))
+    table = pd.DataFrame(timings).query("row == 'packed'").dropna(subset="ms")
+    axis_names = [name for name in AXIS_TITLES if name in set(table["axis"])]
     figure, grid = plt.subplots(
         1, len(axis_names), figsize=(4.2 * len(axis_names), 3.6), squeeze=False, sharey=True, layout="constrained"
     )
     for axes, name in zip(grid[0], axis_names, strict=True):
-        for index, model in enumerate(models):
-            shown = [timing for timing in timings if (timing["axis"], timing["model"]) == (name, model)]
-            x = [timing[name] for timing in shown]
-            gain, low, high = (
-                np.array([timing[f"vs_dense{end}"] for timing in shown]) for end in ("", "_low", "_high")
-            )
-            spread = np.abs([low - gain, high - gain])
-            axes.errorbar(x, gain, yerr=spread, markersize=6, capsize=3, label=model, **style(index))
-            promised = [timing["promised"] for timing in shown]
-            axes.plot(x, promised, "--", color=style(index)["color"], label=f"{model}, promised by MACs")
+        varied = table[table["axis"] == name]
+        for index, model in enumerate(table["model"].unique()):
+            shown = varied[varied["model"] == model]
+            gain = shown["vs_dense"]
+            spread = np.abs([shown["vs_dense_low"] - gain, shown["vs_dense_high"] - gain])
+            axes.errorbar(shown[name], gain, yerr=spread, markersize=6, capsize=3, label=model, **style(index))
+            promised = {"color": style(index)["color"], "label": f"{model}, promised by MACs"}
+            axes.plot(shown[name], shown["promised"], "--", **promised)
         axes.axhline(1, color=LINE_COLOUR, linewidth=0.8)
         axes.set(xlabel=AXIS_TITLES[name])
         if name != "coarse":
-            ticks = sorted({timing[name] for timing in timings if timing["axis"] == name})
+            ticks = sorted(varied[name].unique())
             axes.set_xscale("log", base=2)
             axes.set_xticks(ticks, ticks)
         axes.grid(alpha=0.3)

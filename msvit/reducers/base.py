@@ -35,6 +35,7 @@ class Reducer(nn.Module):
 
     Attributes:
         layers: Blocks at which it acts.
+        lossless: Whether every pixel still has a token afterwards, as dense tasks need.
         adaptive: Whether how many tokens are left depends on the picture, and so do the MACs.
         needs: What of the block's attention `reduce` is given as `seen`: None, "received" (`[T]`, the attention that a
             token receives), "class" (`[T]`, the attention that the class token gives) or "keys" (`[T, D]`, their mean
@@ -42,6 +43,7 @@ class Reducer(nn.Module):
         needs_teacher: Whether `loss` compares with the dense backbone.
     """
 
+    lossless: bool = True
     adaptive: bool = False
     needs: str | None = None
     needs_teacher: bool = False
@@ -51,11 +53,6 @@ class Reducer(nn.Module):
         self.prefix, self.width, self.depth = vit.num_prefix_tokens, vit.embed_dim, len(vit.blocks)
         self.patches = vit.patch_embed.num_patches
         self.layers = check_layers(layers, self.depth)
-
-    @property
-    def lossless(self) -> bool:
-        """Whether every pixel still has a token afterwards, as dense tasks need."""
-        return True
 
     def before_block(self, layer: int, tokens: Tokens) -> Tokens:
         """Return the tokens that enter a block."""
@@ -183,7 +180,7 @@ def merge(
     tokens: Tokens,
     into: Tensor,
     lengths: list[int],
-    weight: Tensor | None = None,
+    weight: Tensor,
     average: bool = True,
     seeds: Tensor | None = None,
 ) -> Tokens:
@@ -194,7 +191,7 @@ def merge(
     Args:
         into: `[T]`, the number of a new row; a token's new row belongs to its own picture.
         lengths: New rows per picture.
-        weight: `[T]`, positive; None counts every token once.
+        weight: `[T]`, positive.
         average: Whether to divide by the weights' sum.
         seeds: `[new rows]`, the old row that a new one repeats where nothing is sent into it.
     """
@@ -204,7 +201,7 @@ def merge(
         return rows.new_zeros(total, *rows.shape[1:]).index_add(0, into, rows)
 
     wide = tokens.x if tokens.x.dtype == torch.float64 else tokens.x.float()
-    weight = torch.ones_like(wide[:, 0]) if weight is None else weight.to(wide.dtype)
+    weight = weight.to(wide.dtype)
     share, activity = add(weight), tokens.activity
     empty = share <= 0
     active = weight if activity is None else weight * activity
@@ -229,26 +226,15 @@ def merge(
 
 def join(first: Tokens, second: Tokens) -> Tokens:
     """Join the rows of both for every picture, those of the second, which covers no pixel, behind the first's."""
-    picture = torch.cat([first.layout.picture, second.layout.picture])
-    order = picture.sort(dim=0, stable=True).indices
-    moved = torch.empty_like(order)
-    moved[order] = torch.arange(len(order), device=order.device)
-
-    def both(name: str) -> Tensor:
-        return torch.cat([getattr(first, name), getattr(second, name)])[order]
-
     size = first.size
     if size is not None:
         rest = second.size if second.size is not None else torch.ones_like(second.area)
-        size = torch.cat([size, rest.to(size.dtype)])[order]
-    return Tokens(
-        x=both("x"),
-        activity=both("activity"),
-        area=both("area"),
-        where=moved[first.where.clamp(min=0)].where(first.where >= 0, -1),
-        layout=Layout([a + b for a, b in zip(first.layout.lengths, second.layout.lengths, strict=True)], order.device),
-        size=size,
-    )
+        size = torch.cat([size, rest.to(size.dtype)])
+    pairs = {name: (getattr(first, name), getattr(second, name)) for name in ("x", "activity", "area")}
+    both = replace(first, **{name: torch.cat(pair) for name, pair in pairs.items()}, size=size, other=None)
+    picture = torch.cat([first.layout.picture, second.layout.picture])
+    lengths = [a + b for a, b in zip(first.layout.lengths, second.layout.lengths, strict=True)]
+    return both.select(picture.sort(dim=0, stable=True).indices, lengths)
 
 
 def patch_rows(layout: Layout, prefix: int) -> Tensor:

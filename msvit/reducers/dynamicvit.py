@@ -53,6 +53,8 @@ class DynamicViT(Keeping):
         threshold: Keep what the predictor finds worth it with more than this probability, in place of the best `keep`.
     """
 
+    lossless = False
+
     def __init__(
         self,
         vit: nn.Module,
@@ -66,21 +68,10 @@ class DynamicViT(Keeping):
         super().__init__(vit, keep, layers)
         if threshold is not None and not 0 < threshold < 1:
             raise ValueError(f"threshold={threshold}: a probability of being kept, in (0, 1), such as 0.5")
-        self.threshold = threshold
+        self.threshold, self.adaptive = threshold, threshold is not None
+        self.needs_teacher = kl_weight > 0 or token_weight > 0
         self.weights = {"ratio": ratio_weight, "kl": kl_weight, "tokens": token_weight}
         self.predictors = nn.ModuleDict({str(layer): Predictor(self.width) for layer in self.layers})
-
-    @property
-    def lossless(self) -> bool:
-        return False
-
-    @property
-    def needs_teacher(self) -> bool:
-        return self.weights["kl"] > 0 or self.weights["tokens"] > 0
-
-    @property
-    def adaptive(self) -> bool:
-        return self.threshold is not None
 
     def after_attention(self, layer: int, tokens: Tokens, seen: Tensor | None) -> Tokens:
         return tokens

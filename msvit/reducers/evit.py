@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..core.attention import Layout
 from ..core.tokens import Tokens
 from .base import Keeping, merge, top_rows
 
@@ -34,11 +35,7 @@ class EViT(Keeping):
                 "EViT ranks tokens by the class token's attention, and this backbone has no class token; use one that "
                 "has, or power_bert, which ranks by the attention that tokens receive"
             )
-        self.fuse = fuse
-
-    @property
-    def lossless(self) -> bool:
-        return self.fuse
+        self.fuse = self.lossless = fuse
 
     def count(self, layer: int, tokens: Tensor) -> Tensor:
         kept = super().count(layer, tokens)
@@ -57,10 +54,10 @@ class EViT(Keeping):
         if not self.fuse:
             return tokens.select(rows, left)
         lengths = self.lengths(layer, layout)
-        ends = torch.tensor([0, *lengths], device=rows.device).cumsum(0)
+        ends = Layout(lengths, rows.device).ends
         into = ends[1:][layout.picture] - 1  # the fused token
         kept = torch.zeros(len(tokens.x), dtype=torch.bool, device=rows.device).index_fill(0, rows, True)
-        starts = torch.tensor([0, *left], device=rows.device).cumsum(0)
-        number = torch.arange(len(rows), device=rows.device) - (starts - ends)[:-1][layout.picture[rows]]
+        shift = Layout(left, rows.device).ends - ends
+        number = torch.arange(len(rows), device=rows.device) - shift[:-1][layout.picture[rows]]
         weight = seen.where(~kept, torch.ones_like(seen))
         return merge(tokens, into.index_copy(0, rows, number), lengths, weight, average=False)

@@ -12,11 +12,8 @@ from .base import Keeping, Reducer, merge
 class PowerBert(Keeping):
     """Keeps what receives most attention, Sig_j = sum over heads, i of A_ij (PoWER-BERT, Goyal et al. 2020)."""
 
+    lossless = False
     needs = "received"
-
-    @property
-    def lossless(self) -> bool:
-        return False
 
     def reduce(self, layer: int, tokens: Tokens, seen: Tensor | None) -> Tokens:
         return self.top(layer, tokens, seen)
@@ -29,19 +26,13 @@ class RandomPruning(Keeping):
         seed: Of the places in evaluation.
     """
 
+    lossless = False
+
     def __init__(
-        self,
-        vit: nn.Module,
-        keep: float | Sequence[float] = 0.7,
-        layers: Sequence[int] | None = None,
-        seed: int = 0,
+        self, vit: nn.Module, keep: float | Sequence[float] = 0.7, layers: Sequence[int] | None = None, seed: int = 0
     ):
         super().__init__(vit, keep, layers)
         self.seed = seed
-
-    @property
-    def lossless(self) -> bool:
-        return False
 
     def reduce(self, layer: int, tokens: Tokens, seen: Tensor | None) -> Tokens:
         position = tokens.layout.position
@@ -72,15 +63,13 @@ class GridPooling(Reducer):
         if self.stride == 1:
             return tokens
         side = self.stride ** (self.layers.index(layer) + 1)
-        b, h, w = tokens.where.shape
-        device = tokens.where.device
+        (b, h, w), device = tokens.where.shape, tokens.where.device
         place = torch.arange(h * w, device=device).expand(b, -1).flatten()
         # The first fine patch under a token says which cell it is in; tokens with none are never merged.
         rows, covered = tokens.where.flatten(), tokens.where.flatten() >= 0
         first = torch.full((len(tokens.x),), h * w, device=device)
         first = first.scatter_reduce(0, rows[covered], place[covered], "amin")
-        y, x = first.div(w, rounding_mode="floor"), first % w
-        cell = y.div(side, rounding_mode="floor") * w + x.div(side, rounding_mode="floor")
+        cell = first // w // side * w + first % w // side
         alone = -1 - tokens.layout.position
         key = tokens.layout.picture * (h * w + len(tokens.x)) + cell.where(first < h * w, alone) + len(tokens.x)
         _, group = key.unique(return_inverse=True)

@@ -1,6 +1,6 @@
 """Methods that drop or merge tokens inside the network, by name, and the table of everything on this bench."""
 
-import inspect
+from functools import partial
 from typing import NamedTuple
 
 from torch import nn
@@ -68,8 +68,7 @@ REDUCERS = {
 
 def make_reducer(name: str, vit: nn.Module, **settings) -> Reducer:
     """Make a reducer for a backbone, by its name in `REDUCERS`; the settings are the class's own."""
-    kind = REDUCERS[one_of("reducer", name, REDUCERS)]
-    takes = [setting for setting in inspect.signature(kind).parameters if setting != "vit"]
-    reducer = kind(vit, **known_settings(name, settings, takes))
+    make = partial(REDUCERS[one_of("reducer", name, REDUCERS)], vit)
+    reducer = make(**known_settings(name, settings, make))
     reducer.settings = {"name": name, **settings}
     return reducer

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import one_of
+from ..core.attention import Layout
 from ..core.tokens import Tokens
 from .base import Keeping, merge
 
@@ -81,21 +82,17 @@ class TokenPooling(Keeping):
         weight = significance if self.weighted else (significance > 0).to(significance.dtype)
         x = layout.pad(tokens.x.detach())[:, self.prefix :]
         solve = kmeans if self.method == "kmeans" else kmedoids
-        beyond = None
-        if min(lengths) < max(lengths):
-            beyond = torch.arange(start.shape[1], device=device) >= counts[:, None]
+        every = min(lengths) == max(lengths)
+        beyond = None if every else torch.arange(start.shape[1], device=device) >= counts[:, None]
         found = solve(x, weight, start, beyond, self.iterations)
 
-        ends = torch.tensor([0, *lengths], device=device).cumsum(0)
-        local = torch.arange(self.prefix + x.shape[1], device=device).repeat(len(x), 1)
-        local[:, self.prefix :] = found.assignment + self.prefix
-        into = layout.unpad(local) + ends[layout.picture]
-        centre = found.centre + (layout.ends[:-1, None] + self.prefix)
-        lead = (layout.ends[:-1, None] + torch.arange(self.prefix, device=device)).expand(len(x), -1)
-        seeds = torch.cat([lead, centre], 1)
+        lead = torch.arange(self.prefix, device=device).expand(len(x), -1)
+        local = torch.cat([lead, found.assignment + self.prefix], 1)
+        into = layout.unpad(local) + Layout(lengths, device).ends[layout.picture]
+        seeds = torch.cat([lead, found.centre + self.prefix], 1) + layout.ends[:-1, None]
         seeds = seeds.flatten() if beyond is None else seeds[~F.pad(beyond, (self.prefix, 0))]
-        rows = torch.cat([torch.ones_like(significance[:, :1]).expand(-1, self.prefix), weight], 1)
-        merged = merge(tokens, into, lengths, layout.unpad(rows), seeds=seeds)
+        weight = F.pad(weight, (self.prefix, 0), value=1)
+        merged = merge(tokens, into, lengths, layout.unpad(weight), seeds=seeds)
         return replace(merged, x=tokens.x[seeds]) if self.method == "kmedoids" else merged
 
 

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.attention import Layout
 from ..core.tokens import Tokens
 from .base import Reducer, merge
 
@@ -49,8 +50,7 @@ class ToMe(Reducer):
         target = match(layout.pad(seen), merging, torch.tensor(r, device=merging.device))
         stays = target == torch.arange(target.shape[1], device=target.device)
         number = (stays.cumsum(1) - 1).gather(1, target)
-        ends = torch.tensor([0, *lengths], device=target.device).cumsum(0)
-        into = layout.unpad(number) + ends[layout.picture]
+        into = layout.unpad(number) + Layout(lengths, target.device).ends[layout.picture]
         size = torch.ones_like(tokens.area) if tokens.size is None else tokens.size
         return merge(replace(tokens, size=size), into, lengths, weight=size)
 

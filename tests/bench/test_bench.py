@@ -138,8 +138,8 @@ def test_attention_is_counted_where_pytorch_does_not(monkeypatch, method):
     work = PREPARE[method](make_case()).work
     known = timing.counted_macs(work)
     for name in ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"):
-        monkeypatch.delitem(timing.flop_registry, getattr(torch.ops.aten, name), raising=False)
-    with timing.FlopCounterMode(display=False) as counter:
+        monkeypatch.delitem(timing.flop_counter.flop_registry, getattr(torch.ops.aten, name), raising=False)
+    with timing.flop_counter.FlopCounterMode(display=False) as counter:
         work()
     assert counter.get_total_flops() / 2 < known
     assert timing.counted_macs(work) == known
