@@ -91,10 +91,6 @@ class TokenMap(NamedTuple):
     tokens: int
 
     @property
-    def name(self) -> str:
-        return "after the tokenizer" if self.layer == AFTER_TOKENIZER else f"at block {self.layer}"
-
-    @property
     def dropped(self) -> int:
         """Fine patches without a token."""
         return int((self.where < 0).sum())
@@ -103,9 +99,9 @@ class TokenMap(NamedTuple):
 class SegmentationScore(NamedTuple):
     """Agreement of a segmentation with the truth; None where it is undefined."""
 
-    accuracy: float | None
-    miou: float | None
-    iou: dict[str, float]
+    accuracy: float | None = None
+    miou: float | None = None
+    iou: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -142,11 +138,11 @@ class State:
         return min(self.token_maps, key=lambda token_map: abs(token_map.layer - self.layer))
 
     @cached_property
-    def score(self) -> SegmentationScore | None:
-        """Of a segmentation whose truth is known."""
+    def score(self) -> SegmentationScore:
+        """Of a segmenter."""
         truth, names = self.gated.truth, self.gated.loaded.classes
-        if self.labels is None or truth is None:
-            return None
+        if truth is None:
+            return SegmentationScore()
         matrix = confusion(torch.from_numpy(self.labels)[None], torch.from_numpy(truth)[None], len(names))[0]
         known, table = int(matrix.sum()), class_table(matrix, list(names)).dropna(subset="iou")
         miou = float(table["iou"].mean())
@@ -194,16 +190,18 @@ class State:
 
     def _pixel_numbers(self) -> dict:
         """Return the figures of a segmenter."""
-        score, names, truth = self.score, self.gated.loaded.classes, self.gated.truth
-        shares = [labels if labels is None else shares_of(labels, len(names)) for labels in (truth, self.labels)]
-        named = [None if x is None else {names[k]: float(x[k]) for k in np.flatnonzero(x)} for x in shares]
-        return {
-            "truth": named[0],
-            "prediction": named[1],
-            "accuracy": score.accuracy if score else None,
-            "miou": score.miou if score else None,
-            "iou": score.iou if score else None,
-        }
+        truth, names = self.gated.truth, self.gated.loaded.classes
+
+        def shares(labels: np.ndarray) -> dict[str, float]:
+            return {names[k]: share for k, share in enumerate(shares_of(labels, len(names)).tolist()) if share}
+
+        known = None if truth is None else shares(truth)
+        return {"truth": known, "prediction": shares(self.labels), **self.score._asdict()}
+
+
+def layer_name(layer: int) -> str:
+    """Return a block, or AFTER_TOKENIZER, in words."""
+    return "after the tokenizer" if layer == AFTER_TOKENIZER else f"at block {layer}"
 
 
 def shares_of(labels: np.ndarray, classes: int) -> np.ndarray:
