@@ -9,9 +9,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 Colour = tuple[int, int, int]
 PANEL_WIDTH = 448  # in pixels; on a screen a panel is shown at half of that
-# Okabe and Ito's sky blue and orange, which readers with any colour vision tell apart.
-FINE_COLOUR, COARSE_COLOUR = (86, 180, 233), (230, 159, 0)
-WRONG = (213, 94, 0)  # their vermilion
 INK = (34, 34, 34)
 # Nine anchors of cividis (Nuñez, Anderton and Renslow 2018): blue to yellow, ever lighter, to the colour-blind too.
 CIVIDIS = np.array([

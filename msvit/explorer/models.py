@@ -83,8 +83,7 @@ class LoadedModel:
     def size(self) -> tuple[int, int]:
         """Height and width of its pictures: those of the backbone, cut to whole coarse patches."""
         patch = self.model.coarse_patch
-        height, width = (side // patch * patch for side in self.model.vit.patch_embed.img_size)
-        return height, width
+        return tuple(side // patch * patch for side in self.model.vit.patch_embed.img_size)
 
     @cached_property
     def dense_ms(self) -> float:
@@ -100,10 +99,7 @@ class LoadedModel:
 
 
 def fastest_call(function: Callable[[], Any], patience: float = 40.0) -> tuple[Any, float]:
-    """Call a function as often as fits so many milliseconds; return its result and the milliseconds of the fastest.
-
-    The fastest call counts, since others are disturbed.
-    """
+    """Call a function as often as fits so many milliseconds; return its result and its time in the fastest call."""
     best, spent = float("inf"), 0.0
     while spent + min(best, spent) <= patience or spent == 0:
         start = perf_counter()
@@ -181,22 +177,18 @@ def _load_folder(name: str, folder: Path) -> LoadedModel:
         recipe = read_recipe(home)
     except RunError:  # a checkpoint without a run
         return loaded
-    source, known = recipe.data.source, {"note": loaded.note or _untrained(recipe, dense=home != folder)}
+    untrained = ""
+    if home != folder or not recipe.training.epochs:
+        untrained = "the dense stage: its gate is untrained"
+    elif recipe.gating.by == "oracle":
+        untrained = "trained with the oracle's masks, which know where the object is: the gate shown here is untrained"
+    source, known = recipe.data.source, {"note": loaded.note or untrained}
     if source in SCENES:
         known |= {"mean": Scenes.mean, "std": Scenes.std}
     if not loaded.segments:
         own = DIFFICULTIES[source.partition(":")[2]].classes if source in SCENES else _saved_classes(home, source)
         known |= {"classes": tuple(own)} if len(own) == len(loaded.classes) else {}
     return replace(loaded, **known)
-
-
-def _untrained(recipe: Recipe, dense: bool) -> str:
-    """Return why the gate of a run's model has learned nothing; an empty text if it has."""
-    if dense or not recipe.training.epochs:
-        return "the dense stage: its gate is untrained"
-    if recipe.gating.by == "oracle":
-        return "trained with the oracle's masks, which know where the object is: the gate shown here is untrained"
-    return ""
 
 
 def _saved_classes(home: Path, data: str) -> list[str]:

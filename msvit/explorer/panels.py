@@ -14,27 +14,14 @@ from PIL import Image, ImageDraw
 
 from ..data import IGNORE
 from ..evaluation.segmentation import near_edges
-from .drawing import (
-    COARSE_COLOUR,
-    FINE_COLOUR,
-    INK,
-    WRONG,
-    Colour,
-    colours,
-    enlarged,
-    font,
-    frame,
-    hatched,
-    ink_on,
-    legend,
-    shortened,
-    stacked,
-    strip,
-)
+from .drawing import INK, Colour, colours, enlarged, font, frame, hatched, ink_on, legend, shortened, stacked, strip
 from .models import LoadedModel
 from .state import UNPAINTED, State, layer_name, pixels_of_tokens, shares_of
 
 TOKEN_MAP_TITLE = "Where each pixel's token ended"
+# Okabe and Ito's sky blue and orange, which readers with any colour vision tell apart.
+FINE_COLOUR, COARSE_COLOUR = (86, 180, 233), (230, 159, 0)
+WRONG = (213, 94, 0)  # their vermilion
 DROPPED_FILL, DROPPED_HATCH = (40, 40, 40), (95, 95, 95)  # of patches without a token
 IGNORED_FILL, IGNORED_HATCH = (250, 250, 250), (190, 190, 190)  # of pixels to ignore
 NEAR_EDGE = (143, 190, 216)  # of right pixels near a boundary
@@ -153,9 +140,8 @@ def prediction_panel(state: State) -> Image.Image:
 
 def truth_panel(state: State) -> Image.Image:
     """Draw the true class of each pixel, in the same colours; or why it is unknown."""
-    if state.gated.truth is None:
-        return _unknown(state)
-    return label_panel(state.gated.truth, state.gated.loaded.classes)
+    truth = state.gated.truth
+    return _unknown(state) if truth is None else label_panel(truth, state.gated.loaded.classes)
 
 
 def error_panel(state: State) -> Image.Image:

@@ -160,7 +160,7 @@ class State:
             "model": gated.loaded.name,
             "note": gated.loaded.note,
             "picture": gated.picture.name,
-            **(self._class_numbers() if self.labels is None else self._pixel_numbers()),
+            **self._prediction_numbers(),
             "threshold": self.threshold,
             "tokens": self.tokens,
             "dense_tokens": model.vit.num_prefix_tokens + self.coarse.size * model.scale**2,
@@ -179,18 +179,13 @@ class State:
             "scores": None if gated.scores is None else gated.scores.tolist(),
         }
 
-    def _class_numbers(self) -> dict:
-        """Return the figures of a classifier."""
-        best = int(self.probabilities.argmax())
-        return {
-            "truth": self.gated.picture.truth,
-            "prediction": self.gated.loaded.classes[best],
-            "probability": float(self.probabilities[best]),
-        }
-
-    def _pixel_numbers(self) -> dict:
-        """Return the figures of a segmenter."""
-        truth, names = self.gated.truth, self.gated.loaded.classes
+    def _prediction_numbers(self) -> dict:
+        """Return the true and the predicted class; of a segmenter the shares of the pixels, and how well they agree."""
+        names, truth = self.gated.loaded.classes, self.gated.truth
+        if self.labels is None:
+            best = int(self.probabilities.argmax())
+            found = {"prediction": names[best], "probability": float(self.probabilities[best])}
+            return {"truth": self.gated.picture.truth, **found}
 
         def shares(labels: np.ndarray) -> dict[str, float]:
             return {names[k]: share for k, share in enumerate(shares_of(labels, len(names)).tolist()) if share}
