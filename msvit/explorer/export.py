@@ -50,14 +50,15 @@ def caption(state: State) -> list[str]:
     """Return the view's figures in two lines, and the model's note in a third."""
     n = state.numbers()
     by_hand = int((state.painted != UNPAINTED).sum())
-    return [
-        f"{n['model']} on {n['picture']}: " + ", ".join(prediction_and_truth(n)),
-        f"{n['tokens']} {tokens_text(n)}  ·  {macs_text(n['macs'])} of {macs_text(n['dense_macs'])}, "
-        f"{n['macs_share']:.0%} of dense  ·  {n['ms']:.1f} ms, dense {n['dense_ms']:.1f} ms  ·  "
-        + threshold_text(state.threshold)
-        + (f"  ·  {by_hand} regions painted" if by_hand else ""),
-        *filter(None, [n["note"]]),
+    parts = [
+        f"{n['tokens']} {tokens_text(n)}",
+        f"{macs_text(n['macs'])} of {macs_text(n['dense_macs'])}, {n['macs_share']:.0%} of dense",
+        f"{n['ms']:.1f} ms, dense {n['dense_ms']:.1f} ms",
+        threshold_text(state.threshold),
+        *([f"{by_hand} regions painted"] if by_hand else []),
     ]
+    title = f"{n['model']} on {n['picture']}: " + ", ".join(prediction_and_truth(n))
+    return [title, "  ·  ".join(parts), *filter(None, [n["note"]])]
 
 
 def macs_text(macs: float) -> str:

@@ -64,10 +64,11 @@ class LoadedModel:
             )
         describe = ImageNetInfo().index_to_description if model.num_classes == 1000 else "class {}".format
         described = [describe(i).partition(",")[0] for i in range(model.num_classes)]
-        classes, config = model.head.classes if model.head.dense else described, resolve_model_data_config(model.vit)
+        classes = tuple(model.head.classes if model.head.dense else described)
         if not note and isinstance(model.gate, Rule):
             note = f"no gate: the rule {model.gate} decides"
-        return cls(name, model, tuple(classes), config["mean"], config["std"], note)
+        config = resolve_model_data_config(model.vit)
+        return cls(name, model, classes, config["mean"], config["std"], note)
 
     @property
     def segments(self) -> bool:
@@ -99,7 +100,7 @@ class LoadedModel:
 
 
 def fastest_call(function: Callable[[], Any], patience: float = 40.0) -> tuple[Any, float]:
-    """Call a function as often as fits so many milliseconds; return its result and its time in the fastest call."""
+    """Call a function for `patience` ms; return its result and the milliseconds of the fastest, least disturbed one."""
     best, spent = float("inf"), 0.0
     while spent + min(best, spent) <= patience or spent == 0:
         start = perf_counter()
@@ -129,11 +130,8 @@ def run_dense(model: MSViT, images: torch.Tensor) -> torch.Tensor:
 
 def find_models(runs: str | Path) -> list[str]:
     """Return what `load_model` can load: the demo, runs and checkpoints under a folder, a network of random weights."""
-    found = [
-        path.parent.relative_to(runs).as_posix()
-        for path in Path(runs).rglob("config.json")
-        if (path.parent / "model.safetensors").is_file()
-    ]
+    folders = [path.parent for path in Path(runs).rglob("config.json")]
+    found = [f.relative_to(runs).as_posix() for f in folders if (f / "model.safetensors").is_file()]
     return [DEMO, *sorted(found), "deit_tiny_patch16_224"]
 
 

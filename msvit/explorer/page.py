@@ -56,18 +56,17 @@ class Explorer:
         if source not in self.sources:
             self.sources[source] = folder_source(source)
         self.rows = [ModelRow(self._act) for _ in range(2)]
-        self._build(*self._shown, source)
-        self.budget.value = round(100 * budget)
+        self._build(source, budget)
         self._wire()
         self._choose_models()
 
-    def _build(self, first: str, second: str, source: str):
+    def _build(self, source: str, budget: float):
         """Build the controls and the page."""
-        names = list(dict.fromkeys([*self._loaded, *find_models(self.runs), first, *filter(None, [second])]))
+        names = list(dict.fromkeys([*self._loaded, *find_models(self.runs), *filter(None, self._shown)]))
         beside = [("nothing", ""), *((name, name) for name in names)]
         wide = {"style": {"description_width": "76px"}, "layout": {"width": "420px"}}
-        self.model = widgets.Dropdown(options=names, value=first, description="Model", **wide)
-        self.second = widgets.Dropdown(options=beside, value=second, description="Beside it", **wide)
+        self.model = widgets.Dropdown(options=names, value=self._shown[0], description="Model", **wide)
+        self.second = widgets.Dropdown(options=beside, value=self._shown[1], description="Beside it", **wide)
         self.source = widgets.Dropdown(options=list(self.sources), value=source, description="Pictures", **wide)
         self.picture = widgets.Dropdown(options=self.sources[source].names(), description="Picture", **wide)
         self.folder = widgets.Text(description="Folder", continuous_update=False, **wide)
@@ -75,10 +74,9 @@ class Explorer:
         self.upload = widgets.FileUpload(multiple=True, description="Upload pictures", layout={"width": "160px"})
         self.threshold = widgets.FloatSlider(0.5, max=1, step=1 / THRESHOLD_STEPS, description="Threshold", **wide)
         self.threshold.tooltip = "a region is coarse where its m lies above"
-        self.budget = widgets.IntSlider(50, description="Budget (%)", **wide)
+        self.budget = widgets.IntSlider(round(100 * budget), description="Budget (%)", **wide)
         self.budget.tooltip = "share of the dense model's MACs that the threshold is set for"
-        only = [(layer_name(AFTER_TOKENIZER), AFTER_TOKENIZER)]
-        self.layer = widgets.SelectionSlider(options=only, description="Layer", **wide)
+        self.layer = widgets.SelectionSlider(options=[AFTER_TOKENIZER], description="Layer", **wide)
         self.layer.tooltip = "the block at which to show where each pixel's token is"
         self.brush = widgets.ToggleButtons(options=BRUSHES, style={"button_width": "126px"})
         for row in self.rows:

@@ -1,7 +1,4 @@
-"""The panels of the explorer: each a function from a `State` to a picture `drawing.PANEL_WIDTH` pixels wide.
-
-A new one is a line in PANELS.
-"""
+"""The panels: each a function from a `State` to a picture `drawing.PANEL_WIDTH` wide. A new one is a line in PANELS."""
 
 from collections.abc import Callable
 from operator import attrgetter
@@ -151,8 +148,7 @@ def error_panel(state: State) -> Image.Image:
         return _unknown(state)
     known, band = truth != IGNORE, near_edges(torch.from_numpy(truth)[None])[0].numpy()
     wrong = (state.labels != truth) & known
-    grey = np.asarray(state.gated.picture.image.convert("L"), np.float32)[..., None].repeat(3, 2)
-    pale = 150 + grey * 0.41
+    pale = 150 + 0.41 * np.asarray(state.gated.picture.image.convert("L").convert("RGB"), np.float32)
     pale[band], pale[wrong] = NEAR_EDGE, WRONG
     of_all, of_band = (f"{part.mean():.1%}" if part.size else "none" for part in (wrong[known], wrong[band]))
     entries = [(WRONG, "", f"wrong: {of_all} of the pixels"), (NEAR_EDGE, "", f"near a boundary: {of_band} wrong")]

@@ -139,7 +139,7 @@ class State:
 
     @cached_property
     def score(self) -> SegmentationScore:
-        """Of a segmenter."""
+        """Of a segmenter: how well its labels agree with the truth."""
         truth, names = self.gated.truth, self.gated.loaded.classes
         if truth is None:
             return SegmentationScore()
@@ -183,9 +183,8 @@ class State:
         """Return the true and the predicted class; of a segmenter the shares of the pixels, and how well they agree."""
         names, truth = self.gated.loaded.classes, self.gated.truth
         if self.labels is None:
-            best = int(self.probabilities.argmax())
-            found = {"prediction": names[best], "probability": float(self.probabilities[best])}
-            return {"truth": self.gated.picture.truth, **found}
+            p, best = self.probabilities, int(self.probabilities.argmax())
+            return {"truth": self.gated.picture.truth, "prediction": names[best], "probability": float(p[best])}
 
         def shares(labels: np.ndarray) -> dict[str, float]:
             return {names[k]: share for k, share in enumerate(shares_of(labels, len(names)).tolist()) if share}
