@@ -2,17 +2,13 @@
 
 import io
 from functools import cache
-from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
+from matplotlib.font_manager import findfont
 from PIL import Image, ImageDraw, ImageFont
 
 Colour = tuple[int, int, int]
 PANEL_WIDTH = 448  # in pixels; on a screen a panel is shown at half of that
-# Okabe and Ito's sky blue and orange, which readers with any colour vision tell apart.
-FINE_COLOUR, COARSE_COLOUR = (86, 180, 233), (230, 159, 0)
-WRONG = (213, 94, 0)  # their vermilion
 INK = (34, 34, 34)
 # Nine anchors of cividis (Nuñez, Anderton and Renslow 2018): blue to yellow, ever lighter, to the colour-blind too.
 CIVIDIS = np.array([
@@ -36,16 +32,8 @@ def colours(values: np.ndarray) -> np.ndarray:
 
 @cache
 def font(size: int) -> ImageFont.FreeTypeFont:
-    """Return DejaVu Sans, which has every sign of class names, from the system or matplotlib; else PIL's own font."""
-    spec = find_spec("matplotlib")
-    inside = "mpl-data/fonts/ttf/DejaVuSans.ttf"
-    files = [Path(root) / inside for root in spec.submodule_search_locations] if spec else []
-    for file in ["DejaVuSans.ttf", *map(str, files)]:
-        try:
-            return ImageFont.truetype(file, size)
-        except OSError:
-            continue
-    return ImageFont.load_default(size)
+    """Return DejaVu Sans, which has every sign of class names and comes with matplotlib."""
+    return ImageFont.truetype(findfont("DejaVu Sans"), size)
 
 
 def ink_on(colour: Colour) -> str:
@@ -85,14 +73,9 @@ def hatched(panel: Image.Image, where: np.ndarray, colour: Colour, line: Colour)
     return Image.composite(Image.fromarray(hatch), panel, mask)
 
 
-def stacked(panels: list[Image.Image]) -> Image.Image:
-    """Return pictures one below the other."""
-    whole = Image.new("RGB", (max(p.width for p in panels), sum(p.height for p in panels)), "white")
-    y = 0
-    for panel in panels:
-        whole.paste(panel, (0, y))
-        y += panel.height
-    return whole
+def stacked(*panels: Image.Image) -> Image.Image:
+    """Return pictures of one width, one below the other."""
+    return Image.fromarray(np.concatenate(panels))
 
 
 def strip(*lines: str) -> Image.Image:
@@ -106,30 +89,16 @@ def strip(*lines: str) -> Image.Image:
 
 def legend(entries: list[tuple[Colour, str, str]]) -> Image.Image:
     """Draw swatches, each a colour, a sign on it and a name beside it, as many in a line as fit."""
-    swatches, x, y = [], 4, 10
+    panel = Image.new("RGB", (PANEL_WIDTH, 34 * (len(entries) + 1)), "white")  # a line for each; cut below
+    canvas, x, y = ImageDraw.Draw(panel), 4, 10
     for colour, sign, name in entries:
         swatch = max(28, font(16).getlength(sign) + 8)
         name = shortened(name, PANEL_WIDTH - swatch - 16, 20)
         wide = swatch + 8 + font(20).getlength(name)
         if x > 4 and x + wide > PANEL_WIDTH - 4:
             x, y = 4, y + 34
-        swatches.append((x, y, swatch, colour, sign, name))
-        x += wide + 18
-    panel = Image.new("RGB", (PANEL_WIDTH, y + 34), "white")
-    canvas = ImageDraw.Draw(panel)
-    for x, y, swatch, colour, sign, name in swatches:
         canvas.rectangle([x, y, x + swatch, y + 24], colour, INK, 1)
         canvas.text((x + swatch / 2, y + 13), sign, ink_on(colour), font(16), anchor="mm")
         canvas.text((x + swatch + 8, y + 13), name, INK, font(20), anchor="lm")
-    return panel
-
-
-def notice(lines: list[str], size: tuple[int, int]) -> Image.Image:
-    """Draw the reason why there is no picture, on a panel for a picture of this size."""
-    width, height = PANEL_WIDTH, round(PANEL_WIDTH * size[1] / size[0])
-    panel = Image.new("RGB", (width, height), (245, 245, 245))
-    canvas = ImageDraw.Draw(panel)
-    for row, text in enumerate(lines):
-        y = height / 2 + (row - (len(lines) - 1) / 2) * 34
-        canvas.text((width / 2, y), text, INK, font(22), anchor="mm")
-    return panel
+        x += wide + 18
+    return panel.crop((0, 0, PANEL_WIDTH, y + 34))

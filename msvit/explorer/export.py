@@ -4,8 +4,6 @@ import base64
 import html
 import json
 import math
-from collections.abc import Iterable, Iterator
-from itertools import islice
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -52,14 +50,15 @@ def caption(state: State) -> list[str]:
     """Return the view's figures in two lines, and the model's note in a third."""
     n = state.numbers()
     by_hand = int((state.painted != UNPAINTED).sum())
-    return [
-        f"{n['model']} on {n['picture']}: " + ", ".join(prediction_and_truth(n)),
-        f"{n['tokens']} {tokens_text(n)}  ·  {macs_text(n['macs'])} of {macs_text(n['dense_macs'])}, "
-        f"{n['macs_share']:.0%} of dense  ·  {n['ms']:.1f} ms, dense {n['dense_ms']:.1f} ms  ·  "
-        + threshold_text(state.threshold)
-        + (f"  ·  {by_hand} regions painted" if by_hand else ""),
-        *filter(None, [n["note"]]),
+    parts = [
+        f"{n['tokens']} {tokens_text(n)}",
+        f"{macs_text(n['macs'])} of {macs_text(n['dense_macs'])}, {n['macs_share']:.0%} of dense",
+        f"{n['ms']:.1f} ms, dense {n['dense_ms']:.1f} ms",
+        threshold_text(state.threshold),
+        *([f"{by_hand} regions painted"] if by_hand else []),
     ]
+    title = f"{n['model']} on {n['picture']}: " + ", ".join(prediction_and_truth(n))
+    return [title, "  ·  ".join(parts), *filter(None, [n["note"]])]
 
 
 def macs_text(macs: float) -> str:
@@ -102,10 +101,10 @@ def save(states: list[State], out: Path, name: str = "", kinds: tuple[str, ...] 
     files = {kind: as_png(states) if kind == "png" else as_svg(states).encode() for kind in kinds}
     files["json"] = (json.dumps(numbers, indent=1) + "\n").encode()
     out.mkdir(parents=True, exist_ok=True)
-    paths = {kind: out / f"{name or default[:120]}.{kind}" for kind in files}
-    for kind, data in files.items():
-        paths[kind].write_bytes(data)
-    return list(paths.values())
+    paths = [out / f"{name or default[:120]}.{kind}" for kind in files]
+    for path, data in zip(paths, files.values(), strict=True):
+        path.write_bytes(data)
+    return paths
 
 
 def figures_html(state: State) -> str:
@@ -127,15 +126,17 @@ def figures_html(state: State) -> str:
 def _arranged(states: list[State]) -> tuple[list, list, tuple[int, int]]:
     """Return texts (x, y of the baseline, size, text), pictures (x, y, picture) and the size of the whole."""
     gap, y, texts, pictures = 28, 0, [], []
-    drawn = [{title: panel.draw(state) for title, panel in panels_of(state.gated.loaded).items()} for state in states]
+    drawn = [[(title, panel.draw(state)) for title, panel in panels_of(state.gated.loaded).items()] for state in states]
     columns = [len(panels) if len(panels) <= PANELS_IN_LINE else math.ceil(len(panels) / 2) for panels in drawn]
     width = gap + max(columns) * (PANEL_WIDTH + gap)
     for state, panels, across in zip(states, drawn, columns, strict=True):
         y += 10
         for points, text in zip((30, 24, 20), caption(state), strict=False):
             y += 38
-            texts.append((gap, y, _fitting(text, points, width - 2 * gap), text))
-        for line in batched(panels.items(), across):
+            fitting = int(points * (width - 2 * gap) / max(font(points).getlength(text), 1))
+            texts.append((gap, y, min(points, fitting), text))
+        for start in range(0, len(panels), across):
+            line = panels[start : start + across]
             for i, (title, panel) in enumerate(line):
                 x = gap + i * (PANEL_WIDTH + gap)
                 texts.append((x, y + 50, 22, title))
@@ -143,15 +144,3 @@ def _arranged(states: list[State]) -> tuple[list, list, tuple[int, int]]:
             y += 64 + max(panel.height for _, panel in line)
         y += gap
     return texts, pictures, (width, y)
-
-
-def batched(items: Iterable, count: int) -> Iterator[list]:
-    """Yield lists of so many items, the last one of what is left."""
-    items = iter(items)
-    while line := list(islice(items, count)):
-        yield line
-
-
-def _fitting(text: str, points: int, width: int) -> int:
-    """Return the size at which the text is no wider, at most `points`."""
-    return min(points, int(points * width / max(font(points).getlength(text), 1)))

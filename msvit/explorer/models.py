@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import timm
 import torch
+import torchvision.transforms.functional as TF
 from PIL import Image
 from safetensors import SafetensorError
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, ImageNetInfo
+from timm.data import ImageNetInfo, resolve_model_data_config
 
 from ..core import backbone
 from ..core.attention import Layout
@@ -47,16 +47,9 @@ class LoadedModel:
     name: str
     model: MSViT
     classes: tuple[str, ...]
-    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
-    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
-    note: str = ""
-
-    def __post_init__(self):
-        if getattr(self.model.gate, "scales", 2) > 2:
-            raise ModelError(
-                f"{self.name} has a rule of three scales, {self.model.gate}: the explorer shows and paints regions "
-                "that are coarse or fine, no blocks of regions; choose a model with two scales"
-            )
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    note: str
 
     @classmethod
     def of(cls, name: str, model: MSViT, note: str = "") -> "LoadedModel":
@@ -64,15 +57,18 @@ class LoadedModel:
 
         Without a note, a rule that replaces the gate is noted.
         """
-        config, count = model.vit.pretrained_cfg or {}, model.num_classes
-        classes = model.head.classes if model.head.dense else [f"class {i}" for i in range(count)]
-        if count == 1000 and not model.head.dense:
-            info = ImageNetInfo()
-            classes = [info.index_to_description(i).partition(",")[0] for i in range(count)]
-        mean, std = config.get("mean", IMAGENET_DEFAULT_MEAN), config.get("std", IMAGENET_DEFAULT_STD)
+        if getattr(model.gate, "scales", 2) > 2:
+            raise ModelError(
+                f"{name} has a rule of three scales, {model.gate}: the explorer shows and paints regions "
+                "that are coarse or fine, no blocks of regions; choose a model with two scales"
+            )
+        describe = ImageNetInfo().index_to_description if model.num_classes == 1000 else "class {}".format
+        described = [describe(i).partition(",")[0] for i in range(model.num_classes)]
+        classes = tuple(model.head.classes if model.head.dense else described)
         if not note and isinstance(model.gate, Rule):
             note = f"no gate: the rule {model.gate} decides"
-        return cls(name, model, tuple(classes), tuple(mean), tuple(std), note)
+        config = resolve_model_data_config(model.vit)
+        return cls(name, model, classes, config["mean"], config["std"], note)
 
     @property
     def segments(self) -> bool:
@@ -88,8 +84,7 @@ class LoadedModel:
     def size(self) -> tuple[int, int]:
         """Height and width of its pictures: those of the backbone, cut to whole coarse patches."""
         patch = self.model.coarse_patch
-        height, width = (side // patch * patch for side in self.model.vit.patch_embed.img_size)
-        return height, width
+        return tuple(side // patch * patch for side in self.model.vit.patch_embed.img_size)
 
     @cached_property
     def dense_ms(self) -> float:
@@ -97,30 +92,22 @@ class LoadedModel:
         pixels = torch.zeros(1, 3, *self.model.vit.patch_embed.img_size)
         with torch.inference_mode(), fast_linear(self.model.fast_cpu):
             run_dense(self.model, pixels)  # the first call is slower than all later ones
-            return fastest_call(lambda: run_dense(self.model, pixels)).ms
+            return fastest_call(lambda: run_dense(self.model, pixels))[1]
 
     def normalise(self, image: Image.Image) -> torch.Tensor:
         """Return `[1, 3, H, W]` as the backbone wants it."""
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None].float() / 255
-        return (pixels - torch.tensor(self.mean).view(3, 1, 1)) / torch.tensor(self.std).view(3, 1, 1)
+        return TF.normalize(TF.to_tensor(image), self.mean, self.std)[None]
 
 
-class FastestCall(NamedTuple):
-    """What a function returned, and the milliseconds of its fastest call."""
-
-    result: Any
-    ms: float
-
-
-def fastest_call(function: Callable[[], Any], patience: float = 40.0) -> FastestCall:
-    """Call a function, as often as fits so many milliseconds; the fastest call counts, since others are disturbed."""
+def fastest_call(function: Callable[[], Any], patience: float = 40.0) -> tuple[Any, float]:
+    """Call a function for `patience` ms; return its result and the milliseconds of the fastest, least disturbed one."""
     best, spent = float("inf"), 0.0
     while spent + min(best, spent) <= patience or spent == 0:
         start = perf_counter()
         result = function()
         ms = 1e3 * (perf_counter() - start)
         best, spent = min(best, ms), spent + ms
-    return FastestCall(result, best)
+    return result, best
 
 
 def run_dense(model: MSViT, images: torch.Tensor) -> torch.Tensor:
@@ -143,32 +130,27 @@ def run_dense(model: MSViT, images: torch.Tensor) -> torch.Tensor:
 
 def find_models(runs: str | Path) -> list[str]:
     """Return what `load_model` can load: the demo, runs and checkpoints under a folder, a network of random weights."""
-    found = [
-        path.parent.relative_to(runs).as_posix()
-        for path in Path(runs).rglob("config.json")
-        if (path.parent / "model.safetensors").is_file()
-    ]
+    folders = [path.parent for path in Path(runs).rglob("config.json")]
+    found = [f.relative_to(runs).as_posix() for f in folders if (f / "model.safetensors").is_file()]
     return [DEMO, *sorted(found), "deit_tiny_patch16_224"]
 
 
 def load_model(name: str, runs: str | Path) -> LoadedModel:
     """Load "demo", a folder under `runs`, any folder that `save_pretrained` wrote, or a timm name."""
     folder = train_demo() if name == DEMO else next((f for f in (Path(runs) / name, Path(name)) if f.is_dir()), None)
-    if folder is None:
-        if not timm.is_model(name):
-            raise ModelError(f"{name!r} is neither {DEMO!r}, a folder in {runs}, a folder, nor a model of timm")
-        try:
-            torch.manual_seed(0)
-            model = MSViT(timm.create_model(name), fast_cpu=True).eval()
-        except (TypeError, ValueError) as error:
-            raise ModelError(f"{name}: {error}") from error
-        return LoadedModel.of(name, model, note="random weights: good for tokens, MACs and time only")
+    if folder is None and not timm.is_model(name):
+        raise ModelError(f"{name!r} is neither {DEMO!r}, a folder in {runs}, a folder, nor a model of timm")
     try:
-        return _load_folder(name, folder)
+        if folder is not None:
+            return _load_folder(name, folder)
+        torch.manual_seed(0)
+        model = MSViT(timm.create_model(name), fast_cpu=True).eval()
+        return LoadedModel.of(name, model, note="random weights: good for tokens, MACs and time only")
     except ModelError:
         raise
     except LOAD_ERRORS as error:
-        raise ModelError(f"{folder} holds no model that can be read ({error}); name another, or delete it") from error
+        why = f"{folder} holds no model that can be read ({error}); name another, or delete it"
+        raise ModelError(why if folder else f"{name}: {error}") from error
 
 
 def train_demo() -> Path:
@@ -187,29 +169,24 @@ def train_demo() -> Path:
 
 def _load_folder(name: str, folder: Path) -> LoadedModel:
     """Load a folder's model, with the classes and the normalisation of the data that its run was trained on."""
-    loaded = LoadedModel.of(name, MSViT.from_pretrained(folder, fast_cpu=True).eval())
+    loaded = LoadedModel.of(name, MSViT.from_pretrained(folder, fast_cpu=True))
     home = folder.parent if folder.name == "dense" else folder
     try:
         recipe = read_recipe(home)
     except RunError:  # a checkpoint without a run
         return loaded
-    source = recipe.data.source
+    untrained = ""
+    if home != folder or not recipe.training.epochs:
+        untrained = "the dense stage: its gate is untrained"
+    elif recipe.gating.by == "oracle":
+        untrained = "trained with the oracle's masks, which know where the object is: the gate shown here is untrained"
+    source, known = recipe.data.source, {"note": loaded.note or untrained}
     if source in SCENES:
-        loaded = replace(loaded, mean=Scenes.mean, std=Scenes.std)
+        known |= {"mean": Scenes.mean, "std": Scenes.std}
     if not loaded.segments:
         own = DIFFICULTIES[source.partition(":")[2]].classes if source in SCENES else _saved_classes(home, source)
-        if len(own) == len(loaded.classes):
-            loaded = replace(loaded, classes=tuple(own))
-    return replace(loaded, note=loaded.note or _untrained(recipe, dense=home != folder))
-
-
-def _untrained(recipe: Recipe, dense: bool) -> str:
-    """Return why the gate of a run's model has learned nothing; an empty text if it has."""
-    if dense or not recipe.training.epochs:
-        return "the dense stage: its gate is untrained"
-    if recipe.gating.by == "oracle":
-        return "trained with the oracle's masks, which know where the object is: the gate shown here is untrained"
-    return ""
+        known |= {"classes": tuple(own)} if len(own) == len(loaded.classes) else {}
+    return replace(loaded, **known)
 
 
 def _saved_classes(home: Path, data: str) -> list[str]:

@@ -9,12 +9,13 @@ from itertools import zip_longest
 from pathlib import Path
 
 import ipywidgets as widgets
+from traitlets import dlink
 
 from . import export
 from .models import DEMO, LoadedModel, ModelError, find_models, load_model
 from .sources import PictureSource, built_in_sources, folder_source
-from .state import AFTER_TOKENIZER, UNPAINTED, GatedPicture, State, run_gate
-from .uploads import PictureError, sort_out
+from .state import AFTER_TOKENIZER, UNPAINTED, GatedPicture, State, layer_name, run_gate
+from .uploads import PictureError, read_picture
 from .widgets import WRAP, ModelRow
 
 # Of the slider: sums of 0.01 are not exact, and a browser sends back what it rounds as if a user had moved it.
@@ -55,50 +56,39 @@ class Explorer:
         if source not in self.sources:
             self.sources[source] = folder_source(source)
         self.rows = [ModelRow(self._act) for _ in range(2)]
-        self._build(*self._shown, source)
-        self.budget.value = round(100 * budget)
+        self._build(source, budget)
         self._wire()
         self._choose_models()
 
-    def _build(self, first: str, second: str, source: str):
+    def _build(self, source: str, budget: float):
         """Build the controls and the page."""
-        names = list(dict.fromkeys([*self._loaded, *find_models(self.runs), first, *filter(None, [second])]))
+        names = list(dict.fromkeys([*self._loaded, *find_models(self.runs), *filter(None, self._shown)]))
+        beside = [("nothing", ""), *((name, name) for name in names)]
         wide = {"style": {"description_width": "76px"}, "layout": {"width": "420px"}}
-
-        def choice(name: str, options: list, value: str) -> widgets.Dropdown:
-            return widgets.Dropdown(options=options, value=value, description=name, **wide)
-
-        self.model = choice("Model", names, first)
-        self.second = choice("Beside it", [("nothing", ""), *((name, name) for name in names)], second)
-        self.source = choice("Pictures", list(self.sources), source)
-        self.picture = choice("Picture", self.sources[source].names(), self.sources[source].names()[0])
+        self.model = widgets.Dropdown(options=names, value=self._shown[0], description="Model", **wide)
+        self.second = widgets.Dropdown(options=beside, value=self._shown[1], description="Beside it", **wide)
+        self.source = widgets.Dropdown(options=list(self.sources), value=source, description="Pictures", **wide)
+        self.picture = widgets.Dropdown(options=self.sources[source].names(), description="Picture", **wide)
         self.folder = widgets.Text(description="Folder", continuous_update=False, **wide)
         self.folder.placeholder = "or a folder of pictures: type it, then Enter"
         self.upload = widgets.FileUpload(multiple=True, description="Upload pictures", layout={"width": "160px"})
-        self.threshold = widgets.FloatSlider(
-            0.5, min=0, max=1, step=1 / THRESHOLD_STEPS, description="Threshold", **wide
-        )
+        self.threshold = widgets.FloatSlider(0.5, max=1, step=1 / THRESHOLD_STEPS, description="Threshold", **wide)
         self.threshold.tooltip = "a region is coarse where its m lies above"
-        self.budget = widgets.IntSlider(50, min=0, max=100, description="Budget (%)", **wide)
+        self.budget = widgets.IntSlider(round(100 * budget), description="Budget (%)", **wide)
         self.budget.tooltip = "share of the dense model's MACs that the threshold is set for"
-        self.layer = widgets.SelectionSlider(
-            options=[("after the tokenizer", AFTER_TOKENIZER)], description="Layer", **wide
-        )
+        self.layer = widgets.SelectionSlider(options=[AFTER_TOKENIZER], description="Layer", **wide)
         self.layer.tooltip = "the block at which to show where each pixel's token is"
         self.brush = widgets.ToggleButtons(options=BRUSHES, style={"button_width": "126px"})
+        for row in self.rows:
+            dlink((self.brush, "value"), (row.painter, "brush"))
         self.clear, self.save_png, self.save_svg = (
             widgets.Button(description=name, layout={"width": "120px"})
             for name in ("Clear painting", "Save PNG", "Save SVG")
         )
         self.message = widgets.HTML()
         pairs = (self.model, self.second), (self.source, self.picture), (self.folder, self.upload)
-        lines = (
-            *pairs,
-            (self.threshold, self.budget),
-            (self.layer,),
-            (self.brush, self.clear, self.save_png, self.save_svg),
-        )
-        controls = [widgets.HBox(line, layout=WRAP) for line in lines]
+        sliders, buttons = (self.threshold, self.budget), (self.brush, self.clear, self.save_png, self.save_svg)
+        controls = [widgets.HBox(line, layout=WRAP) for line in (*pairs, sliders, (self.layer,), buttons)]
         self.page = widgets.VBox([widgets.HTML(export.CSS), *controls, self.message, *(row.box for row in self.rows)])
         self.page.add_class("msvit")
 
@@ -108,13 +98,12 @@ class Explorer:
             self.model: self._choose_models,
             self.second: self._choose_models,
             self.source: self._choose_source,
-            self.picture: self._choose_picture,
+            self.picture: self._show_picture,
             self.folder: self._open_folder,
             self.upload: self._take_uploads,
             self.threshold: partial(self._step, "threshold"),
             self.budget: partial(self._step, "budget"),
             self.layer: self._choose_layer,
-            self.brush: self._take_brush,
         }
         clicks = {
             self.clear: self._clear,
@@ -166,32 +155,29 @@ class Explorer:
             self._quiet = False
 
     def _choose_models(self):
-        names = [name for name in (self.model.value, self.second.value) if name]
+        chosen = self.model.value, self.second.value
         try:
-            for name in set(names) - self._loaded.keys():
+            for name in set(filter(None, chosen)) - self._loaded.keys():
                 self._loaded[name] = load_model(name, self.runs)
         except ModelError:
             with self._silently():
                 self.model.value, self.second.value = self._shown
             raise
-        self._shown = self.model.value, self.second.value
+        self._shown = chosen
         if self.knob == "threshold":
             self.knob = "own"  # another model, another gate
-        self._show_models([self._loaded[name] for name in names])
+        self._show_picture()
 
-    def _choose_source(self):
+    def _choose_source(self, picture: str = ""):
         names = self.sources[self.source.value].names()
         with self._silently():
-            self.picture.options, self.picture.value = names, names[0]
-        self._choose_picture()
+            self.picture.options, self.picture.value = names, picture or names[0]
+        self._show_picture()
 
-    def _choose_picture(self):
-        self._show_models([state.gated.loaded for state in self.states])
-
-    def _show_models(self, models: list[LoadedModel]):
+    def _show_picture(self):
         """Run the models on the picture. Nothing changes on the page before all gates have run."""
-        source, name = self.sources[self.source.value], self.picture.value
-        gated = [run_gate(loaded, source.picture(name, loaded.size)) for loaded in models]
+        source, models = self.sources[self.source.value], [self._loaded[name] for name in self._shown if name]
+        gated = [run_gate(loaded, source.picture(self.picture.value, loaded.size)) for loaded in models]
         with self._silently():
             for row, one in zip_longest(self.rows, gated):
                 row.show(one)
@@ -202,15 +188,11 @@ class Explorer:
         """Let the layer slider choose from the layers of all reducers shown; it begins with the last."""
         reducers = [loaded.model.reducer for loaded in models if loaded.model.reducer is not None]
         self.layer.layout.display = None if reducers else "none"
-        blocks = sorted({layer for reducer in reducers for layer in reducer.layers})
-        layers = {"after the tokenizer": AFTER_TOKENIZER} | {f"at block {n}": n for n in blocks}
-        chosen = self.layer.value
-        if dict(self.layer.options) != layers:
-            self.layer.options = list(layers.items())
-            chosen = list(layers.values())[-1]
-        self.layer.value = chosen
-        for row in self.rows:
-            row.layer = chosen
+        blocks = sorted({block for reducer in reducers for block in reducer.layers})
+        layers = [(layer_name(layer), layer) for layer in (AFTER_TOKENIZER, *blocks)]
+        if list(self.layer.options) != layers:
+            self.layer.options, self.layer.value = layers, layers[-1][1]
+        self._choose_layer()
 
     def _step(self, knob: str = ""):
         """Run the models under the knob and the painting, and move the other slider to where that leads."""
@@ -236,10 +218,16 @@ class Explorer:
 
     def _take_uploads(self):
         """Show the last good one of the files; name each bad one, with what is wrong with it."""
-        new = {file["name"]: bytes(file["content"]) for file in self.upload.value}
+        good, wrong = {}, []
+        for file in self.upload.value:
+            name, data = file["name"], bytes(file["content"])
+            try:
+                read_picture(data, name)
+                good[name] = data
+            except PictureError as error:
+                wrong.append(str(error))
         with self._silently():
             self.upload.value = ()
-        good, wrong = sort_out(new)
         if good:
             before = self.sources["uploads"].files if "uploads" in self.sources else {}
             self._add_source("uploads", PictureSource(before | good), list(good)[-1])
@@ -250,16 +238,11 @@ class Explorer:
         self.sources[name] = source
         with self._silently():
             self.source.options, self.source.value = list(self.sources), name
-            self.picture.options, self.picture.value = source.names(), picture or source.names()[0]
-        self._choose_picture()
+        self._choose_source(picture)
 
     def _choose_layer(self):
         for row in self.rows:
             row.show_layer(self.layer.value)
-
-    def _take_brush(self):
-        for row in self.rows:
-            row.painter.brush = self.brush.value
 
     def _clear(self):
         with self._silently():

@@ -1,39 +1,24 @@
-"""The panels of the explorer: each a function from a `State` to a picture `drawing.PANEL_WIDTH` pixels wide.
+"""The panels: each a function from a `State` to a picture `drawing.PANEL_WIDTH` wide. A new one is a line in PANELS."""
 
-A new one is a line in PANELS.
-"""
-
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from PIL import Image, ImageDraw
 
 from ..data import IGNORE
 from ..evaluation.segmentation import near_edges
-from .drawing import (
-    COARSE_COLOUR,
-    FINE_COLOUR,
-    INK,
-    WRONG,
-    Colour,
-    colours,
-    enlarged,
-    font,
-    frame,
-    hatched,
-    ink_on,
-    legend,
-    notice,
-    shortened,
-    stacked,
-    strip,
-)
+from .drawing import INK, Colour, colours, enlarged, font, frame, hatched, ink_on, legend, shortened, stacked, strip
 from .models import LoadedModel
-from .state import UNPAINTED, State, pixels_of_tokens, shares_of
+from .state import UNPAINTED, State, layer_name, pixels_of_tokens, shares_of
 
 TOKEN_MAP_TITLE = "Where each pixel's token ended"
+# Okabe and Ito's sky blue and orange, which readers with any colour vision tell apart.
+FINE_COLOUR, COARSE_COLOUR = (86, 180, 233), (230, 159, 0)
+WRONG = (213, 94, 0)  # their vermilion
 DROPPED_FILL, DROPPED_HATCH = (40, 40, 40), (95, 95, 95)  # of patches without a token
 IGNORED_FILL, IGNORED_HATCH = (250, 250, 250), (190, 190, 190)  # of pixels to ignore
 NEAR_EDGE = (143, 190, 216)  # of right pixels near a boundary
@@ -70,7 +55,7 @@ def gate_panel(state: State) -> Image.Image:
     middle = min(max(x, 32 + left + half / 2), width - 32 - right - half / 2)  # beside the ends, not over them
     for at, text, anchor in ((20, ends[0], "lt"), (middle, cut, "mt"), (width - 20, ends[1], "rt")):
         canvas.text((at, 36), text, INK, font(18), anchor=anchor)
-    return stacked([panel, scale])
+    return stacked(panel, scale)
 
 
 def grid_panel(state: State) -> Image.Image:
@@ -107,15 +92,13 @@ def token_map_panel(state: State) -> Image.Image:
     token_map, image = state.token_map, np.asarray(state.gated.picture.image, np.float32)
     rows, columns = token_map.where.shape
     patches = image.reshape(rows, image.shape[0] // rows, columns, -1, 3).mean((1, 3))
-    number = np.unique(token_map.where, return_inverse=True)[1].reshape(token_map.where.shape)
-    count = np.bincount(number.ravel())
-    sums = [np.bincount(number.ravel(), channel.ravel()) for channel in np.moveaxis(patches, 2, 0)]
-    means = (np.stack(sums, 1) / count[:, None]).round().astype(np.uint8)
-    panel = enlarged(Image.fromarray(means[number]), state.gated.picture.image.size)
+    means = pd.DataFrame(patches.reshape(-1, 3), dtype=float).groupby(token_map.where.ravel()).transform("mean")
+    means = means.round().to_numpy(np.uint8).reshape(patches.shape)
+    panel = enlarged(Image.fromarray(means), state.gated.picture.image.size)
     panel = hatched(panel, token_map.where < 0, DROPPED_FILL, DROPPED_HATCH)
     _draw_borders(panel, token_map.where)
     lost = [f"{token_map.dropped} of {token_map.where.size} patches dropped"] if token_map.dropped else []
-    return stacked([panel, strip(f"{token_map.name}: {token_map.tokens} patch tokens", *lost)])
+    return stacked(panel, strip(f"{layer_name(token_map.layer)}: {token_map.tokens} patch tokens", *lost))
 
 
 def _draw_borders(panel: Image.Image, where: np.ndarray):
@@ -154,9 +137,8 @@ def prediction_panel(state: State) -> Image.Image:
 
 def truth_panel(state: State) -> Image.Image:
     """Draw the true class of each pixel, in the same colours; or why it is unknown."""
-    if state.gated.truth is None:
-        return _unknown(state)
-    return label_panel(state.gated.truth, state.gated.loaded.classes)
+    truth = state.gated.truth
+    return _unknown(state) if truth is None else label_panel(truth, state.gated.loaded.classes)
 
 
 def error_panel(state: State) -> Image.Image:
@@ -166,54 +148,50 @@ def error_panel(state: State) -> Image.Image:
         return _unknown(state)
     known, band = truth != IGNORE, near_edges(torch.from_numpy(truth)[None])[0].numpy()
     wrong = (state.labels != truth) & known
-    grey = np.asarray(state.gated.picture.image.convert("L"), np.float32)[..., None].repeat(3, 2)
-    pale = 150 + grey * 0.41
+    pale = 150 + 0.41 * np.asarray(state.gated.picture.image.convert("L").convert("RGB"), np.float32)
     pale[band], pale[wrong] = NEAR_EDGE, WRONG
-    panel = hatched(enlarged(Image.fromarray(pale.round().astype(np.uint8))), ~known, IGNORED_FILL, IGNORED_HATCH)
-    entries = [
-        (WRONG, "", f"wrong: {_percent(wrong[known])} of the pixels"),
-        (NEAR_EDGE, "", f"near a boundary: {_percent(wrong[band])} wrong"),
-        (IGNORED_FILL, "//", "ignored"),
-    ]
-    return stacked([panel, legend(entries if not known.all() else entries[:2])])
+    of_all, of_band = (f"{part.mean():.1%}" if part.size else "none" for part in (wrong[known], wrong[band]))
+    entries = [(WRONG, "", f"wrong: {of_all} of the pixels"), (NEAR_EDGE, "", f"near a boundary: {of_band} wrong")]
+    return _with_legend(pale.round().astype(np.uint8), ~known, entries)
 
 
 def _unknown(state: State) -> Image.Image:
     """Draw why there is no truth."""
     picture = state.gated.picture
     why = "no label map belongs to this picture" if picture.labels is None else "its labels are of other classes"
-    return notice(["unknown:", why], picture.image.size)
-
-
-def _percent(wrong: np.ndarray) -> str:
-    return f"{wrong.mean():.1%}" if wrong.size else "none"
+    panel = Image.new("RGB", enlarged(picture.image).size, (245, 245, 245))
+    canvas, x, y = ImageDraw.Draw(panel), panel.width / 2, panel.height / 2
+    canvas.text((x, y - 17), "unknown:", INK, font(22), anchor="mm")
+    canvas.text((x, y + 17), why, INK, font(22), anchor="mm")
+    return panel
 
 
 def label_panel(labels: np.ndarray, names: tuple[str, ...]) -> Image.Image:
     """Draw a label map; each area bears the number that its class has in the legend."""
     table = np.array([colour_of(k) for k in range(len(names))], np.uint8)
-    ignored = labels == IGNORE
-    panel = hatched(
-        enlarged(Image.fromarray(table[np.where(ignored, 0, labels)])), ignored, IGNORED_FILL, IGNORED_HATCH
-    )
-    shares = shares_of(labels, len(names))
-    seen = np.argsort(-shares, kind="stable")[: int((shares > 0).sum())].tolist()
-    _number_areas(panel, labels, seen)
+    ignored, shares = labels == IGNORE, shares_of(labels, len(names))
+    seen = [k for k in np.argsort(-shares, kind="stable").tolist() if shares[k]]
     entries = [(colour_of(k), str(k), names[k]) for k in sorted(seen[:LEGEND_CLASSES])]
     entries += [(IGNORED_FILL, "…", f"{len(seen) - LEGEND_CLASSES} more")] if len(seen) > LEGEND_CLASSES else []
-    entries += [(IGNORED_FILL, "//", "ignored")] if ignored.any() else []
-    return stacked([panel, legend(entries)])
+    panel = _with_legend(table[np.where(ignored, 0, labels)], ignored, entries)
+    _number_areas(panel, labels, seen)
+    return panel
+
+
+def _with_legend(pixels: np.ndarray, ignored: np.ndarray, entries: list[tuple[Colour, str, str]]) -> Image.Image:
+    """Draw pixels `[H, W, 3]`, those to ignore hatched, above what their colours mean."""
+    panel = hatched(enlarged(Image.fromarray(pixels)), ignored, IGNORED_FILL, IGNORED_HATCH)
+    return stacked(panel, legend(entries + ([(IGNORED_FILL, "//", "ignored")] if ignored.any() else [])))
 
 
 def colour_of(k: int) -> Colour:
     """Return the colour of class k: after the first ten paler ones, then darker ones; numbers tell equal ones apart."""
-    turn, base = (0, k) if k < len(MUTED) else divmod(k - 1, len(MUTED) - 1)
-    red, green, blue = MUTED[base if k < len(MUTED) else base + 1]
-    towards, share = (255, 0.45) if turn % 3 == 1 else (0, 0.35 if turn % 3 else 0.0)
-    return tuple(round((1 - share) * x + share * towards) for x in (red, green, blue))
+    turn, base = divmod(k - 1, len(MUTED) - 1) if k else (0, -1)  # the pale grey is of class 0 alone
+    towards, share = ((0, 0.0), (255, 0.45), (0, 0.35))[turn % 3]
+    return tuple(round((1 - share) * x + share * towards) for x in MUTED[base + 1])
 
 
-def _number_areas(panel: Image.Image, labels: np.ndarray, seen: Iterable[int]):
+def _number_areas(panel: Image.Image, labels: np.ndarray, seen: list[int]):
     """Write each class's number into the thickest part of its area, if there is room."""
     step = max(1, max(labels.shape) // 64)
     small, canvas = labels[::step, ::step], ImageDraw.Draw(panel)
@@ -231,13 +209,8 @@ def _number_areas(panel: Image.Image, labels: np.ndarray, seen: Iterable[int]):
 
 
 def _eroded(inside: np.ndarray) -> np.ndarray:
-    """Return what is inside with its four neighbours."""
-    out = inside.copy()
-    out[1:] &= inside[:-1]
-    out[:-1] &= inside[1:]
-    out[:, 1:] &= inside[:, :-1]
-    out[:, :-1] &= inside[:, 1:]
-    return out
+    """Return what is inside with its four neighbours; nothing may be inside on the rim."""
+    return np.logical_and.reduce([inside, *(np.roll(inside, step, axis) for step in (1, -1) for axis in (0, 1))])
 
 
 class Panel(NamedTuple):
@@ -248,10 +221,7 @@ class Panel(NamedTuple):
     fixed: bool = False
 
 
-def _segments(loaded: LoadedModel) -> bool:
-    return loaded.segments
-
-
+_segments = attrgetter("segments")
 PANELS = {
     "Picture": Panel(picture_panel, fixed=True),
     "Gate: probability of coarse": Panel(gate_panel),

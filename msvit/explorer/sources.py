@@ -48,7 +48,7 @@ class PictureSource:
 
     def picture(self, name: str, size: tuple[int, int]) -> Picture:
         """Return a picture at this height and width, cropped at its middle to their proportions."""
-        return Picture(name, _fitted(self._read(name), size, Image.Resampling.BICUBIC))
+        return Picture(name, ImageOps.fit(self._read(name), size[::-1]))
 
     def _read(self, name: str) -> Image.Image:
         file = self.files[name]
@@ -84,37 +84,32 @@ class LabelledSource(PictureSource):
 
     def __init__(self, root: Path):
         folder = open_folder(root)
-        pairs = {p.relative_to(root).as_posix(): (p, labels) for p, labels in [*folder.val, *folder.train]}
-        super().__init__({name: picture for name, (picture, _) in pairs.items()})
-        self.maps = {name: labels for name, (_, labels) in pairs.items()}
+        self.maps = dict([*folder.val, *folder.train])
+        super().__init__({picture.relative_to(root).as_posix(): picture for picture in self.maps})
         self.classes, self.meaning = tuple(folder.classes), folder.meaning
 
     def picture(self, name: str, size: tuple[int, int]) -> Picture:
         """Return a picture and its label map, both at this height and width."""
-        image, labels = self._read(name), self._labels(name)
-        if labels.size != image.size:
-            raise PictureError(
-                f"{self.maps[name]} is {labels.size[0]} x {labels.size[1]} px, its picture {name} {image.size[0]} x "
-                f"{image.size[1]}; a label map holds one number for each pixel of the upright picture"
-            )
-        fitted = np.asarray(_fitted(labels, size, Image.Resampling.NEAREST), np.int64)
-        return Picture(name, _fitted(image, size, Image.Resampling.BICUBIC), "", fitted, self.classes)
-
-    def _labels(self, name: str) -> Image.Image:
-        """Return the classes of the pixels, of 8 bits."""
-        path = self.maps[name]
+        image, path = self._read(name), self.maps[self.files[name]]
         try:
-            with Image.open(path) as image:
-                values = np.asarray(image, np.int64)
+            with Image.open(path) as label_map:
+                values = np.asarray(label_map, np.int64)
         except UNREADABLE as error:
             raise PictureError(f"{path}, the label map of {name}, cannot be read: {error}") from error
         if values.ndim != 2:
             raise PictureError(f"{path} has colours; a label map holds one number for each pixel")
+        if values.shape != image.size[::-1]:
+            raise PictureError(
+                f"{path} is {values.shape[1]} x {values.shape[0]} px, its picture {name} {image.width} x "
+                f"{image.height}; a label map holds one number for each pixel of the upright picture"
+            )
         codes = np.where((values >= 0) & (values <= IGNORE), self.meaning[values & IGNORE], -1)
         if (codes < 0).any():
             wrong = np.unique(values[codes < 0])[:8].tolist()
             raise PictureError(f"{path} holds the values {wrong}, which are none of its {len(self.classes)} classes")
-        return Image.fromarray(codes.astype(np.uint8))
+        labels = ImageOps.fit(Image.fromarray(codes.astype(np.uint8)), size[::-1], Image.Resampling.NEAREST)
+        fitted = ImageOps.fit(image, size[::-1])
+        return Picture(name, fitted, labels=np.asarray(labels, np.int64), regions=self.classes)
 
 
 def built_in_sources() -> dict[str, PictureSource]:
@@ -123,8 +118,7 @@ def built_in_sources() -> dict[str, PictureSource]:
     photographs = {}
     for title, (package, inside) in PACKAGED.items():
         spec = find_spec(package)  # finds the folder without importing the package
-        path = Path(spec.submodule_search_locations[0]) / inside if spec else None
-        if path and path.is_file():
+        if spec and (path := Path(spec.submodule_search_locations[0]) / inside).is_file():
             photographs[title] = path
     return found | ({"photographs": PictureSource(photographs)} if photographs else {})
 
@@ -141,7 +135,3 @@ def folder_source(folder: str | Path) -> PictureSource:
     if not files:
         raise PictureError(f"{root} holds no picture; known suffixes are {', '.join(SUFFIXES)}")
     return PictureSource(files)
-
-
-def _fitted(image: Image.Image, size: tuple[int, int], how: Image.Resampling) -> Image.Image:
-    return ImageOps.fit(image, size[::-1], how)

@@ -91,10 +91,6 @@ class TokenMap(NamedTuple):
     tokens: int
 
     @property
-    def name(self) -> str:
-        return "after the tokenizer" if self.layer == AFTER_TOKENIZER else f"at block {self.layer}"
-
-    @property
     def dropped(self) -> int:
         """Fine patches without a token."""
         return int((self.where < 0).sum())
@@ -103,9 +99,9 @@ class TokenMap(NamedTuple):
 class SegmentationScore(NamedTuple):
     """Agreement of a segmentation with the truth; None where it is undefined."""
 
-    accuracy: float | None
-    miou: float | None
-    iou: dict[str, float]
+    accuracy: float | None = None
+    miou: float | None = None
+    iou: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -142,11 +138,11 @@ class State:
         return min(self.token_maps, key=lambda token_map: abs(token_map.layer - self.layer))
 
     @cached_property
-    def score(self) -> SegmentationScore | None:
-        """Of a segmentation whose truth is known."""
+    def score(self) -> SegmentationScore:
+        """Of a segmenter: how well its labels agree with the truth."""
         truth, names = self.gated.truth, self.gated.loaded.classes
-        if self.labels is None or truth is None:
-            return None
+        if truth is None:
+            return SegmentationScore()
         matrix = confusion(torch.from_numpy(self.labels)[None], torch.from_numpy(truth)[None], len(names))[0]
         known, table = int(matrix.sum()), class_table(matrix, list(names)).dropna(subset="iou")
         miou = float(table["iou"].mean())
@@ -164,7 +160,7 @@ class State:
             "model": gated.loaded.name,
             "note": gated.loaded.note,
             "picture": gated.picture.name,
-            **(self._class_numbers() if self.labels is None else self._pixel_numbers()),
+            **self._prediction_numbers(),
             "threshold": self.threshold,
             "tokens": self.tokens,
             "dense_tokens": model.vit.num_prefix_tokens + self.coarse.size * model.scale**2,
@@ -183,27 +179,23 @@ class State:
             "scores": None if gated.scores is None else gated.scores.tolist(),
         }
 
-    def _class_numbers(self) -> dict:
-        """Return the figures of a classifier."""
-        best = int(self.probabilities.argmax())
-        return {
-            "truth": self.gated.picture.truth,
-            "prediction": self.gated.loaded.classes[best],
-            "probability": float(self.probabilities[best]),
-        }
+    def _prediction_numbers(self) -> dict:
+        """Return the true and the predicted class; of a segmenter the shares of the pixels, and how well they agree."""
+        names, truth = self.gated.loaded.classes, self.gated.truth
+        if self.labels is None:
+            p, best = self.probabilities, int(self.probabilities.argmax())
+            return {"truth": self.gated.picture.truth, "prediction": names[best], "probability": float(p[best])}
 
-    def _pixel_numbers(self) -> dict:
-        """Return the figures of a segmenter."""
-        score, names, truth = self.score, self.gated.loaded.classes, self.gated.truth
-        shares = [labels if labels is None else shares_of(labels, len(names)) for labels in (truth, self.labels)]
-        named = [None if x is None else {names[k]: float(x[k]) for k in np.flatnonzero(x)} for x in shares]
-        return {
-            "truth": named[0],
-            "prediction": named[1],
-            "accuracy": score.accuracy if score else None,
-            "miou": score.miou if score else None,
-            "iou": score.iou if score else None,
-        }
+        def shares(labels: np.ndarray) -> dict[str, float]:
+            return {names[k]: share for k, share in enumerate(shares_of(labels, len(names)).tolist()) if share}
+
+        known = None if truth is None else shares(truth)
+        return {"truth": known, "prediction": shares(self.labels), **self.score._asdict()}
+
+
+def layer_name(layer: int) -> str:
+    """Return a block, or AFTER_TOKENIZER, in words."""
+    return "after the tokenizer" if layer == AFTER_TOKENIZER else f"at block {layer}"
 
 
 def shares_of(labels: np.ndarray, classes: int) -> np.ndarray:

@@ -23,42 +23,28 @@ def read_picture(data: bytes, name: str) -> Image.Image:
     """
     if not data:
         raise PictureError(f"{name} is empty; choose a picture")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PIL's own warning of large pictures; they are refused below
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of large pictures, which are refused below, and of odd metadata
+        try:
             image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-    except Image.DecompressionBombError as error:
-        pixels = re.search(r"\d+", str(error))
-        raise _too_large(name, int(pixels[0]) if pixels else 2 * Image.MAX_IMAGE_PIXELS) from error
-    except UNREADABLE as error:
-        raise PictureError(
-            f"{name} is no picture that can be read here (it begins with {data[:12]!r}); "
-            f"choose one of {', '.join(IMAGE_FORMATS)}"
-        ) from error
-    with image:
-        if image.width * image.height > MAX_MEGAPIXELS * 1e6:
-            raise _too_large(name, image.width * image.height)
-        size = f"{image.format}, {image.width} x {image.height} px"
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of odd metadata, which spoils no pixel
-                return to_rgb(image)
-        except (*UNREADABLE, MemoryError) as error:
+        except Image.DecompressionBombError as error:
+            pixels = re.search(r"\d+", str(error))
+            raise _too_large(name, int(pixels[0]) if pixels else 2 * Image.MAX_IMAGE_PIXELS) from error
+        except UNREADABLE as error:
             raise PictureError(
-                f"{name} ({size}) is damaged or incomplete: {error}; open it in a viewer and save it anew"
+                f"{name} is no picture that can be read here (it begins with {data[:12]!r}); "
+                f"choose one of {', '.join(IMAGE_FORMATS)}"
             ) from error
-
-
-def sort_out(files: dict[str, bytes]) -> tuple[dict[str, bytes], list[str]]:
-    """Return the files that are pictures, and for each other file what is wrong with it."""
-    good, wrong = {}, []
-    for name, data in files.items():
-        try:
-            read_picture(data, name)
-            good[name] = data
-        except PictureError as error:
-            wrong.append(str(error))
-    return good, wrong
+        with image:
+            if image.width * image.height > MAX_MEGAPIXELS * 1e6:
+                raise _too_large(name, image.width * image.height)
+            size = f"{image.format}, {image.width} x {image.height} px"
+            try:
+                return to_rgb(image)
+            except (*UNREADABLE, MemoryError) as error:
+                raise PictureError(
+                    f"{name} ({size}) is damaged or incomplete: {error}; open it in a viewer and save it anew"
+                ) from error
 
 
 def _too_large(name: str, pixels: int) -> PictureError:

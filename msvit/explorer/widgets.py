@@ -49,11 +49,7 @@ class Painter(anywidget.AnyWidget):
 
 
 class ModelRow:
-    """The figures and panels of one model.
-
-    Args:
-        act: Called with the work that a brush asks for; does it.
-    """
+    """The figures and panels of one model; what its brush asks for is done by `act`."""
 
     def __init__(self, act: Callable[[Callable[[], None]], None]):
         self.gated: GatedPicture | None = None

@@ -83,7 +83,7 @@ def test_the_error_panel_shows_what_is_wrong_and_leaves_ignored_pixels_alone(seg
     wrong = (state.labels != truth) & (truth != IGNORE)
     shown = np.asarray(panels.PANELS["Error"].draw(state))[3:448:7, 3:448:7]
     assert wrong.any()
-    assert np.array_equal((shown == drawing.WRONG).all(2), wrong)
+    assert np.array_equal((shown == panels.WRONG).all(2), wrong)
     assert {tuple(c) for c in shown[:16].reshape(-1, 3).tolist()} <= {panels.IGNORED_FILL, panels.IGNORED_HATCH}
     assert (shown == panels.NEAR_EDGE).all(2).any()
     assert state.score.accuracy == pytest.approx(1 - wrong.sum() / (truth != IGNORE).sum())
