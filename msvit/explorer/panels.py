@@ -17,7 +17,7 @@ from .state import UNPAINTED, State, layer_name, pixels_of_tokens, shares_of
 
 TOKEN_MAP_TITLE = "Where each pixel's token ended"
 # Okabe and Ito's sky blue and orange, which readers with any colour vision tell apart.
-FINE_COLOUR, COARSE_COLOUR = (86, 180, 233), (230, 159, 0)
+FINE_RGB, COARSE_RGB = (86, 180, 233), (230, 159, 0)
 WRONG = (213, 94, 0)  # their vermilion
 DROPPED_FILL, DROPPED_HATCH = (40, 40, 40), (95, 95, 95)  # of patches without a token
 IGNORED_FILL, IGNORED_HATCH = (250, 250, 250), (190, 190, 190)  # of pixels to ignore
@@ -48,7 +48,7 @@ def gate_panel(state: State) -> Image.Image:
     bar = Image.fromarray(colours(np.linspace(0, 1, width - 40)[None])).resize((width - 40, 16))
     scale.paste(bar, (20, 12))
     canvas, x = ImageDraw.Draw(scale), 20 + state.threshold * (width - 40)
-    canvas.polygon([(x, 20), (x - 8, 4), (x + 8, 4)], COARSE_COLOUR, INK)
+    canvas.polygon([(x, 20), (x - 8, 4), (x + 8, 4)], COARSE_RGB, INK)
     canvas.line([(x, 12), (x, 30)], INK, 3)
     ends, cut = ("0 fine", "1 coarse"), threshold_text(state.threshold)
     left, right, half = (canvas.textlength(text, font(18)) for text in (*ends, cut))
@@ -69,11 +69,11 @@ def grid_panel(state: State) -> Image.Image:
         if state.coarse[r, c]:
             for t in np.arange(0.25, 2, 0.25):  # diagonals, cut at the region's borders
                 a, b = max(0, t - 1), min(1, t)
-                canvas.line([(x + a * sx, y + (t - a) * sy), (x + b * sx, y + (t - b) * sy)], (*COARSE_COLOUR, 110), 2)
-            frame(canvas, (x, y, sx, sy), COARSE_COLOUR)
+                canvas.line([(x + a * sx, y + (t - a) * sy), (x + b * sx, y + (t - b) * sy)], (*COARSE_RGB, 110), 2)
+            frame(canvas, (x, y, sx, sy), COARSE_RGB)
         else:
             for i in range(k * k):
-                frame(canvas, (x + i % k * sx / k, y + i // k * sy / k, sx / k, sy / k), FINE_COLOUR)
+                frame(canvas, (x + i % k * sx / k, y + i // k * sy / k, sx / k, sy / k), FINE_RGB)
         if state.painted[r, c] != UNPAINTED:
             canvas.ellipse([x + 8, y + 8, x + 22, y + 22], "white", "black", 2)
     return Image.alpha_composite(panel.convert("RGBA"), veil).convert("RGB")
