@@ -73,9 +73,11 @@ def hatched(panel: Image.Image, where: np.ndarray, colour: Colour, line: Colour)
     return Image.composite(Image.fromarray(hatch), panel, mask)
 
 
-def stacked(*panels: Image.Image) -> Image.Image:
-    """Return pictures of one width, one below the other."""
-    return Image.fromarray(np.concatenate(panels))
+def stacked(upper: Image.Image, lower: Image.Image) -> Image.Image:
+    """Return two pictures of one width, one below the other."""
+    whole = upper.crop((0, 0, upper.width, upper.height + lower.height))
+    whole.paste(lower, (0, upper.height))
+    return whole
 
 
 def strip(*lines: str) -> Image.Image:

@@ -83,8 +83,7 @@ class LoadedModel:
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of its pictures: those of the backbone, cut to whole coarse patches."""
-        patch = self.model.coarse_patch
-        return tuple(side // patch * patch for side in self.model.vit.patch_embed.img_size)
+        return tuple(side - side % self.model.coarse_patch for side in self.model.vit.patch_embed.img_size)
 
     @cached_property
     def dense_ms(self) -> float:
@@ -155,8 +154,7 @@ def load_model(name: str, runs: str | Path) -> LoadedModel:
 
 def train_demo() -> Path:
     """Return the folder of a small gated model of the scenes, in the user's cache; train it if it cannot be read."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    folder = cache / "msvit" / DEMO_RECIPE.run_name
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "msvit" / DEMO_RECIPE.run_name
     try:
         MSViT.from_pretrained(folder)
     except LOAD_ERRORS:

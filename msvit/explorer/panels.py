@@ -204,13 +204,14 @@ def _number_areas(panel: Image.Image, labels: np.ndarray, seen: list[int]):
             continue
         cells = np.argwhere(inside) - 1
         y, x = cells[np.abs(cells - cells.mean(0)).sum(1).argmin()]
-        at = (x + 0.5) * scale, (y + 0.5) * scale
-        canvas.text(at, str(k), ink_on(colour_of(k)), font(20), anchor="mm")
+        canvas.text(((x + 0.5) * scale, (y + 0.5) * scale), str(k), ink_on(colour_of(k)), font(20), anchor="mm")
 
 
 def _eroded(inside: np.ndarray) -> np.ndarray:
     """Return what is inside with its four neighbours; nothing may be inside on the rim."""
-    return np.logical_and.reduce([inside, *(np.roll(inside, step, axis) for step in (1, -1) for axis in (0, 1))])
+    out = np.zeros_like(inside)
+    out[1:-1, 1:-1] = inside[1:-1, 1:-1] & inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:]
+    return out
 
 
 class Panel(NamedTuple):

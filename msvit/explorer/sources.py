@@ -65,9 +65,8 @@ class SceneSource(PictureSource):
 
     def __init__(self, difficulty: str):
         self.difficulty = difficulty
-        labels = Scenes(SCENES_SHOWN, difficulty=difficulty, split="val").labels(range(SCENES_SHOWN))
-        classes = DIFFICULTIES[difficulty].classes
-        super().__init__({f"#{i} {classes[label]}": b"" for i, label in enumerate(labels)})
+        scenes = Scenes(SCENES_SHOWN, difficulty=difficulty, split="val")
+        super().__init__({f"#{i} {scenes.classes[k]}": b"" for i, k in enumerate(scenes.labels(range(SCENES_SHOWN)))})
 
     def picture(self, name: str, size: tuple[int, int]) -> Picture:
         """Return the scene, drawn at this height and width."""
