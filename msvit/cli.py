@@ -5,7 +5,6 @@ before torch or timm are imported, so that help and mistakes come at once.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -21,6 +20,8 @@ from .training.files import RunError, RunWarning
 from .training.recipe import FIELDS, GROUPS, Recipe, RecipeError, parse
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from .training.runs import Run
 
 RUN_COLUMNS = (
@@ -35,10 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments, unknown = _parser().parse_known_args(words)
     if unknown:
         near = closest(unknown[0], ["--" + _dash(name) for name in vars(arguments)])
-        return _print_error(
-            f"{unknown[0]} is unknown here; " + (f"the nearest is {near[0]}" if near else "--help lists what there is"),
-            2,
-        )
+        remedy = f"the nearest is {near[0]}" if near else "--help lists what there is"
+        return _print_error(f"{unknown[0]} is unknown here; {remedy}", 2)
     shown = warnings.showwarning
     warnings.showwarning = lambda message, category, *where: (
         _print_error(message) if category is RunWarning else shown(message, category, *where)
@@ -69,7 +68,7 @@ def _train(arguments: argparse.Namespace):
     run = train(recipe, folder, progress=not arguments.quiet, tensorboard=arguments.tensorboard)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    if _leading():
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one prints
         _put({"folder": str(folder), "finished_before": finished, **run.summary}, _report(run), arguments.json)
 
 
@@ -87,13 +86,10 @@ def _runs(arguments: argparse.Namespace):
     from .training import runs
 
     table = runs.load(arguments.folder)
-    if arguments.json:
-        print(table.to_json(orient="records", indent=2))
-    elif table.empty:
+    if table.empty and not arguments.json:
         print(f"no runs in {arguments.folder}")
     else:
-        columns = [name for name in RUN_COLUMNS if name in table]
-        print(table[columns].to_string(index=False, float_format="{:.4g}".format, na_rep=""))
+        _put_table(table, RUN_COLUMNS, arguments.json)
 
 
 def _sweep(arguments: argparse.Namespace):
@@ -107,12 +103,7 @@ def _sweep(arguments: argparse.Namespace):
         sweep.sweep(study, base, arguments.runs, arguments.trials, price=arguments.price, message=_print_error)
     except ValueError as error:
         raise RecipeError(str(error)) from error
-    table = sweep.table(study)
-    if arguments.json:
-        print(table.to_json(orient="records", indent=2))
-    else:
-        columns = ["trial", "state", "value", "accuracy", "macs", "front"]
-        print(table[columns].to_string(index=False, float_format="{:.4g}".format, na_rep=""))
+    _put_table(sweep.table(study), ("trial", "state", "value", "accuracy", "macs", "front"), arguments.json)
 
 
 def _methods(arguments: argparse.Namespace):
@@ -216,11 +207,8 @@ def _add_settings(parser: argparse.ArgumentParser, **defaults: Any):
     """Add all settings of the recipe, with its defaults or others."""
     groups = {name: parser.add_argument_group(kind.__doc__.partition(":")[0].lower()) for name, kind in GROUPS.items()}
     for name, (group, field) in FIELDS.items():
-        _add_setting(groups[group], name, defaults.get(name, _default(field)))
-
-
-def _default(field: dataclasses.Field) -> Any:
-    return {} if field.default is dataclasses.MISSING else field.default
+        default = {} if field.type is dict else field.default
+        _add_setting(groups[group], name, defaults.get(name, default))
 
 
 def _add_setting(parser: Any, name: str, default: Any):
@@ -256,27 +244,30 @@ def _report(run: "Run") -> str:
     """Return a finished run in a few lines."""
     found = run.summary
     score, title = ("miou", "mIoU") if "miou" in found else ("accuracy", "accuracy")
-    dense = f"at {found['dense_macs'] / 1e6:.1f} M MACs"
     lines = [f"{run.folder}: {found['trained_epochs']} epochs in {found['seconds']:.0f} s of training and evaluation"]
-    if not run.recipe.training.epochs:
-        lines.append(f"  dense   {title} {found[score]:.4f} {dense}")
-    else:
-        if f"dense_{score}" in found:
-            lines.append(f"  dense   {title} {found[f'dense_{score}']:.4f} {dense}")
+    if f"dense_{score}" in found:
+        lines.append(f"  dense   {title} {found[f'dense_{score}']:.4f} at {found['dense_macs'] / 1e6:.1f} M MACs")
+    if run.recipe.training.epochs:
         macs = f"{found['macs']:.3f} ± {found['macs_sd']:.3f} of its MACs"
-        lines.append(
-            f"  {run.recipe.method:7} {title} {found[score]:.4f} at {macs}, "
-            f"{found['tokens']:.1f} ± {found['tokens_sd']:.1f} tokens, {found['coarse']:.3f} of the regions coarse"
-        )
+        tokens = f"{found['tokens']:.1f} ± {found['tokens_sd']:.1f} tokens, {found['coarse']:.3f} of the regions coarse"
+        lines.append(f"  {run.recipe.method:7} {title} {found[score]:.4f} at {macs}, {tokens}")
     if "fine_object" in found:
-        lines.append(
-            f"  fine: {found['fine_object']:.3f} of the object's regions, {found['fine_rest']:.3f} of the others"
-        )
+        shares = f"{found['fine_object']:.3f} of the object's regions, {found['fine_rest']:.3f} of the others"
+        lines.append(f"  fine: {shares}")
     return "\n".join(lines)
 
 
 def _put(result: Any, text: str, as_json: bool):
     print(json.dumps(result, indent=2) if as_json else text)
+
+
+def _put_table(table: "pd.DataFrame", columns: tuple[str, ...], as_json: bool):
+    """Print some columns of a table for people, or all of it as JSON."""
+    if as_json:
+        print(table.to_json(orient="records", indent=2))
+    else:
+        shown = table[[name for name in columns if name in table]]
+        print(shown.to_string(index=False, float_format="{:.4g}".format, na_rep=""))
 
 
 def _print_error(message: Any, code: int = 0) -> int:
@@ -293,11 +284,6 @@ def _dashed(word: str) -> str:
     """Return --epochs-dense for --epochs_dense."""
     name, equals, value = word.partition("=")
     return _dash(name) + equals + value if word.startswith("--") else word
-
-
-def _leading() -> bool:
-    """Return whether this is the process that prints."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 if __name__ == "__main__":

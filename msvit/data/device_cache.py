@@ -5,6 +5,7 @@ An accelerator is through with small pictures long before a processor has decode
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import functional as TF
+from torchvision import transforms as T
 from tqdm.auto import tqdm
 
 from .images import Pictures
@@ -47,7 +48,8 @@ class DeviceCache(Dataset):
         self.mean, self.std = (torch.tensor(x, device=device).view(-1, 1, 1) for x in (mean, std))
         self.name, self.unreadable = pictures.name, pictures.unreadable
         self._kept = None
-        pictures.transform = _WithAspect(_Stretched(size) if light else pictures.transform)
+        stretch = T.Compose([T.Resize(list(size), T.InterpolationMode.BICUBIC), T.PILToTensor()])
+        pictures.transform = partial(_with_aspect, stretch if light else pictures.transform)
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -73,24 +75,9 @@ class DeviceCache(Dataset):
         return tuple(torch.cat(part).to(self.device) for part in zip(*parts, strict=True))
 
 
-class _WithAspect:
-    """What a transform makes of a picture, and its width by its height before."""
-
-    def __init__(self, transform: Callable):
-        self.transform = transform
-
-    def __call__(self, image: Image) -> tuple[Tensor, float]:
-        return self.transform(image), image.width / image.height
-
-
-class _Stretched:
-    """A picture's pixels `[3, H, W]` in bytes, at a set size."""
-
-    def __init__(self, size: tuple[int, int]):
-        self.size = list(size)
-
-    def __call__(self, image: Image) -> Tensor:
-        return TF.pil_to_tensor(TF.resize(image, self.size, TF.InterpolationMode.BICUBIC))
+def _with_aspect(transform: Callable, image: Image) -> tuple[Tensor, float]:
+    """Return what a transform makes of a picture, and its width by its height before."""
+    return transform(image), image.width / image.height
 
 
 def draws(count: int, *words) -> Tensor:

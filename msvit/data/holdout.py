@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset, IterableDataset
 
-from .loaders import Loaders, Splits, load_splits
+from .loaders import Loaders, load_splits
 from .seeds import permutation
 
 
@@ -33,13 +33,10 @@ def hold_out(loaders: Loaders, share: float, seed: int, workers: int = 0) -> Loa
     data = loaders.train.dataset
     if isinstance(data, IterableDataset):
         raise ValueError(f"holdout={share:g}: these pictures are a stream, nothing of it can be held out")
-    order = permutation(len(data), seed, 6)
-    count = max(1, round(share * len(data)))
+    held_out, rest = np.split(permutation(len(data), seed, 6), [max(1, round(share * len(data)))])
     evaluated = copy.copy(data)
     evaluated.transform = getattr(loaders.val.dataset, "transform", None)
-    rest = Subset(loaders.calibration.dataset, order[count:])
-    splits = Splits(
-        Subset(data, order[count:]), Subset(evaluated, order[:count]), rest, loaders.classes, loaders.mean, loaders.std
-    )
-    batch = loaders.train.batch_size
-    return load_splits(splits, loaders.size, batch, 2 * batch, seed, workers, loaders.train.collate_fn)
+    datasets = Subset(data, rest), Subset(evaluated, held_out), Subset(loaders.calibration.dataset, rest)
+    batch, collate = loaders.train.batch_size, loaders.train.collate_fn
+    made = load_splits(*datasets, batch, 2 * batch, seed, workers, collate)
+    return Loaders(*made, loaders.classes, loaders.mean, loaders.std, loaders.size)

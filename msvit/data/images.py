@@ -34,14 +34,6 @@ class Unreadable(NamedTuple):
     reason: str
 
 
-class Sources(NamedTuple):
-    """The two splits of a data set, as timm reads them, and the names of its classes."""
-
-    train: Dataset
-    val: Dataset
-    classes: list[str]
-
-
 @contextlib.contextmanager
 def seeded(*words: int) -> Iterator[None]:
     """Seed the random numbers of Python, numpy and torch's CPU inside, and leave them outside as they were."""
@@ -187,11 +179,14 @@ class Stream(IterableDataset):
         return []
 
 
-def open_sources(data: str, batches: tuple[int, int], seed: int, workers: int) -> Sources:
+def open_sources(data: str, batches: tuple[int, int], seed: int, workers: int) -> tuple[Dataset, Dataset, list[str]]:
     """Open "folder:ROOT", "tar:ROOT" or "NAME:ROOT" with a name for timm's `create_dataset`.
 
     Args:
         batches: pictures in a training and in a validation batch; readers of streams want to know.
+
+    Returns:
+        Training and validation pictures as timm reads them, and the names of their classes.
     """
     name, _, root = data.partition(":")
     local = name in ("folder", "tar")
@@ -214,7 +209,7 @@ def open_sources(data: str, batches: tuple[int, int], seed: int, workers: int) -
             f"data={data!r}: training and validation differ in their classes; only in training: {only[0]}; "
             f"only in validation: {only[1]}"
         )
-    return Sources(*splits, train)
+    return *splits, train
 
 
 def _local(root: Path, words: Sequence[str], suffix: str) -> Dataset:
@@ -252,11 +247,7 @@ def _named(name: str, root: str, words: Sequence[str], batch: int, seed: int, wo
             source = create_dataset(name, root=root or None, split=word, **settings)
         except ImportError as error:
             raise ImportError(f"data={name!r} needs a package that is not there: {error}") from error
-        except (
-            ValueError,
-            RuntimeError,
-            AssertionError,
-        ) as error:  # readers differ in how they refuse a split
+        except (ValueError, RuntimeError, AssertionError) as error:  # readers differ in how they refuse a split
             refusals.append(f"{word}: {error}")
             continue
         if stream:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, create_transform
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 
 from ..checks import one_of
 from .device_cache import DeviceCache, keep
@@ -58,7 +58,11 @@ class Loaders:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     size: tuple[int, int]
-    steps: int  # training batches in an epoch, over all processes together
+
+    @property
+    def steps(self) -> int:
+        """Training batches in an epoch, over all processes together."""
+        return len(self.train)
 
     def first_pictures(self, count: int = 2048) -> Iterator[Batch]:
         """Yield some training pictures without augmentation; unlike a prepared loader's, the same for all processes."""
@@ -104,21 +108,28 @@ def set_epoch(loader: DataLoader, epoch: int) -> None:
 
 
 class BuiltIn(Dataset):
-    """Scenes behind the sampler's keys; a whole batch is made at once."""
+    """Scenes behind the sampler's keys; a whole batch is made at once.
 
-    def __init__(self, scenes: Scenes):
-        self.scenes, self.name = scenes, scenes.name
+    Args:
+        masks: Targets are the masks, whose classes are `Scenes.regions`, instead of the labels.
+    """
+
+    def __init__(self, scenes: Scenes, masks: bool = False):
+        self.scenes, self.masks, self.name = scenes, masks, scenes.name
+        self.classes = scenes.regions if masks else scenes.classes
 
     def __len__(self) -> int:
         return len(self.scenes)
 
     def __getitems__(self, keys: Sequence[int]) -> Batch:
         i = np.asarray(keys) % len(self)
-        return Batch(*self.scenes.batch(i), torch.from_numpy(i))
+        images, targets = self.scenes.batch(i)
+        if self.masks:
+            targets = torch.from_numpy(self.scenes.masks(i).astype(np.int64))
+        return Batch(images, targets, torch.from_numpy(i))
 
-    def __getitem__(self, key: int) -> tuple[torch.Tensor, int, int]:
-        i = key % len(self)
-        return *self.scenes[i], i
+    def __getitem__(self, key: int) -> tuple[torch.Tensor, ...]:
+        return tuple(column[0] for column in self.__getitems__([key]))
 
     def unreadable(self) -> list[Unreadable]:
         """Return nothing: a scene is computed."""
@@ -127,32 +138,7 @@ class BuiltIn(Dataset):
 
 def collate(samples: tuple | list[tuple]) -> Batch:
     """Stack (image, target, index), unless the data set did."""
-    if isinstance(samples, tuple):
-        return Batch(*samples)
-    images, targets, indices = zip(*samples, strict=True)
-    return Batch(torch.stack(images), torch.as_tensor(targets), torch.as_tensor(indices))
-
-
-def make_loader(
-    data: Dataset, batch: int, seed: int, workers: int, shuffle: bool, collate: Callable = collate
-) -> DataLoader:
-    """Return a loader that goes by (seed, epoch) and leaves the global random numbers alone.
-
-    With `shuffle` it is one for training, which drops the last incomplete batch.
-    """
-    stream, bank = isinstance(data, IterableDataset), isinstance(data, DeviceCache)
-    workers = 0 if bank else workers
-    return DataLoader(
-        data,
-        batch_size=min(batch, len(data)),
-        sampler=None if stream else EpochSampler(len(data), seed, shuffle),
-        drop_last=shuffle,
-        num_workers=workers,
-        persistent_workers=workers > 0 and not stream,  # a stream's epoch reaches new workers only
-        collate_fn=collate,
-        pin_memory=torch.cuda.is_available() and not bank,
-        generator=torch.Generator().manual_seed(seed),
-    )
+    return Batch(*(samples if isinstance(samples, tuple) else default_collate(samples)))
 
 
 def make_loaders(
@@ -195,54 +181,64 @@ def make_loaders(
     if data in SCENES:
         if augment != "none":
             raise ValueError(f"augment={augment!r} is for real pictures; scenes take 'none' and a larger train_n")
-        level = data.partition(":")[2]
-        train, val = (
-            BuiltIn(Scenes(n or full, size, seed, level, split))
-            for n, full, split in ((train_n, 8192, "train"), (val_n, 2048, "val"))
-        )
-        splits = Splits(train, val, train, train.scenes.classes, Scenes.mean, Scenes.std)
+        train, val = built_in(data, size, train_n, val_n, seed)
+        calibration, classes, mean, std = train, train.classes, Scenes.mean, Scenes.std
     else:
         if not data.startswith(KINDS):
             one_of("data", data, SCENES + KINDS)
-        splits = _real_splits(data, size, (batch, val_batch), (train_n, val_n), seed, workers, augment, mean, std)
+        datasets, classes = _real(data, size, (batch, val_batch), (train_n, val_n), seed, workers, augment, mean, std)
+        train, val, calibration = datasets
         if device is not None:
             settings = {"size": size, "mean": mean, "std": std}
-            train = keep(splits.train, augment, device, workers, **settings)
-            splits = splits._replace(train=train, val=keep(splits.val, "none", device, workers, **settings))
-    return load_splits(splits, size, batch, val_batch, seed, workers)
+            train = keep(train, augment, device, workers, **settings)
+            val = keep(val, "none", device, workers, **settings)
+    loaders = load_splits(train, val, calibration, batch, val_batch, seed, workers)
+    return Loaders(*loaders, classes, tuple(mean), tuple(std), size)
 
 
-class Splits(NamedTuple):
-    """Data sets and what belongs to them; `calibration` has the training pictures without augmentation."""
-
-    train: Dataset
-    val: Dataset
-    calibration: Dataset
-    classes: list[str]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+def built_in(data: str, size: tuple[int, int], train_n: int, val_n: int, seed: int, masks=False) -> list[BuiltIn]:
+    """Return scenes for training and for validation, 8192 and 2048 unless their numbers are given."""
+    level, splits = data.partition(":")[2], (("train", train_n or 8192), ("val", val_n or 2048))
+    return [BuiltIn(Scenes(n, size, seed, level, split), masks) for split, n in splits]
 
 
-def _real_splits(data, size, batches, counts, seed, workers, augment, mean, std) -> Splits:
-    """Open pictures of a folder, a tar or one of timm's data sets, with their transforms."""
+def _real(data, size, batches, counts, seed, workers, augment, mean, std) -> tuple[list[Dataset], list[str]]:
+    """Open pictures of a folder, a tar or one of timm's data sets, with their transforms, and name their classes."""
     train, val, classes = open_sources(data, batches, seed, workers)
     common = {"input_size": (3, *size), "mean": mean, "std": std, "interpolation": "bicubic"}
     eval_transform = create_transform(**common, crop_pct=0.875 if min(size) > 96 else 1.0)
     settings = AUGMENT[augment]
     train_transform = eval_transform if settings is None else create_transform(**common, is_training=True, **settings)
     kind = Stream if isinstance(train, IterableDataset) else Pictures
-    return Splits(
+    datasets = [
         kind(train, train_transform, counts[0], seed, f"{data} train"),
         kind(val, eval_transform, counts[1], seed, f"{data} val"),
         kind(train, eval_transform, counts[0], seed, f"{data} train"),
-        classes, mean, std,
-    )  # fmt: skip
+    ]
+    return datasets, classes
 
 
-def load_splits(splits: Splits, size, batch, val_batch, seed, workers, collate: Callable = collate) -> Loaders:
-    """Return the loaders of three data sets; training and calibration pictures are shuffled by (seed, epoch)."""
-    train = make_loader(splits.train, batch, seed, workers, True, collate)
-    val = make_loader(splits.val, val_batch, seed, workers, False, collate)
-    calibration = make_loader(splits.calibration, batch, seed, workers, True, collate)
-    facts = splits.classes, tuple(splits.mean), tuple(splits.std)
-    return Loaders(train, val, calibration, *facts, tuple(size), len(train))
+def load_splits(
+    train: Dataset, val: Dataset, calibration: Dataset, batch, val_batch, seed, workers, collate: Callable = collate
+) -> list[DataLoader]:
+    """Return loaders that go by (seed, epoch) and leave the global random numbers alone.
+
+    Training and calibration pictures are shuffled, and their last incomplete batch is dropped.
+    """
+    loaders = []
+    for data, count, shuffle in ((train, batch, True), (val, val_batch, False), (calibration, batch, True)):
+        stream, cached = isinstance(data, IterableDataset), isinstance(data, DeviceCache)
+        readers = 0 if cached else workers
+        loader = DataLoader(
+            data,
+            batch_size=min(count, len(data)),
+            sampler=None if stream else EpochSampler(len(data), seed, shuffle),
+            drop_last=shuffle,
+            num_workers=readers,
+            persistent_workers=readers > 0 and not stream,  # a stream's epoch reaches new workers only
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available() and not cached,
+            generator=torch.Generator().manual_seed(seed),
+        )
+        loaders.append(loader)
+    return loaders

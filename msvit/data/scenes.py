@@ -7,8 +7,7 @@ class *exactly*: the scenes of two classes that agree in everything else have bi
 resolution an object is one more flat blob.
 
 Picture i is a function of (seed, split, i, size, difficulty) alone, the same on every machine: its random
-numbers are a counter-based hash (the finaliser of SplitMix64, Steele et al. 2014) and every sum is one of
-integers.
+numbers are those of `msvit.data.seeds` and every sum is one of integers.
 """
 
 from typing import NamedTuple
@@ -110,17 +109,6 @@ def _blobs(draw: Draws, count: int, side: int, unit: int) -> np.ndarray:
     return ((at[:, None] - oy) ** 2 + (at - ox) ** 2 <= radius**2).any(2)
 
 
-class _Stamps:
-    """Patches of a texture as it lies on the picture's grid, however it starts."""
-
-    def __init__(self, side: int):
-        tiles = -(-side // 16) + 1
-        self.side, self.planes = side, {name: np.tile(t, (tiles, tiles)) for name, t in _TEXTURES.items()}
-
-    def __call__(self, name: str, y: int, x: int) -> np.ndarray:
-        return self.planes[name][y % 16 :, x % 16 :][: self.side, : self.side]
-
-
 def render(
     keys: np.ndarray, labels: np.ndarray, size: tuple[int, int], level: Difficulty
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -139,13 +127,15 @@ def render(
     colours = draw(64, top, count, 3)[..., None, None].astype(np.int16)
     contrast, phase, decoy = draw(*level.contrast, 1).astype(np.int16), draw(0, 3, count), draw(1, 2, count)
     shift_y, shift_x = 2 * (phase & 1) * level.shift, (phase & 2) * level.shift
-    side, stamp = 2 * side, _Stamps(2 * side)
+    side, tiles = 2 * side, -(-side // 8) + 1
+    planes = {name: np.tile(texture, (tiles, tiles)) for name, texture in _TEXTURES.items()}
     for b, label in enumerate(labels.tolist()):
         for k in range(count):
             y, x, colour = ys[b, k], xs[b, k], colours[b, k]
             if k >= level.flat:
                 name = level.classes[label] if k == object_at else f"decoy {decoy[b, k]}"
-                colour = colour + contrast[b] * stamp(name, y + shift_y[b, k], x + shift_x[b, k])
+                row, column = (y + shift_y[b, k]) % 16, (x + shift_x[b, k]) % 16
+                colour = colour + contrast[b] * planes[name][row : row + side, column : column + side]
             window = np.s_[..., y : y + side, x : x + side]
             np.copyto(images[b][window], colour, where=shapes[b, k], casting="unsafe")
             np.copyto(masks[b][window], label + 1 if k == object_at else 9, where=shapes[b, k])

@@ -10,17 +10,17 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import torchvision.transforms.v2 as T
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from ..checks import one_of
 from . import IGNORE
 from .images import SUFFIXES, Pictures, to_rgb
-from .loaders import SCENES, Batch, BuiltIn, Loaders, Splits, load_splits
+from .loaders import SCENES, Batch, Loaders, built_in, collate, load_splits
 from .scenes import Scenes
 
 PAIRED_AUGMENT = ("none", "light")
@@ -107,29 +107,16 @@ class Labelled(Pictures):
         return picture.as_subclass(Tensor), mask.as_subclass(Tensor)
 
 
-class BuiltInLabelled(BuiltIn):
-    """Scenes with their masks as targets; the classes are `Scenes.regions`."""
-
-    def __getitems__(self, keys: Sequence[int]) -> Batch:
-        images, _, i = super().__getitems__(keys)
-        return Batch(images, torch.from_numpy(self.scenes.masks(i).astype(np.int64)), i)
-
-    def __getitem__(self, key: int) -> tuple[Tensor, Tensor, int]:
-        images, targets, i = self.__getitems__([key])
-        return images[0], targets[0], int(i)
-
-
 def collate_padded(samples: Batch | list[tuple]) -> Batch:
     """Stack (picture, label map, index); smaller ones are padded at bottom and right, with the mean and with 255."""
     if isinstance(samples, Batch):
         return samples
     height, width = (max(labels.shape[d] for _, labels, _ in samples) for d in (0, 1))
-    images = samples[0][0].new_zeros(len(samples), 3, height, width)
-    targets = torch.full((len(samples), height, width), IGNORE)
-    for b, (image, labels, _) in enumerate(samples):
-        h, w = labels.shape
-        images[b, :, :h, :w], targets[b, :h, :w] = image, labels
-    return Batch(images, targets, torch.as_tensor([i for *_, i in samples]))
+    padded = []
+    for image, labels, i in samples:
+        margins = (0, width - labels.shape[1], 0, height - labels.shape[0])
+        padded.append((F.pad(image, margins), F.pad(labels, margins, value=IGNORE), i))
+    return collate(padded)
 
 
 def joint_transform(size: tuple[int, int] | None, augment: str, mean: Sequence[float], std: Sequence[float]):
@@ -139,16 +126,14 @@ def joint_transform(size: tuple[int, int] | None, augment: str, mean: Sequence[f
     flips; "none" crops the centre. Without a size the picture stays whole.
     """
     fill = {tv_tensors.Image: [round(255 * m) for m in mean], tv_tensors.Mask: IGNORE}
-    steps = {
-        "none": lambda: [T.CenterCrop(size)],
-        "light": lambda: [
-            RandomScale(0.5, 2.0),
-            T.RandomCrop(size, pad_if_needed=True, fill=fill),
-            T.RandomHorizontalFlip(),
-        ],
-    }[augment]
+    steps = []
+    if size and augment == "light":
+        crop = T.RandomCrop(size, pad_if_needed=True, fill=fill)
+        steps = [RandomScale(0.5, 2.0), crop, T.RandomHorizontalFlip()]
+    elif size:
+        steps = [T.CenterCrop(size)]
     dtypes = {tv_tensors.Image: torch.float32, tv_tensors.Mask: torch.int64, "others": None}
-    return T.Compose([*(steps() if size else []), T.ToDtype(dtypes, scale=True), T.Normalize(mean, std)])
+    return T.Compose([*steps, T.ToDtype(dtypes, scale=True), T.Normalize(mean, std)])
 
 
 def open_folder(root: Path) -> SegmentationFolder:
@@ -237,9 +222,8 @@ def make_seg_loaders(
     if data in SCENES:
         if augment != "none" or short:
             raise ValueError(f"augment={augment!r}, short={short}: scenes are made as they are; use 'none' and 0")
-        train: Dataset = BuiltInLabelled(Scenes(train_n or 8192, size, seed, rest, "train"))
-        val: Dataset = BuiltInLabelled(Scenes(val_n or 2048, size, seed, rest, "val"))
-        splits = Splits(train, val, train, train.scenes.regions, Scenes.mean, Scenes.std)
+        train, val = built_in(data, size, train_n, val_n, seed, masks=True)
+        calibration, classes, mean, std = train, train.classes, Scenes.mean, Scenes.std
     else:
         if kind != "folder":
             one_of("data", data, (*SCENES, "folder:ROOT"))
@@ -249,10 +233,9 @@ def make_seg_loaders(
             transform = joint_transform(crop, augment, mean, std)
             return Labelled(files, folder.meaning, transform, crop, short, n, seed, f"{data} {split}")
 
-        splits = Splits(
-            labelled(folder.train, size, augment, train_n, "train"),
-            labelled(folder.val, None, "none", val_n, "val"),
-            labelled(folder.train, size, "none", train_n, "train"),
-            folder.classes, mean, std,
-        )  # fmt: skip
-    return load_splits(splits, size, batch, val_batch, seed, workers, collate_padded)
+        train = labelled(folder.train, size, augment, train_n, "train")
+        val = labelled(folder.val, None, "none", val_n, "val")
+        calibration = labelled(folder.train, size, "none", train_n, "train")
+        classes = folder.classes
+    loaders = load_splits(train, val, calibration, batch, val_batch, seed, workers, collate_padded)
+    return Loaders(*loaders, classes, tuple(mean), tuple(std), size)

@@ -2,14 +2,11 @@
 
 from collections.abc import Iterable
 
-import torch
-
 from ..models.msvit import MSViT
 from . import classification, segmentation
 from .predictions import Predict
 
 
-@torch.no_grad()
 def evaluate(model: MSViT, loader: Iterable, predict: Predict | None = None, accelerator=None) -> dict[str, float]:
     """Return what `evaluation.classification` or, for a dense head, `evaluation.segmentation` finds on a loader.
 

@@ -1,7 +1,7 @@
-"""What a model says of the batches of a loader."""
+"""What a model makes of each picture of a data set, and what becomes of it over all of them."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -11,31 +11,66 @@ from ..models.msvit import MSViT, Result
 
 Predict = Callable[[Tensor, Tensor], Result]  # of pictures and their indices
 Objects = Callable[[Tensor, int], Tensor]  # of indices and the side of a patch: bool [B, h, w], where the object is
+Columns = dict[str, Tensor]  # by name, a value or more for each picture
 
 
-def predictions(
-    model: MSViT, loader: Iterable, predict: Predict | None = None, accelerator=None
-) -> Iterator[tuple[Batch, Result]]:
-    """Yield each batch of a loader and what a model makes of it; the model's mode is the caller's to set.
+@torch.no_grad()
+def per_picture(
+    model: MSViT,
+    loader: Iterable,
+    count: Callable[[Batch, Result], Columns],
+    predict: Predict | None = None,
+    accelerator=None,
+) -> tuple[Columns, dict[str, int]]:
+    """Return what is found in each readable picture of a loader, float64, and the numbers of pictures.
 
-    Args:
-        predict: Asked with pictures and their indices instead of `model.run`.
-        accelerator: Has prepared the loader; with several processes or autocast.
+    Beside what `count` finds these are macs (a share of the dense backbone's), tokens, coarse (a share of the regions)
+    and, for built-in scenes, how many regions show the object or do not, and are fine. Other arguments are those of
+    `evaluation.evaluate`.
     """
     device = next(model.parameters()).device
     predict = predict or (lambda images, indices: model.run(images))
-    for images, targets, indices in loader:
-        images, targets = images.to(device), targets.to(device)
-        with accelerator.autocast() if accelerator else contextlib.nullcontext():
-            result = predict(images, indices)
-        yield Batch(images, targets, indices), result
-
-
-def gathered(parts: list[Tensor]) -> Tensor:
-    """Return the rows of all batches as one table, or raise a ValueError if there were none."""
+    where_of, parts = object_finder(loader), []
+    with model.evaluating():
+        for images, targets, indices in loader:
+            batch = Batch(images.to(device), targets.to(device), indices)
+            with accelerator.autocast() if accelerator else contextlib.nullcontext():
+                result = predict(batch.images, indices)
+            columns = count(batch, result) | {"read": indices >= 0, "tokens": result.tokens}
+            columns["macs"] = result.macs / model.dense_macs(images.shape[-2:])
+            columns["coarse"] = result.coarse.double().mean((1, 2))
+            if where_of is not None:
+                where, fine = where_of(indices, model.coarse_patch).to(device), ~result.coarse
+                regions = {"object": where, "fine_object": where & fine, "rest": ~where, "fine_rest": ~where & fine}
+                columns |= {name: part.sum((1, 2)) for name, part in regions.items()}
+            columns = {name: column.to(device, torch.float64) for name, column in columns.items()}
+            columns = accelerator.gather_for_metrics(columns) if accelerator else columns
+            parts.append({name: column.cpu() for name, column in columns.items()})
     if not parts:
         raise ValueError("the loader has no pictures to evaluate on")
-    return torch.cat(parts)
+    table = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    read = table.pop("read") > 0
+    pictures = {"pictures": int(read.sum())} | ({} if read.all() else {"unreadable": int((~read).sum())})
+    return {name: column[read] for name, column in table.items()}, pictures
+
+
+def means(columns: Columns, names: Iterable[str]) -> dict[str, float]:
+    """Return the means over the pictures, each with its spread (`_sd`)."""
+    out = {}
+    for name in names:
+        out[name], out[f"{name}_sd"] = columns[name].mean().item(), columns[name].std(correction=0).item()
+    return out
+
+
+def ratios(columns: Columns, pairs: dict[str, tuple[str, str]]) -> dict[str, float]:
+    """Return by name what share one column's sum is of another's; NaN where there is nothing to share."""
+    return {name: (columns[a].sum() / columns[b].sum()).item() for name, (a, b) in pairs.items()}
+
+
+def object_ratios(columns: Columns) -> dict[str, float]:
+    """Return the shares of fine regions on the object and elsewhere, for built-in scenes."""
+    pairs = {f"fine_{part}": (f"fine_{part}", part) for part in ("object", "rest")}
+    return ratios(columns, pairs if "object" in columns else {})
 
 
 def object_finder(loader: Iterable) -> Objects | None:

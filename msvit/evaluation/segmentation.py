@@ -6,6 +6,7 @@ the work. Pixels labelled 255 are in no count.
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import pandas as pd
@@ -14,10 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data import IGNORE
+from ..data.loaders import Batch
 from ..models.msvit import MSViT, Result
-from .predictions import Predict, gathered, predictions
+from .predictions import Columns, Predict, means, object_ratios, per_picture, ratios
 
 BAND = 4  # pixels on both sides of an edge
+RATIOS = {  # by name, counts of pixels (or sums over them) of which one is divided by the other
+    "band_accuracy": ("band_right", "band"),
+    "loss": ("loss", "known"),
+    "fine": ("fine", "known"),
+    "boundary_fine": ("boundary_fine", "boundary"),
+}
 
 
 class Quality(NamedTuple):
@@ -78,7 +86,6 @@ def fine_pixels(coarse: Tensor, patch: int, size: tuple[int, int]) -> Tensor:
     return fine[:, : size[0], : size[1]]
 
 
-@torch.no_grad()
 def evaluate(model: MSViT, loader: Iterable, predict: Predict | None = None, accelerator=None) -> Quality:
     """Return what a model with a dense head does on a loader; arguments as of `evaluation.evaluate`.
 
@@ -89,61 +96,25 @@ def evaluate(model: MSViT, loader: Iterable, predict: Predict | None = None, acc
         over pictures (`_sd`), iou (of each class; None if it is nowhere) and pictures; for built-in scenes also
         fine_object and fine_rest.
     """
-    names, parts = model.head.classes, []
-    scenes = getattr(getattr(loader, "dataset", None), "scenes", None)
-    with model.evaluating():
-        for (_, targets, indices), result in predictions(model, loader, predict, accelerator):
-            columns = _columns(model, result, targets)
-            if scenes:
-                columns |= _agreement(scenes.object_regions(indices.cpu().numpy(), model.coarse_patch), result.coarse)
-            columns["read"] = indices.to(targets.device) >= 0
-            matrix = confusion(result.logits.argmax(1), targets, len(names)).flatten(1)
-            table = torch.cat([torch.stack([c.double() for c in columns.values()], 1), matrix.double()], 1)
-            parts.append((accelerator.gather_for_metrics(table) if accelerator else table).cpu())
-    table = gathered(parts)
-    counts = dict(zip(columns, table[:, : len(columns)].T, strict=True))
-    read = counts.pop("read") > 0
-    matrix = table[read, len(columns) :].sum(0).view(len(names), len(names))
+    columns, pictures = per_picture(model, loader, partial(_count, model), predict, accelerator)
+    names = model.head.classes
+    matrix = columns["confusion"].sum(0)
     by_class = class_table(matrix, names)
-    return Quality(_summary({name: c[read] for name, c in counts.items()}, matrix, by_class, read), by_class)
+    out = {"miou": float(by_class["iou"].mean()), "accuracy": (matrix.trace() / matrix.sum()).item()}
+    out |= ratios(columns, RATIOS) | object_ratios(columns) | means(columns, ("macs", "gmacs", "tokens", "coarse"))
+    ious = zip(names, by_class["iou"].tolist(), strict=True)
+    out["iou"] = {name: None if math.isnan(iou) else iou for name, iou in ious}
+    return Quality(out | pictures, by_class)
 
 
-def _columns(model: MSViT, result: Result, targets: Tensor) -> dict[str, Tensor]:
-    """Return what is counted in each picture, `[B]` each."""
-    size = targets.shape[1:]
-    known, right = targets != IGNORE, result.logits.argmax(1) == targets
-    fine = fine_pixels(result.coarse, model.coarse_patch, size) & known
+def _count(model: MSViT, batch: Batch, result: Result) -> Columns:
+    """Return what is counted in each picture."""
+    targets, prediction = batch.targets, result.logits.argmax(1)
+    known = targets != IGNORE
+    fine = fine_pixels(result.coarse, model.coarse_patch, targets.shape[1:]) & known
     band, boundary = near_edges(targets), near_edges(targets, 1)
     loss = F.cross_entropy(result.logits.float(), targets, ignore_index=IGNORE, reduction="none")
-    pixels = {"known": known, "fine": fine, "band": band, "band_right": band & right}
+    pixels = {"known": known, "fine": fine, "band": band, "band_right": band & (prediction == targets)}
     pixels |= {"boundary": boundary, "boundary_fine": boundary & fine, "loss": loss}
     columns = {name: part.double().sum((1, 2)) for name, part in pixels.items()}
-    columns |= {"macs": result.macs / model.dense_macs(size), "gmacs": result.macs / 1e9, "tokens": result.tokens}
-    return columns | {"coarse": result.coarse.double().mean((1, 2))}
-
-
-def _agreement(objects, coarse: Tensor) -> dict[str, Tensor]:
-    """Return how many regions show the object or do not, and are fine."""
-    where, fine = torch.from_numpy(objects).to(coarse.device), ~coarse
-    parts = {"object": where, "object_fine": where & fine, "rest": ~where, "rest_fine": ~where & fine}
-    return {name: part.sum((1, 2)) for name, part in parts.items()}
-
-
-def _summary(counts: dict[str, Tensor], matrix: Tensor, by_class: pd.DataFrame, read: Tensor) -> dict[str, Any]:
-    sums = {name: column.sum().item() for name, column in counts.items()}
-    out = {"miou": float(by_class["iou"].mean()), "accuracy": (matrix.trace() / matrix.sum()).item()}
-    ratios = {"band_accuracy": ("band_right", "band"), "loss": ("loss", "known"), "fine": ("fine", "known")}
-    ratios |= {"boundary_fine": ("boundary_fine", "boundary")}
-    if "object" in sums:
-        ratios |= {"fine_object": ("object_fine", "object"), "fine_rest": ("rest_fine", "rest")}
-    out |= {name: sums[a] / sums[b] if sums[b] else float("nan") for name, (a, b) in ratios.items()}
-    for name in ("macs", "gmacs", "tokens", "coarse"):
-        out[name] = counts[name].mean().item()
-        out[f"{name}_sd"] = counts[name].std(correction=0).item()
-    out["iou"] = {
-        name: None if math.isnan(x) else x for name, x in zip(*by_class[["class", "iou"]].T.values, strict=True)
-    }
-    out["pictures"] = int(read.sum())
-    if not read.all():
-        out["unreadable"] = int((~read).sum())
-    return out
+    return columns | {"gmacs": result.macs / 1e9, "confusion": confusion(prediction, targets, len(model.head.classes))}

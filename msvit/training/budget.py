@@ -6,7 +6,7 @@ import torch
 from ..data.loaders import Loaders
 from ..gating.rules import make_rule
 from ..models.msvit import MSViT
-from .recipe import GatingSettings, RecipeError
+from .recipe import GatingSettings, Recipe, RecipeError
 
 BUDGETED = ("learned", "centre", "border", "random", "entropy")  # who decides and is held to the target
 
@@ -48,20 +48,21 @@ class Budget:
         self.macs = float(np.interp(self.rate, rates, shares))
 
 
-def choose_gate(model: MSViT, gating: GatingSettings | None, seed: int, loaders: Loaders) -> Budget:
-    """Put a rule in the gate's place if the settings say so, and hold it to the budget as far as a rule can be."""
+def choose_gate(model: MSViT, recipe: Recipe, loaders: Loaders) -> Budget:
+    """Put a rule in the gate's place if the recipe says so, and hold it to the budget as far as a rule can be."""
+    gating = recipe.gating if recipe.training.epochs else None
     if gating is None or gating.by in ("learned", "oracle"):
         return Budget(model, loaders.size, gating)
     device = model.cut.device
     model.gate = make_rule("fine")  # costs what every rule costs, nothing
-    budget, settings = Budget(model, loaders.size, gating), {}
-    if gating.by in ("centre", "border", "random"):
-        settings["rate"] = budget.rate
-    if gating.by == "random":
-        settings["seed"] = seed
-    if gating.by == "entropy":
-        settings = {"mean": loaders.mean, "std": loaders.std}
-    model.gate = make_rule(gating.by, **settings).to(device)
+    budget = Budget(model, loaders.size, gating)
+    settings = {
+        "centre": {"rate": budget.rate},
+        "border": {"rate": budget.rate},
+        "random": {"rate": budget.rate, "seed": recipe.training.seed},
+        "entropy": {"mean": loaders.mean, "std": loaders.std},
+    }
+    model.gate = make_rule(gating.by, **settings.get(gating.by, {})).to(device)
     if gating.by == "entropy":
         model.calibrate(loaders.first_pictures(), budget.macs)
     return budget

@@ -2,7 +2,6 @@
 
 import pickle
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -38,7 +37,9 @@ def build(recipe: Recipe, runs: Path) -> MSViT:
         vit = _create(settings, size, name, pretrained=settings.pretrained or name.startswith("hf-hub:"))
     else:
         start = _saved(name, runs)
-        vit, gate = _create(settings, size, **_described(start.vit)), start.gate
+        described, gate = describe_backbone(start.vit), start.gate
+        args = {k: v for k, v in described["args"].items() if k not in ("img_size", "drop_path_rate")}
+        vit = _create(settings, size, described["name"], **args)
         vit.load_state_dict(checkpoint_filter_fn(start.vit.state_dict(), vit))
     if settings.checkpoint:
         _load_checkpoint(vit, Path(settings.checkpoint))
@@ -117,13 +118,6 @@ def _saved(name: str, runs: Path) -> MSViT:
             f"{name!r} gives no model ({str(error).splitlines()[0]}); a run's folder has one when the run is finished, "
             "its dense/ after stage one"
         ) from error
-
-
-def _described(vit: nn.Module) -> dict[str, Any]:
-    """Return name and arguments of a built backbone, but for what the recipe says."""
-    described = describe_backbone(vit)
-    args = {k: v for k, v in described["args"].items() if k not in ("img_size", "drop_path_rate")}
-    return {"name": described["name"], **args}
 
 
 def _load_checkpoint(vit: nn.Module, path: Path):

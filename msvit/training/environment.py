@@ -3,13 +3,14 @@
 import platform
 import shutil
 import subprocess
-import sys
 import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from .. import __version__
 
 
 def environment(device: torch.device, processes: int) -> dict[str, Any]:
@@ -18,23 +19,16 @@ def environment(device: torch.device, processes: int) -> dict[str, Any]:
     cuda = device.type == "cuda"
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "msvit": _version("msvit"),
+        "msvit": __version__,
         "commit": _commit(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in names},
+        **{name: metadata.version(name) for name in names},
         "system": platform.platform(terse=True),
         "device": torch.cuda.get_device_name(device) if cuda else f"{device.type}, {platform.machine()}",
         "cuda": torch.version.cuda if cuda else None,
         "threads": torch.get_num_threads(),
         "processes": processes,
     }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return getattr(sys.modules.get(name), "__version__", None)
 
 
 def _commit() -> str | None:

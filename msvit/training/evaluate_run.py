@@ -47,7 +47,7 @@ def evaluate_run(
         recipe = recipe.replace(epochs=max(recipe.training.epochs, 1))
         if recipe.gating.learned and type(model.gate) is not Gate:
             raise RecipeError(f"gating='learned': {folder} was trained with {run.recipe.gating.by!r} and has no gate")
-        budget = choose_gate(model, recipe.gating, recipe.training.seed, loaders)
+        budget = choose_gate(model, recipe, loaders)
     else:
         budget = Budget(model, loaders.size, recipe.gating if recipe.training.epochs else None)
     kind = Gated if recipe.training.epochs else Objective

@@ -38,6 +38,7 @@ from .runs import Run, RunFolder, read
 from .stage import Stage
 
 CURVE = 50  # points of an epoch's loss curve that are kept
+Watch = Callable[[dict[str, Any]], None] | None  # what is called with a line of metrics
 
 
 def train(
@@ -45,7 +46,7 @@ def train(
     folder: str | Path,
     progress: bool = True,
     tensorboard: bool = False,
-    watch: Callable[[dict[str, Any]], None] | None = None,
+    watch: Watch = None,
 ) -> Run:
     """Train a recipe in a folder, continue the run that was stopped there, or return the one that is finished.
 
@@ -83,14 +84,7 @@ def train(
 class Trainer:
     """The loop of one run. Whatever is wrong with its recipe comes out before anything is written."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        records: RunFolder,
-        accelerator: Accelerator,
-        progress: bool,
-        watch: Callable[[dict[str, Any]], None] | None = None,
-    ):
+    def __init__(self, recipe: Recipe, records: RunFolder, accelerator: Accelerator, progress: bool, watch: Watch):
         self.recipe, self.records, self.accelerator, self.watch = recipe, records, accelerator, watch
         self.progress = progress and accelerator.is_main_process
         torch.manual_seed(recipe.training.seed)
@@ -98,8 +92,7 @@ class Trainer:
         self.loaders = load_data(recipe.data, recipe.training.seed, self.model, accelerator.device)
         self._check_batches()
         fit_head(self.model, self.loaders.classes, recipe.data.task, recipe.model)
-        gating = recipe.gating if recipe.training.epochs else None
-        self.budget = choose_gate(self.model, gating, recipe.training.seed, self.loaders)
+        self.budget = choose_gate(self.model, recipe, self.loaders)
         self.objects = {name: object_finder(getattr(self.loaders, name)) for name in ("train", "val")}
         if recipe.training.epochs:
             self._objective(Gated)
@@ -170,14 +163,13 @@ class Trainer:
 
     def _save(self, stage: Stage, line: dict[str, Any], last: bool):
         """Write the state first: should all end between it and the line of metrics, the state has the line too."""
-        unreadable = gather_object([tuple(bad) for bad in self.loaders.unreadable("train")])
+        unreadable = sorted(set(gather_object([tuple(bad) for bad in self.loaders.unreadable("train")])))
         if not self.accelerator.is_main_process:
             return
         if unreadable:
-            self.records.write_json("unreadable.json", sorted(set(unreadable)))
-            tqdm.write(
-                f"{len(set(unreadable))} training files cannot be read: {self.records.path}/unreadable.json", sys.stderr
-            )
+            self.records.write_json("unreadable.json", unreadable)
+            where = self.records.path / "unreadable.json"
+            tqdm.write(f"{len(unreadable)} training files cannot be read: {where}", sys.stderr)
         if last and stage.name == "dense":
             self.records.save_model(self.model, "dense")
         if last and (priors := stage.objective.priors()):
@@ -204,7 +196,8 @@ class Trainer:
                 seen.append(stage.step(epoch, step, *batch))
                 if not all(map(math.isfinite, seen[-1].values())):
                     raise self._failure(stage, epoch, step, seen[-1], batch)
-                bar.set_postfix_str(_shown(seen[-20:]), refresh=False)
+                shown = (f"{name} {_mean(seen[-20:], name):.3f}" for name in ("loss", "accuracy", "coarse", "macs"))
+                bar.set_postfix_str(", ".join(shown), refresh=False)
                 bar.update(pictures)
         lr = max(group["lr"] for group in stage.optimizer.param_groups)
         means = {f"train_{name}": _mean(seen, name) for name in seen[-1]}
@@ -221,8 +214,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             failure = {"where": where, "what": what, "pictures": names, "not_finite": bad}
             self.records.write_json("failure.json", failure)
-        some = f"pictures with pixels that are no numbers: {', '.join(bad[:8])}"
-        some = some if bad else f"pictures: {', '.join(names[:8])}"
+        some = f"pictures{' with pixels that are no numbers' if bad else ''}: {', '.join((bad or names)[:8])}"
         return RunError(
             f"{what} at {where}; {some} (all {len(names)} of the batch are in {self.records.path}/failure.json). The "
             f"last good state is {self.records.last_state()}. Mend the pictures and give the same command again, or "
@@ -262,11 +254,6 @@ def _accelerator(recipe: Recipe, folder: Path, tensorboard: bool) -> Accelerator
         log_with="tensorboard" if tensorboard else None,
         project_dir=folder if tensorboard else None,
     )
-
-
-def _shown(seen: list[dict[str, float]]) -> str:
-    """Return what the progress bar says of the last steps."""
-    return ", ".join(f"{name} {_mean(seen, name):.3f}" for name in ("loss", "accuracy", "coarse", "macs"))
 
 
 def _mean(seen: list[dict[str, float]], name: str) -> float:

@@ -136,29 +136,7 @@ class ReducerSettings(_Checked):
     settings: dict = setting({}, "its settings, as in keep=0.7", flat="reducer_settings")
 
 
-GROUPS = {
-    "data": DataSettings,
-    "model": ModelSettings,
-    "training": TrainingSettings,
-    "gating": GatingSettings,
-    "reducer": ReducerSettings,
-}
-
-
-class Setting(NamedTuple):
-    """Where a flat name leads: the group, and the field in it."""
-
-    group: str
-    field: dataclasses.Field
-
-
-FIELDS = {
-    field.metadata["flat"] or field.name: Setting(group, field)
-    for group, kind in GROUPS.items()
-    for field in dataclasses.fields(kind)
-}
-# How a run is carried out, not what comes out.
-HARMLESS = ("workers", "device")
+HARMLESS = ("workers", "device")  # how a run is carried out, not what comes out
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -230,6 +208,21 @@ class Recipe:
         words = [self.data.source, self.model.name, method, f"s{self.training.seed}"]
         plain = "_".join(word.strip("/").rsplit("/", 1)[-1] for word in words)
         return "".join(c if c.isalnum() or c in ".-_" else "-" for c in plain) + "-" + digest
+
+
+class Setting(NamedTuple):
+    """Where a flat name leads: the group, and the field in it."""
+
+    group: str
+    field: dataclasses.Field
+
+
+GROUPS = {group.name: group.type for group in dataclasses.fields(Recipe)}
+FIELDS = {
+    field.metadata["flat"] or field.name: Setting(group, field)
+    for group, kind in GROUPS.items()
+    for field in dataclasses.fields(kind)
+}
 
 
 def find(name: str) -> Setting:

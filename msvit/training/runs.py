@@ -12,6 +12,7 @@
 Every file appears under its name only when all of its bytes are on the disk.
 """
 
+import contextlib
 import io
 import json
 import pickle
@@ -87,25 +88,23 @@ class RunFolder:
 
     def write(self, name: str, data: bytes):
         """Write a whole file or none."""
-        try:
+        with self._writing(name):
             write_whole(self.path / name, data)
-        except OSError as error:
-            raise self._failed(name, error) from error
 
     def write_json(self, name: str, value: Any):
         self.write(name, (json.dumps(value, indent=2) + "\n").encode())
 
     def append(self, line: dict[str, Any]):
         """Add a line of metrics, on the disk when this returns."""
-        try:
+        with self._writing("metrics.jsonl"):
             append_line(self.path / "metrics.jsonl", line)
-        except OSError as error:
-            raise self._failed("metrics.jsonl", error) from error
 
     def restore(self, history: list[dict[str, Any]]):
         """Make the metrics those of the state, should a crash have torn them or have come between the two."""
-        if read_metrics(self.path) != history or _torn(self.path):
-            self.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history).encode())
+        path, whole = self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history)
+        read_metrics(self.path)  # names a damaged line
+        if (path.read_bytes() if path.exists() else b"") != whole.encode():
+            self.write(path.name, whole.encode())
 
     def save_state(self, epoch: int, state: dict[str, Any]):
         """Write the state after so many epochs; the last good one before it is kept, all others go."""
@@ -151,11 +150,15 @@ class RunFolder:
                 if path.name in ("config.json", "model.safetensors"):
                     self.write(str(Path(name) / path.name), path.read_bytes())
 
-    def _failed(self, name: str, error: OSError) -> RunError:
-        return RunError(
-            f"{self.path / name} could not be written ({error.strerror}). The last good state is {self.last_state()}: "
-            "make room (or the folder writable) and give the same command again"
-        )
+    @contextlib.contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(
+                f"{self.path / name} could not be written ({error.strerror}). The last good state is "
+                f"{self.last_state()}: make room (or the folder writable) and give the same command again"
+            ) from error
 
 
 def read_recipe(folder: Path) -> Recipe:
@@ -186,9 +189,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 def read(folder: str | Path) -> Run:
     """Return a run from its folder, finished or not."""
     folder = Path(folder)
-    summary = folder / "summary.json"
-    recipe = read_recipe(folder)
-    return Run(folder, recipe, read_metrics(folder), read_json(summary) if summary.exists() else None)
+    recipe, metrics, summary = read_recipe(folder), read_metrics(folder), folder / "summary.json"
+    return Run(folder, recipe, metrics, read_json(summary) if summary.exists() else None)
 
 
 def load(folder: str | Path = "runs") -> pd.DataFrame:
@@ -219,11 +221,6 @@ def load(folder: str | Path = "runs") -> pd.DataFrame:
 def _states(folder: Path) -> list[Path]:
     """Return the states' files, the newest first."""
     return sorted((folder / "state").glob("[0-9]*.pt"), reverse=True)
-
-
-def _torn(folder: Path) -> bool:
-    path = folder / "metrics.jsonl"
-    return path.exists() and bool(data := path.read_bytes()) and not data.endswith(b"\n")
 
 
 def _flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
