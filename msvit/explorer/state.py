@@ -19,7 +19,7 @@ from ..data import IGNORE
 from ..evaluation.segmentation import class_table, confusion
 from ..models.calibrate import nearest_to_budget, thresholds
 from ..models.msvit import Result
-from ..plots.runs import as_the_model_sees
+from ..plots.style import as_the_model_sees
 from .models import LoadedModel, fastest_call
 from .sources import Picture
 

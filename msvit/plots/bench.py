@@ -8,7 +8,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .runs import style
+from .style import style
 
 LINE_COLOUR = "#666666"
 AXIS_TITLES = {"size": "side of the pictures (pixels)", "batch": "pictures at once", "coarse": "share coarse"}

@@ -40,14 +40,12 @@ def prior_map(loss: GBaS) -> Figure:
     loss = _on_cpu(loss, GBaS)
     p = loss.p.numpy()
     figure, axes = plt.subplots(figsize=(4.6, 3.8), layout="constrained")
-    shown = axes.imshow(p, cmap="cividis")
-    figure.colorbar(shown, label="p, the prior's share of coarse decisions")
+    figure.colorbar(axes.imshow(p, cmap="cividis"), label="p, the prior's share of coarse decisions")
     if max(p.shape) <= 8:
         middle = (p.min() + p.max()) / 2
-        for row, column in np.ndindex(p.shape):
-            dark = p[row, column] < middle
-            text = f"{p[row, column]:.2f}"
-            axes.text(column, row, text, ha="center", va="center", fontsize="small", color="white" if dark else "black")
+        for (row, column), value in np.ndenumerate(p):
+            color = "white" if value < middle else "black"
+            axes.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize="small", color=color)
     axes.set(xlabel="coarse column", ylabel="coarse row")
     figure.suptitle(_moments(loss), fontsize="medium")
     axes.xaxis.get_major_locator().set_params(integer=True)

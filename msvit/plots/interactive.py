@@ -3,18 +3,15 @@
 Each has a static twin in `msvit.plots`, which is the one to keep on record.
 """
 
+from typing import Any
+
 import pandas as pd
 import plotly.graph_objects as go
 
 from .style import COSTS, GREY, MARKERS, SKY, VERMILION, style
 
-SYMBOLS = dict(
-    zip(
-        MARKERS,
-        ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "star", "x", "pentagon", "hexagon"),
-        strict=True,
-    )
-)
+_NAMES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "star", "x", "pentagon", "hexagon")
+SYMBOLS = dict(zip(MARKERS, _NAMES, strict=True))
 LAYOUT = {"template": "plotly_white", "height": 480, "margin": {"l": 60, "r": 20, "t": 40, "b": 60}}
 
 
@@ -27,43 +24,27 @@ def tradeoff(table: pd.DataFrame, by: str = "method", curves: pd.DataFrame | Non
         curves: Points of one model at several thresholds: `run`, `accuracy`, `x`, `threshold`.
         x: "macs" (a share of dense) or "pictures_per_s".
     """
-    figure = go.Figure()
     factor, title = COSTS[x]
+    figure = go.Figure()
+
+    def add(across: Any, up: Any, text: str, **options: Any):
+        text += ": %{y:.1f} % at %{x:.1f}<extra></extra>"
+        figure.add_scatter(x=across, y=up, hovertemplate=text, **options)
+
     for index, (method, runs) in enumerate(table.groupby(by, sort=False)):
-        colour, symbol = style(index)["color"], SYMBOLS[style(index)["marker"]]
+        marker = {"color": style(index)["color"], "symbol": SYMBOLS[style(index)["marker"]]}
+        group = {"mode": "markers", "legendgroup": method}
         cost, accuracy = runs[x] * factor, runs["accuracy"] * 100
-        figure.add_scatter(
-            x=cost,
-            y=accuracy,
-            mode="markers",
-            marker={"color": colour, "symbol": symbol, "size": 7, "opacity": 0.5},
-            customdata=runs[["run", "seed"]],
-            hovertemplate="%{customdata[0]}<br>seed %{customdata[1]}: %{y:.1f} % at %{x:.1f}<extra></extra>",
-            legendgroup=method,
-            showlegend=False,
-        )
-        figure.add_scatter(
-            x=[cost.mean()],
-            y=[accuracy.mean()],
-            error_x={"array": [cost.std(ddof=1)], "visible": len(runs) > 1},
-            error_y={"array": [accuracy.std(ddof=1)], "visible": len(runs) > 1},
-            mode="markers",
-            marker={"color": colour, "symbol": symbol, "size": 12},
-            name=method,
-            legendgroup=method,
-            hovertemplate=f"{method}<br>mean of {len(runs)}: %{{y:.1f}} % at %{{x:.1f}}<extra></extra>",
-        )
-    for run, points in curves.groupby("run", sort=False) if curves is not None and len(curves) else ():
-        figure.add_scatter(
-            x=points[x] * factor,
-            y=points["accuracy"] * 100,
-            mode="lines+markers",
-            line={"color": GREY, "width": 1, "dash": "dot"},
-            marker={"size": 4},
-            customdata=points[["threshold"]],
-            name=f"other thresholds of {run}",
-            hovertemplate=f"{run}<br>threshold %{{customdata[0]:.2f}}: %{{y:.1f}} % at %{{x:.1f}}<extra></extra>",
-        )
+        small = {"marker": marker | {"size": 7, "opacity": 0.5}, "showlegend": False}
+        text = "%{customdata[0]}<br>seed %{customdata[1]}"
+        add(cost, accuracy, text, customdata=runs[["run", "seed"]], **small, **group)
+        x_bar, y_bar = ({"array": [values.std(ddof=1)], "visible": len(runs) > 1} for values in (cost, accuracy))
+        large = {"marker": marker | {"size": 12}, "name": method, "error_x": x_bar, "error_y": y_bar}
+        add([cost.mean()], [accuracy.mean()], f"{method}<br>mean of {len(runs)}", **large, **group)
+    line = {"mode": "lines+markers", "line": {"color": GREY, "width": 1, "dash": "dot"}, "marker": {"size": 4}}
+    for run, points in curves.groupby("run", sort=False) if curves is not None else ():
+        text, extra = f"{run}<br>threshold %{{customdata[0]:.2f}}", {"customdata": points[["threshold"]]}
+        add(points[x] * factor, points["accuracy"] * 100, text, name=f"other thresholds of {run}", **extra, **line)
     return figure.update_layout(xaxis_title=title, yaxis_title="accuracy (%)", **LAYOUT)
 
 
@@ -72,23 +53,11 @@ def front(trials: pd.DataFrame) -> go.Figure:
     done = trials.dropna(subset=["accuracy"])
     best = done[done["front"]].sort_values("macs")
     figure = go.Figure()
-    figure.add_scatter(
-        x=done["macs"] * 100,
-        y=done["accuracy"] * 100,
-        mode="markers",
-        marker={"color": SKY, "size": 8},
-        name="trials",
-        customdata=done[["trial"]],
-        hovertemplate="trial %{customdata[0]}: %{y:.1f} % at %{x:.1f} %<extra></extra>",
-    )
-    figure.add_scatter(
-        x=best["macs"] * 100,
-        y=best["accuracy"] * 100,
-        mode="lines+markers",
-        line={"color": VERMILION},
-        name="Pareto front",
-        hoverinfo="skip",
-    )
+    text = "trial %{customdata[0]}: %{y:.1f} % at %{x:.1f} %<extra></extra>"
+    points = {"mode": "markers", "marker": {"color": SKY, "size": 8}, "name": "trials", "customdata": done[["trial"]]}
+    figure.add_scatter(x=done["macs"] * 100, y=done["accuracy"] * 100, hovertemplate=text, **points)
+    line = {"mode": "lines+markers", "line": {"color": VERMILION}, "name": "Pareto front", "hoverinfo": "skip"}
+    figure.add_scatter(x=best["macs"] * 100, y=best["accuracy"] * 100, **line)
     return figure.update_layout(xaxis_title=COSTS["macs"][1], yaxis_title="accuracy on held-out pictures (%)", **LAYOUT)
 
 

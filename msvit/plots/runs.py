@@ -10,55 +10,34 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .style import BLUE, COSTS, GREY, SKY, VERMILION, as_the_model_sees, draw_grid, style, to_pixels
+from .style import BLUE, COSTS, GREY, PICTURE_GRID, SKY, VERMILION, PictureStyle, as_the_model_sees, draw_means, style
 
 
-def gate_maps(
-    images: Tensor,
-    decisions: Mapping[str, Tensor],
-    patch: int,
-    scale: int,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-    seen: bool = True,
-) -> Figure:
+def gate_maps(images: Tensor, decisions: Mapping[str, Tensor], drawing: PictureStyle) -> Figure:
     """Draw pictures in columns: a row for the pictures, one for each method's tokens, and what the first method sees.
 
     Args:
         images: Normalised, `[B, 3, H, W]`.
         decisions: Method -> coarse regions, bool `[B, h, w]`.
-        patch: Side of a coarse patch in pixels.
-        seen: Add the row with coarse regions at their real resolution.
     """
-    names = ["picture", *decisions, *(["as the model sees it"] if seen else [])]
-    figure, grid = plt.subplots(
-        len(names), len(images), figsize=(1.7 * len(images), 1.75 * len(names)), squeeze=False, layout="constrained"
-    )
-    first = next(iter(decisions.values())).cpu()
-    for row, name in enumerate(names):
-        for column, image in enumerate(images):
-            axes = grid[row, column]
-            shown = as_the_model_sees(image, first[column], scale) if row == len(decisions) + 1 else image
-            axes.imshow(to_pixels(shown, mean, std), interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
-            if name in decisions:
-                coarse = decisions[name][column].cpu()
-                draw_grid(axes, coarse, patch, scale)
-                tokens = int(coarse.sum() + (~coarse).sum() * scale**2)
-                axes.set_xlabel(f"{tokens} patch tokens", fontsize=8)
-        grid[row, 0].set_ylabel(textwrap.fill(name, 18), fontsize=9)
+    names = ["picture", *decisions, "as the model sees it"]
+    size = (1.7 * len(images), 1.75 * len(names))
+    figure, grid = plt.subplots(len(names), len(images), figsize=size, **PICTURE_GRID)
+    first = next(iter(decisions.values()))
+    for column, image in enumerate(images):
+        drawing.draw(grid[0, column], image)
+        for axes, masks in zip(grid[1:-1, column], decisions.values(), strict=True):
+            coarse = masks[column]
+            drawing.draw(axes, image, coarse)
+            tokens = int(coarse.sum() + (~coarse).sum() * drawing.scale**2)
+            axes.set_xlabel(f"{tokens} patch tokens", fontsize=8)
+        drawing.draw(grid[-1, column], as_the_model_sees(image, first[column], drawing.scale))
+    for axes, name in zip(grid[:, 0], names, strict=True):
+        axes.set_ylabel(textwrap.fill(name, 18), fontsize=9)
     return figure
 
 
-def picture_pairs(
-    images: Tensor,
-    coarse: Tensor,
-    captions: list[tuple[str, str]],
-    patch: int,
-    scale: int,
-    mean: tuple[float, ...],
-    std: tuple[float, ...],
-) -> Figure:
+def picture_pairs(images: Tensor, coarse: Tensor, captions: list[tuple[str, str]], drawing: PictureStyle) -> Figure:
     """Draw each picture above what a model sees of it, with its tokens, six pairs in a band; a caption to each of both.
 
     Args:
@@ -67,17 +46,16 @@ def picture_pairs(
     """
     columns, bands = 6, math.ceil(len(images) / 6)
     size = (1.5 * columns, max(3.6 * bands, 0.4))
-    figure, grid = plt.subplots(2 * max(bands, 1), columns, figsize=size, squeeze=False, layout="constrained")
+    figure, grid = plt.subplots(2 * max(bands, 1), columns, figsize=size, **PICTURE_GRID)
     for axes in grid.flat:
-        axes.set(xticks=[], yticks=[], visible=False)
+        axes.set_visible(False)
     for number, (image, decisions, texts) in enumerate(zip(images, coarse, captions, strict=True)):
-        seen = as_the_model_sees(image, decisions, scale)
-        pair = grid[2 * (number // columns) : 2 * (number // columns) + 2, number % columns]
-        for axes, pixels, text in zip(pair, (image, seen), texts, strict=True):
+        pair = grid[2 * (number // columns) :, number % columns][:2]
+        drawing.draw(pair[0], image)
+        drawing.draw(pair[1], as_the_model_sees(image, decisions, drawing.scale), decisions)
+        for axes, text in zip(pair, texts, strict=True):
             axes.set_visible(True)
-            axes.imshow(to_pixels(pixels, mean, std), interpolation="nearest")
             axes.set_xlabel(text, fontsize=8)
-        draw_grid(pair[1], decisions, patch, scale)
     return figure
 
 
@@ -88,11 +66,11 @@ def positions(decisions: Mapping[str, Tensor]) -> Figure:
         decisions: Method -> coarse regions, bool `[B, h, w]`.
     """
     size = (2.6 * len(decisions) + 0.8, 2.9)
-    figure, grid = plt.subplots(1, len(decisions), figsize=size, squeeze=False, layout="constrained")
+    figure, grid = plt.subplots(1, len(decisions), figsize=size, **PICTURE_GRID)
     for axes, (name, coarse) in zip(grid[0], decisions.items(), strict=True):
         fine = (~coarse).double().mean(0)
         shown = axes.imshow(fine.numpy() * 100, vmin=0, vmax=100, cmap="cividis")
-        axes.set(xticks=[], yticks=[], title=name, xlabel=f"{100 * fine.mean():.0f} % fine")
+        axes.set(title=name, xlabel=f"{100 * fine.mean():.0f} % fine")
     figure.colorbar(shown, ax=grid, label="pictures in which the region is fine (%)", shrink=0.9)
     return figure
 
@@ -105,12 +83,7 @@ def tradeoff(table: pd.DataFrame, by: str = "method", curves: pd.DataFrame | Non
     """
     factor, title = COSTS[x]
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    for index, (method, runs) in enumerate(table.groupby(by, sort=False)):
-        cost, accuracy = runs[x] * factor, runs["accuracy"] * 100
-        spread = {"xerr": cost.std(), "yerr": accuracy.std()} if len(runs) > 1 else {}
-        axes.errorbar(
-            cost.mean(), accuracy.mean(), **spread, **style(index), markersize=8, capsize=3, linestyle="", label=method
-        )
+    draw_means(axes, table[x] * factor, table["accuracy"] * 100, table[by], markersize=8)
     for _, points in curves.groupby("run", sort=False) if curves is not None else ():
         axes.plot(points[x] * factor, points["accuracy"] * 100, ":", color=GREY, zorder=0)
     axes.set(xlabel=title, ylabel="accuracy (%)")
@@ -121,9 +94,8 @@ def tradeoff(table: pd.DataFrame, by: str = "method", curves: pd.DataFrame | Non
 
 def token_counts(counts: Mapping[str, Tensor], lowest: int, highest: int) -> Figure:
     """Draw how many tokens each picture gets, a row per method: from all coarse (`lowest`) to all fine (`highest`)."""
-    figure, grid = plt.subplots(
-        len(counts), 1, figsize=(6.4, 0.9 + 0.75 * len(counts)), sharex=True, squeeze=False, layout="constrained"
-    )
+    size = (6.4, 0.9 + 0.75 * len(counts))
+    figure, grid = plt.subplots(len(counts), 1, figsize=size, sharex=True, squeeze=False, layout="constrained")
     bins = np.linspace(lowest, highest, 33)
     for index, (name, values) in enumerate(counts.items()):
         axes, values = grid[index, 0], values.double().cpu().numpy()

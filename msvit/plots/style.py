@@ -1,8 +1,10 @@
 """The style of all figures: colours and markers of methods, pictures and their tokens, and files of the same bytes."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
@@ -18,7 +20,9 @@ BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "
 COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, "#000000", "#999933", "#882255", "#44AA99")
 MARKERS = "osD^vP*Xph"
 GREY = "#666666"  # of what is there for comparison
-FINE_COLOUR, COARSE_COLOUR = SKY, ORANGE
+
+# How `plt.subplots` lays out pictures.
+PICTURE_GRID = {"squeeze": False, "layout": "constrained", "subplot_kw": {"xticks": [], "yticks": []}}
 
 # What a method costs: column of a table of runs -> factor and axis label.
 COSTS = {
@@ -49,10 +53,13 @@ def with_note(figure: Figure, note: str, title: str = "") -> Figure:
     return figure
 
 
-def to_pixels(image: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:
-    """Return a normalised picture `[3, H, W]` as floats in [0, 1], `[H, W, 3]`."""
-    mean, std = (torch.tensor(v, dtype=image.dtype).view(-1, 1, 1) for v in (mean, std))
-    return (image.detach().cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+def draw_means(axes: Axes, x: pd.Series, y: pd.Series, methods: pd.Series, markersize: int):
+    """Draw a point per method: mean over seeds, bars of one standard deviation."""
+    for index, method in enumerate(methods.unique()):
+        across, up = x[methods == method], y[methods == method]
+        spread = {"xerr": across.std(), "yerr": up.std()} if len(up) > 1 else {}
+        marks = style(index) | {"markersize": markersize, "capsize": 3, "linestyle": ""}
+        axes.errorbar(across.mean(), up.mean(), **spread, **marks, label=method)
 
 
 def as_the_model_sees(image: Tensor, coarse: Tensor, scale: int) -> Tensor:
@@ -63,16 +70,30 @@ def as_the_model_sees(image: Tensor, coarse: Tensor, scale: int) -> Tensor:
     return torch.where(pixels, reduced, image)
 
 
-def draw_grid(axes: Axes, coarse: Tensor, patch: int, scale: int):
-    """Draw the borders of the tokens: a frame round each coarse region, a cross of thin lines in each fine one."""
-    lines = {True: [], False: []}
-    for r, c in np.ndindex(*coarse.shape):
-        top, left = r * patch, c * patch
-        kind = bool(coarse[r, c])
-        steps = [0, patch] if kind else [patch * i / scale for i in range(scale + 1)]
-        lines[kind] += [[(left + s, top), (left + s, top + patch)] for s in steps]
-        lines[kind] += [[(left, top + s), (left + patch, top + s)] for s in steps]
-    shift = -0.5  # a pixel's centre is its integer coordinate
-    for kind, colour, width in ((True, COARSE_COLOUR, 1.2), (False, FINE_COLOUR, 0.9)):
-        segments = [[(x + shift, y + shift) for x, y in line] for line in lines[kind]]
-        axes.add_collection(LineCollection(segments, colors=colour, linewidths=width))
+class PictureStyle(NamedTuple):
+    """How a model's pictures are drawn, and the tokens in them."""
+
+    patch: int  # side of a coarse patch in pixels
+    scale: int  # fine patches along that side
+    mean: tuple[float, ...]  # what the pictures were normalised with
+    std: tuple[float, ...]
+
+    def pixels(self, image: Tensor) -> np.ndarray:
+        """Return a normalised picture `[3, H, W]` as floats in [0, 1], `[H, W, 3]`."""
+        mean, std = (torch.tensor(v, dtype=image.dtype).view(-1, 1, 1) for v in (self.mean, self.std))
+        return (image.detach().cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
+
+    def draw(self, axes: Axes, image: Tensor, coarse: Tensor | None = None):
+        """Draw a picture; with decisions, the borders of its tokens: frames round coarse ones, crosses in fine ones."""
+        axes.imshow(self.pixels(image), interpolation="nearest")
+        if coarse is None:
+            return
+        lines = {True: [], False: []}
+        for r, c in np.ndindex(*coarse.shape):
+            top, left = r * self.patch - 0.5, c * self.patch - 0.5  # a pixel's centre is its integer coordinate
+            kind = bool(coarse[r, c])
+            steps = np.linspace(0, self.patch, 2 if kind else self.scale + 1)
+            lines[kind] += [[(left + s, top), (left + s, top + self.patch)] for s in steps]
+            lines[kind] += [[(left, top + s), (left + self.patch, top + s)] for s in steps]
+        for kind, colour, width in ((True, ORANGE, 1.2), (False, SKY, 0.9)):
+            axes.add_collection(LineCollection(lines[kind], colors=colour, linewidths=width))

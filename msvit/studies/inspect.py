@@ -1,11 +1,11 @@
 """What trained models do to pictures: decisions, token counts, speed, and other thresholds than their own."""
 
 import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from timeit import timeit
 from typing import NamedTuple
 
 import pandas as pd
@@ -20,6 +20,7 @@ from ..data.loaders import Loaders
 from ..evaluation.predictions import object_finder
 from ..gating.losses import make_loss
 from ..models.msvit import MSViT
+from ..plots.style import PictureStyle
 from ..training import runs
 from ..training.budget import Budget
 from ..training.build import load_data
@@ -59,12 +60,12 @@ class Inspection:
         return bool(self.coarse.any() and not self.coarse.all())
 
     @property
-    def drawing(self) -> dict:
-        """The keyword arguments of the functions of `plots` that draw pictures and tokens."""
-        return {"patch": self.model.coarse_patch, "scale": self.model.scale, "mean": self.mean, "std": self.std}
+    def drawing(self) -> PictureStyle:
+        """How the functions of `plots` draw the pictures and their tokens."""
+        return PictureStyle(self.model.coarse_patch, self.model.scale, self.mean, self.std)
 
 
-def open_run(folder: str | Path):
+def open_run(folder: str | Path) -> tuple[runs.Run, MSViT, Loaders]:
     """Return a finished run, its model, and the loaders of its pictures."""
     run = runs.read(folder)
     model = MSViT.from_pretrained(folder, fast_cpu=True)
@@ -104,7 +105,7 @@ def draw_gate_maps(inspections: Mapping[str, Inspection], count: int = 6, start:
     """Draw the tokens of several models on the same pictures, from number `start`."""
     first, part = next(iter(inspections.values())), slice(start, start + count)
     decisions = {name: inspection.coarse[part] for name, inspection in inspections.items()}
-    return plots.gate_maps(first.images[part], decisions, **first.drawing)
+    return plots.gate_maps(first.images[part], decisions, first.drawing)
 
 
 def draw_token_counts(inspections: Mapping[str, Inspection]) -> Figure:
@@ -113,19 +114,6 @@ def draw_token_counts(inspections: Mapping[str, Inspection]) -> Figure:
     prefix = model.vit.num_prefix_tokens
     counts = {name: inspection.tokens for name, inspection in inspections.items()}
     return plots.token_counts(counts, prefix + coarse.numel(), prefix + coarse.numel() * model.scale**2)
-
-
-def load_gate_loss(folder: str | Path) -> nn.Module | None:
-    """Return the GBaS loss of a run with the priors it has learned; None if the run was trained without."""
-    path = Path(folder) / "gate_loss.safetensors"
-    recipe = runs.read(folder).recipe
-    if recipe.gating.loss != "gbas" or not path.exists():
-        return None
-    model = MSViT.from_pretrained(folder, fast_cpu=True)
-    budget = Budget(model, (recipe.data.size, recipe.data.size), recipe.gating)
-    loss = make_loss(recipe.gating.loss, budget.grid, budget.rate, **recipe.gating.loss_settings)
-    loss.load_state_dict(load_file(path))
-    return loss
 
 
 class ShapedGates(NamedTuple):
@@ -141,13 +129,18 @@ class ShapedGates(NamedTuple):
 
 def find_shaped(folder: Path, rows: pd.DataFrame) -> ShapedGates | None:
     """Return the gates of the first row that was trained with GBaS; None if there is none."""
-    for _, row in rows.iterrows():
-        if (loss := load_gate_loss(folder / row["run"])) is not None:
-            inspection = inspect_run(folder / row["run"])
-            gate = inspection.model.gate.train()
-            with torch.no_grad(), torch.random.fork_rng(devices=[]):
-                torch.manual_seed(0)  # the same noise every time
-                return ShapedGates(row["method"], loss, gate.soften(gate(inspection.images)))
+    for method, name in zip(rows["method"], rows["run"], strict=True):
+        path, recipe = folder / name / "gate_loss.safetensors", runs.read(folder / name).recipe
+        if recipe.gating.loss != "gbas" or not path.exists():
+            continue
+        inspection = inspect_run(folder / name)
+        budget = Budget(inspection.model, inspection.images.shape[-2:], recipe.gating)
+        loss = make_loss("gbas", budget.grid, budget.rate, **recipe.gating.loss_settings)
+        loss.load_state_dict(load_file(path))
+        gate = inspection.model.gate.train()
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the same noise every time
+            return ShapedGates(method, loss, gate.soften(gate(inspection.images)))
     return None
 
 
@@ -164,7 +157,8 @@ def speeds(folder: Path, table: pd.DataFrame, batch: int = 32, repeats: int = 5)
         gated = run.recipe.training.epochs
         calls.append(partial(MSViT.run, model, images, mask) if gated else partial(_backbone, model, images))
         counts.append(len(images))
-    turns = [[_seconds(call) for call in calls] for _ in range(repeats + 1)][1:]
+    with torch.inference_mode():
+        turns = [[timeit(call, number=1) for call in calls] for _ in range(repeats + 1)][1:]  # the first is a warm-up
     return [count / statistics.median(seconds) for count, *seconds in zip(counts, *turns, strict=True)]
 
 
@@ -172,13 +166,6 @@ def _backbone(model: MSViT, images: Tensor) -> Tensor:
     """Run the backbone alone, with the linear layers that all methods have."""
     with fast_linear(model.fast_cpu):
         return model.vit(images)
-
-
-@torch.inference_mode()
-def _seconds(call: Callable) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
 
 
 class AccuracyAndMacs(NamedTuple):
@@ -202,7 +189,6 @@ def accuracy_and_macs(inspection: Inspection, masks: Tensor | None = None, batch
 @torch.no_grad()
 def threshold_curves(folder: Path, table: pd.DataFrame, curves: int, points: int, pictures: int) -> pd.DataFrame:
     """Evaluate the most accurate learned gates at thresholds from nearly all coarse to nearly all fine."""
-    columns = ["run", "label", "threshold", "accuracy", "macs"]
     learned = table[(table["epochs"] > 0) & (table["gating"] == "learned")]
     rows = []
     for _, entry in learned.sort_values("accuracy", ascending=False).drop_duplicates("label").head(curves).iterrows():
@@ -211,4 +197,4 @@ def threshold_curves(folder: Path, table: pd.DataFrame, curves: int, points: int
         for share in torch.linspace(0.05, 0.95, points):
             model.threshold = min(max(gates.quantile(share).item(), 0.0), 1.0)
             rows.append((entry["run"], entry["label"], model.threshold, *accuracy_and_macs(inspection)))
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=["run", "label", "threshold", "accuracy", "macs"])

@@ -15,7 +15,6 @@ import yaml
 
 from ..checks import in_interval, known_settings, one_of
 
-INJECTED = "# Parameters"  # the first line of the cell that papermill injects
 TYPES_IN_WORDS = {
     bool: "true or false",
     int: "a whole number",
@@ -56,11 +55,8 @@ def guard(names: MutableMapping[str, Any], **rules: str | Iterable) -> None:
 
 def injected(cells: list[str]) -> list[str]:
     """Return the names that papermill assigned, from the sources of the cells run so far."""
-    found = [cell for cell in cells if cell.startswith(INJECTED)]
-    if not found:
-        return []
-    statements = ast.parse(found[-1]).body
-    return [target.id for s in statements if isinstance(s, ast.Assign) for target in s.targets]
+    source = next((cell for cell in reversed(cells) if cell.startswith("# Parameters")), "")
+    return [target.id for s in ast.parse(source).body if isinstance(s, ast.Assign) for target in s.targets]
 
 
 def convert(name: str, value: Any, kind: Any) -> Any:

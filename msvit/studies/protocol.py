@@ -41,7 +41,7 @@ def rows(base: Recipe, full: bool, lr: float) -> list[StudyRow]:
     ]
     if not full:
         found = [row for row in found if row.label in REDUCED]
-    return [StudyRow(row.label, row.changes | ({"lr": lr} if row.dense else {}), row.dense) for row in found]
+    return [row._replace(changes=row.changes | {"lr": lr}) if row.dense else row for row in found]
 
 
 def smaller(base: Recipe) -> int:
@@ -69,14 +69,14 @@ def gated_rows(folder: Path, rows: pd.DataFrame) -> pd.DataFrame:
     return rows[[bool(r.training.epochs and r.gating.learned and not r.reducer.name) for r in recipes]]
 
 
-def lost_pictures(dense: Inspection, other: Inspection, classes: list[str], count: int = 12) -> Figure:
+def lost_pictures(dense: Inspection, other: Inspection, classes: list[str]) -> Figure:
     """Draw the first pictures that the dense model gets right and the other wrong: picture, and what that one sees."""
     wrong = (dense.correct & ~other.correct).nonzero()[:, 0]
-    first = wrong[:count]
+    first = wrong[:12]
     captions = [
         (f"#{i}: {classes[dense.predicted[i]]}", f"predicted: {classes[other.predicted[i]]}") for i in first.tolist()
     ]
-    figure = plots.picture_pairs(dense.images[first], other.coarse[first], captions, **other.drawing)
+    figure = plots.picture_pairs(dense.images[first], other.coarse[first], captions, other.drawing)
     won = int((other.correct & ~dense.correct).sum())
     title = f"{len(wrong)} of {len(dense.correct)} pictures are lost, {won} won"
     figure.suptitle(title + (f"; the first {len(first)} of the lost" if len(first) else ""), fontsize=9)
@@ -90,12 +90,10 @@ def compare_decisions(inspection: Inspection, batch: int = 256) -> pd.DataFrame:
     anyhow = torch.rand(gates.shape, generator=torch.Generator().manual_seed(0))
     orders = {"as many in each picture, the gate's first": gates, "as many, any": anyhow, "as many, its last": -gates}
     none = torch.zeros_like(own)
-    masks = {"as the gate decides": own}
-    masks |= {name: none.scatter(1, scores.topk(count, 1).indices, True) for name, scores in orders.items()}
-    masks |= {"all fine": none, "all coarse": ~none}
-    shaped = {name: mask.view_as(inspection.coarse) for name, mask in masks.items()}
-    rows = [{"decisions": name} | accuracy_and_macs(inspection, m, batch)._asdict() for name, m in shaped.items()]
-    return pd.DataFrame(rows)
+    masks = {name: none.scatter(1, scores.topk(count, 1).indices, True) for name, scores in orders.items()}
+    masks = {"as the gate decides": own} | masks | {"all fine": none, "all coarse": ~none}
+    found = [accuracy_and_macs(inspection, mask.view_as(inspection.coarse), batch) for mask in masks.values()]
+    return pd.DataFrame(found).assign(decisions=list(masks))[["decisions", "accuracy", "macs"]]
 
 
 def decisions_table(inspections: Mapping[str, Inspection]) -> pd.DataFrame:

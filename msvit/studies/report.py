@@ -14,19 +14,7 @@ import pandas as pd
 
 from .. import plots
 from ..training.recipe import FIELDS
-from .study import finished, summarise
-
-COLUMN_TITLES = {
-    "accuracy": "accuracy (%)",
-    "macs": "MACs (% of dense)",
-    "tokens": "tokens",
-    "coarse": "coarse regions (%)",
-    "fine_object": "fine where the object is (%)",
-    "fine_rest": "fine elsewhere (%)",
-    "pictures_per_s": "pictures/s",
-    "seconds": "training (s)",
-}
-PERCENT = ("accuracy", "macs", "coarse", "fine_object", "fine_rest")
+from .study import SUMMARY_COLUMNS, finished, summarise
 
 
 def method_of(run: pd.Series) -> str:
@@ -56,13 +44,10 @@ def groups(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
 def readable(summary: pd.DataFrame) -> pd.DataFrame:
     """Return means ± spread as text, columns named with their units."""
     out = pd.DataFrame({"runs": summary["seeds"].astype(int)})
-    for name, title in COLUMN_TITLES.items():
-        if name not in summary:
-            continue
-        factor = 100 if name in PERCENT else 1
-        mean = (summary[name] * factor).map(lambda v: "" if pd.isna(v) else f"{v:.1f}")
-        spread = summary.get(f"{name} ±", pd.Series(index=summary.index, dtype=float)) * factor
-        out[title] = mean + spread.map(lambda v: "" if pd.isna(v) else f" ± {v:.1f}")
+    for name, title in SUMMARY_COLUMNS.items():
+        if name in summary:
+            values = summary.filter([name, f"{name} ±"]) * (100 if "%" in title else 1)
+            out[title] = [" ± ".join(f"{v:.1f}" for v in pair if not pd.isna(v)) for pair in values.to_numpy()]
     return out
 
 

@@ -3,10 +3,9 @@
 The dense model of a seed is trained once, and every other row of a study starts from it.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -29,16 +28,21 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 MASKS = tuple(name for name in GATINGS if name not in ("learned", "fine"))
 FULL = "MSViT"
-SUMMARY_COLUMNS = (
-    *("accuracy", "macs", "tokens", "coarse", "fine_object", "fine_rest"),
-    *("pictures_per_s", "seconds"),
-)
+SUMMARY_COLUMNS = {  # of runs, and their titles with the units
+    "accuracy": "accuracy (%)",
+    "macs": "MACs (% of dense)",
+    "tokens": "tokens",
+    "coarse": "coarse regions (%)",
+    "fine_object": "fine where the object is (%)",
+    "fine_rest": "fine elsewhere (%)",
+    "pictures_per_s": "pictures/s",
+    "seconds": "training (s)",
+}
 # Reducers alone, and after the gate. How many tokens a grid leaves is not known beforehand: no gate can budget for it.
 REDUCER_METHODS = (*REDUCERS, *(f"gate+{name}" for name in REDUCERS if name != "grid"))
 
 
-@dataclass(frozen=True)
-class StudyRow:
+class StudyRow(NamedTuple):
     """A line of a study's table: its name and the settings that make it."""
 
     label: str
@@ -87,15 +91,12 @@ def reducer_rows(names: Iterable[str], base: Recipe) -> list[StudyRow]:
         names: Of REDUCER_METHODS. After a gate, "gate+tome", the reducer saves half of what is to be saved and the
             gate, whose budget counts the reducer, the rest.
     """
-    names = list(names)
-    for name in names:
-        one_of("method", name, REDUCER_METHODS)
+    names = [one_of("method", name, REDUCER_METHODS) for name in names]
     vit, rows = build(base, Path()).vit if names else None, []
     for name in names:
         gate, _, reducer = name.rpartition("+")
         own = fit_reducer(reducer, vit, (1 + base.gating.target) / 2 if gate else base.gating.target)
-        gating = {} if gate else {"gating": "fine"}
-        changes = gating | {"reducer": reducer, "reducer_settings": own}
+        changes = ({} if gate else {"gating": "fine"}) | {"reducer": reducer, "reducer_settings": own}
         rows.append(StudyRow(name.replace("gate+", f"{FULL} + "), changes))
     return rows
 
@@ -107,34 +108,25 @@ def without(parts: list[str]) -> StudyRow:
     return StudyRow(f"without {names}", changes, "pretrained_dense" not in parts)
 
 
-def run_rows(
-    base: Recipe,
-    rows: Iterable[StudyRow],
-    seeds: Iterable[int],
-    folder: str | Path,
-    message: Callable[[str], None] = print,
-) -> pd.DataFrame:
+def run_rows(base: Recipe, rows: Iterable[StudyRow], seeds: Iterable[int], folder: str | Path) -> pd.DataFrame:
     """Train what is not there yet and return a table with one line per row and seed, the dense model's first.
 
     Args:
         base: Settings of the full method; `epochs_dense` are those of the dense model that the rows start from.
         folder: Where the runs are; running again, after an interruption too, only trains what is missing.
-        message: Called with a line of progress before each run.
     """
     plan = []
     for seed in seeds:
         dense = base.replace(seed=seed, epochs=0)
         plan += [("dense", dense)] + [(row.label, recipe_of(base, row, dense, seed)) for row in rows]
-    return train_all(plan, folder, message)
+    return train_all(plan, folder)
 
 
-def train_all(
-    plan: list[tuple[str, Recipe]], folder: str | Path, message: Callable[[str], None] = print
-) -> pd.DataFrame:
+def train_all(plan: list[tuple[str, Recipe]], folder: str | Path) -> pd.DataFrame:
     """Train labelled recipes in turn, each in the folder of its name, and return their summaries as a table."""
     table = []
     for number, (label, recipe) in enumerate(plan, 1):
-        message(f"{number}/{len(plan)}: {label}, seed {recipe.training.seed}")
+        print(f"{number}/{len(plan)}: {label}, seed {recipe.training.seed}")
         run = train(recipe, Path(folder) / recipe.run_name, progress=False)
         table.append({"method": label, "seed": recipe.training.seed, "run": recipe.run_name} | run.summary)
     return pd.DataFrame(table)
@@ -142,21 +134,12 @@ def train_all(
 
 def recipe_of(base: Recipe, row: StudyRow, dense: Recipe, seed: int) -> Recipe:
     """Return the settings of a row: from the seed's dense model, or from scratch in one stage as long as both."""
-    if row.dense:
-        return base.replace(seed=seed, epochs_dense=0, model=f"run:{dense.run_name}", **row.changes)
-    return base.replace(
-        seed=seed, epochs_dense=0, epochs=base.training.epochs_dense + base.training.epochs, **row.changes
-    )
+    epochs = base.training.epochs_dense + base.training.epochs
+    start = {"model": f"run:{dense.run_name}"} if row.dense else {"epochs": epochs}
+    return base.replace(seed=seed, epochs_dense=0, **start, **row.changes)
 
 
-def transfer(
-    base: Recipe,
-    first: str,
-    second: str,
-    seeds: Iterable[int],
-    folder: str | Path,
-    message: Callable[[str], None] = print,
-) -> pd.DataFrame:
+def transfer(base: Recipe, first: str, second: str, seeds: Iterable[int], folder: str | Path) -> pd.DataFrame:
     """Train the second backbone with its own gate, with the first one's, frozen or trained on, and with a mask."""
     plan, source = [], []
     for seed in seeds:
@@ -172,8 +155,8 @@ def transfer(
             ("gate of the first, trained on", own.replace(gate=f"run:{taught.run_name}")),
             ("random mask", own.replace(gating="random")),
         ]
-    train_all(source, folder, message)
-    return train_all(plan, folder, message)
+    train_all(source, folder)
+    return train_all(plan, folder)
 
 
 def first_seed(table: pd.DataFrame) -> pd.DataFrame:
@@ -181,9 +164,9 @@ def first_seed(table: pd.DataFrame) -> pd.DataFrame:
     return table[(table["seed"] == table["seed"].min()) & (table["method"] != "dense")]
 
 
-def summarise(table: pd.DataFrame, by: str = "method") -> pd.DataFrame:
+def summarise(table: pd.DataFrame, by: str = "method", columns: Iterable[str] = SUMMARY_COLUMNS) -> pd.DataFrame:
     """Return mean and spread over seeds, in the order in which the methods came."""
-    columns = [column for column in SUMMARY_COLUMNS if column in table]
+    columns = [column for column in columns if column in table]
     grouped = table.groupby(by, sort=False)[columns]
     mean, spread = grouped.mean(), grouped.std(ddof=1)
     out = pd.DataFrame({"seeds": grouped.size()})

@@ -49,7 +49,6 @@ PRUNERS = {
     "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1),
     "none": optuna.pruners.NopPruner,
 }
-DONE = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
 def open_study(name: str, storage: str, pruner: str = "asha", seed: int = 0) -> optuna.Study:
@@ -140,7 +139,7 @@ def sweep(
 
 def finished_trials(study: optuna.Study) -> int:
     """Return how many trials of a study are done, well or not."""
-    return sum(trial.state in DONE for trial in study.get_trials(deepcopy=False))
+    return sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
 
 
 def from_dense(base: Recipe, folder: Path) -> Recipe:
@@ -171,14 +170,12 @@ def suggest(trial: optuna.Trial, space: dict[str, Range], base: Recipe) -> dict[
 
 def table(study: optuna.Study) -> pd.DataFrame:
     """Return the trials, a row each: state, value, settings, accuracy, MACs, and whether it is on the Pareto front."""
+    blank = {"accuracy": float("nan"), "macs": float("nan")}
     rows = [
-        {"trial": t.number, "state": t.state.name.lower(), "value": t.value, **t.params, **t.user_attrs}
+        {"trial": t.number, "state": t.state.name.lower(), "value": t.value, **t.params, **blank, **t.user_attrs}
         for t in study.get_trials(deepcopy=False)
     ]
-    out = pd.DataFrame(rows, columns=None if rows else ["trial", "state", "value"])
-    for name in ("accuracy", "macs"):
-        if name not in out:
-            out[name] = float("nan")
+    out = pd.DataFrame(rows, columns=None if rows else ["trial", "state", "value", *blank])
     return out.assign(front=pareto(out["accuracy"], out["macs"]))
 
 
