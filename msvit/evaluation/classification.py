@@ -9,8 +9,10 @@ from ..models.msvit import MSViT, Result
 from .predictions import Columns, Predict, means, object_ratios, per_picture
 
 
-def evaluate(model: MSViT, loader: Iterable, predict: Predict | None = None, accelerator=None) -> dict[str, float]:
-    """Return means over the pictures of a loader (`_sd`: their spread); arguments as of `evaluation.evaluate`.
+def evaluate_classes(
+    model: MSViT, loader: Iterable, predict: Predict | None = None, accelerator=None
+) -> dict[str, float]:
+    """Return means over the pictures of a loader (`_sd`: their spread); arguments as of `evaluate`.
 
     Returns:
         accuracy, loss, macs (a share of the dense backbone's), tokens, coarse (a share of the regions) and pictures;

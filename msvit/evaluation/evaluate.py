@@ -3,12 +3,13 @@
 from collections.abc import Iterable
 
 from ..models.msvit import MSViT
-from . import classification, segmentation
+from .classification import evaluate_classes
 from .predictions import Predict
+from .segmentation import evaluate_pixels
 
 
 def evaluate(model: MSViT, loader: Iterable, predict: Predict | None = None, accelerator=None) -> dict[str, float]:
-    """Return what `evaluation.classification` or, for a dense head, `evaluation.segmentation` finds on a loader.
+    """Return what `evaluate_classes` or, for a dense head, `evaluate_pixels` finds on a loader.
 
     Each picture is counted once by however many processes. The model is in the same mode afterwards.
 
@@ -18,5 +19,5 @@ def evaluate(model: MSViT, loader: Iterable, predict: Predict | None = None, acc
         accelerator: With several processes or autocast.
     """
     if model.head.dense:
-        return segmentation.evaluate(model, loader, predict, accelerator).numbers
-    return classification.evaluate(model, loader, predict, accelerator)
+        return evaluate_pixels(model, loader, predict, accelerator).numbers
+    return evaluate_classes(model, loader, predict, accelerator)

@@ -26,7 +26,7 @@ def per_picture(
 
     Beside what `count` finds these are macs (a share of the dense backbone's), tokens, coarse (a share of the regions)
     and, for built-in scenes, how many regions show the object or do not, and are fine. Other arguments are those of
-    `evaluation.evaluate`.
+    `evaluate`.
     """
     device = next(model.parameters()).device
     predict = predict or (lambda images, indices: model.run(images))

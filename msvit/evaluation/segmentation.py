@@ -86,8 +86,8 @@ def fine_pixels(coarse: Tensor, patch: int, size: tuple[int, int]) -> Tensor:
     return fine[:, : size[0], : size[1]]
 
 
-def evaluate(model: MSViT, loader: Iterable, predict: Predict | None = None, accelerator=None) -> Quality:
-    """Return what a model with a dense head does on a loader; arguments as of `evaluation.evaluate`.
+def evaluate_pixels(model: MSViT, loader: Iterable, predict: Predict | None = None, accelerator=None) -> Quality:
+    """Return what a model with a dense head does on a loader; arguments as of `evaluate`.
 
     Returns:
         miou, accuracy (of pixels), band_accuracy (of pixels within 4 px of an edge), loss, boundary_fine (the share of

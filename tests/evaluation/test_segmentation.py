@@ -9,7 +9,7 @@ from helpers import segmenting
 
 import msvit
 from msvit.data.loaders import Batch
-from msvit.evaluation.segmentation import class_table, confusion, evaluate, fine_pixels, near_edges
+from msvit.evaluation.segmentation import class_table, confusion, evaluate_pixels, fine_pixels, near_edges
 
 
 def oracle_iou(prediction, target, classes):
@@ -105,7 +105,7 @@ def test_evaluate_counts_what_was_predicted(make_vit):
     model.eval()
     model.threshold = model.run(batches[0].images).gates.median().item()
     model.train()
-    found = evaluate(model, batches)
+    found = evaluate_pixels(model, batches)
     assert model.training
     model.eval()
     results = [model.run(batch.images) for batch in batches]
@@ -131,4 +131,4 @@ def test_evaluate_counts_what_was_predicted(make_vit):
     assert numbers["macs"] == pytest.approx(macs.mean().item() / model.dense_macs((50, 60)))
     assert (numbers["pictures"], numbers["unreadable"]) == (4, 1)
     with pytest.raises(ValueError, match="no pictures"):
-        evaluate(model, [])
+        evaluate_pixels(model, [])
