@@ -18,7 +18,7 @@ from ..data.loaders import Loaders, make_loaders
 from ..data.segmentation import make_seg_loaders
 from ..gating.gate import Gate
 from ..models.heads import SegmentationHead
-from ..models.hub import describe_backbone
+from ..models.hub import describe_backbone, read_args
 from ..models.msvit import MSViT
 from ..reducers.registry import make_reducer
 from .recipe import DataSettings, ModelSettings, Recipe, RecipeError
@@ -122,7 +122,7 @@ def _saved(name: str, runs: Path) -> MSViT:
 def _described(vit: nn.Module) -> dict[str, Any]:
     """Return name and arguments of a built backbone, but for what the recipe says."""
     described = describe_backbone(vit)
-    args = {k: v for k, v in described["args"].items() if k not in ("img_size", "drop_path_rate")}
+    args = {k: v for k, v in read_args(described["args"]).items() if k not in ("img_size", "drop_path_rate")}
     return {"name": described["name"], **args}
 
 

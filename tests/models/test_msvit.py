@@ -226,27 +226,6 @@ def test_threshold_moves_the_share_and_calibration_meets_it(tiny_vit):
     )
 
 
-def test_saves_and_loads_with_timm_name_and_arguments(tmp_path):
-    vit = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=7, depth=2, img_size=128)
-    model = msvit.MSViT(vit, scale=4).eval()
-    model.threshold = 0.37
-    model.save_pretrained(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} >= {"config.json", "model.safetensors"}
-    again = msvit.MSViT.from_pretrained(tmp_path)
-    images = torch.randn(2, 3, 128, 128)
-    with torch.no_grad():
-        assert torch.equal(again(images), model(images))
-    assert again.threshold == pytest.approx(0.37)
-    assert again.scale == 4
-
-
-def test_saving_what_could_not_be_built_again_is_refused(tiny_vit, tmp_path):
-    with pytest.raises(ValueError, match=r"timm\.create_model"):
-        msvit.MSViT(tiny_vit).save_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"config\.json"):
-        msvit.MSViT.from_pretrained(tmp_path)
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @torch.no_grad()
 def test_compiled_blocks_compute_the_same(tiny_vit):
