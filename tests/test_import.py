@@ -82,6 +82,7 @@ def rooms():
     ]
 
 
+@pytest.mark.long
 def test_import_is_light():
     costs = [import_cost("msvit", ["torch", "timm"]) for _ in range(3)]
     assert "msvit" in costs[0].new
@@ -89,6 +90,7 @@ def test_import_is_light():
     assert median(cost.seconds for cost in costs) < SECONDS
 
 
+@pytest.mark.long
 def test_core_runs_without_notebook_packages():
     python(BLOCKED, [sorted(HEAVY), rooms()], ROOT)
 

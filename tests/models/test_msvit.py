@@ -56,6 +56,7 @@ def assert_identical(vit, size):
 
 
 @pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.long
 def test_all_fine_is_plain_timm(name):
     vit = timm.create_model(name, **{"num_classes": 10} | BACKBONES[name])
     assert_identical(vit, vit.patch_embed.img_size)
@@ -74,6 +75,7 @@ def test_all_fine_is_plain_timm_at_other_sizes(make_vit, size, no_embed_class):
 
 @pytest.mark.parametrize("name", BACKBONES)
 @torch.no_grad()
+@pytest.mark.long
 def test_three_executions_agree(name):
     vit = shake(timm.create_model(name, **{"num_classes": 10} | BACKBONES[name]))
     model = msvit.MSViT(vit).eval()
@@ -228,6 +230,7 @@ def test_threshold_moves_the_share_and_calibration_meets_it(tiny_vit):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @torch.no_grad()
+@pytest.mark.long
 def test_compiled_blocks_compute_the_same(tiny_vit):
     model = msvit.MSViT(shake(tiny_vit)).eval()
     images = torch.randn(3, 3, 64, 64)
@@ -312,6 +315,7 @@ class TestBadInput:
         with pytest.raises(ValueError, match=match):
             msvit.MSViT(make_vit(**settings))
 
+    @pytest.mark.long
     def test_parallel_blocks(self):
         with pytest.raises(ValueError, match="ParallelThingsBlock.*standard Block"):
             msvit.MSViT(timm.create_model("vit_small_patch16_18x2_224"))
