@@ -7,19 +7,26 @@ RUN := .venv/bin/python -m
 export OMP_WAIT_POLICY ?= passive
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 NBVAL := $(if $(NOTEBOOKS),tests notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=600)
-INSTALL := pip install --disable-pip-version-check --no-input -c constraints.txt -e '.[all]'
+INSTALL = $(@D)/bin/python -m pip install --disable-pip-version-check --no-input -c $(LOCK) -e '.[all]'
+CORE := $(addprefix tests/,core gating reducers models data evaluation training)
 
 .DEFAULT_GOAL := help
-.PHONY: help ablation test test-slow lab explorer report bench lint clean
+.PHONY: help ablation test test-fast test-oldest test-slow lab explorer report bench lint clean
 
 help: ## list these commands
 	@echo "usage: make COMMAND [ARGS='…'] [PYTHON=python3.12]"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
 
+# Two environments: .venv with the versions of the lock, .venv-oldest with the oldest that pyproject.toml admits.
 # The stamp is written last, so an installation that was interrupted is taken up again by the next command.
 # A package that pip was interrupted in has a dist-info without INSTALLER and would pass for complete.
-.venv/.installed: pyproject.toml constraints.txt
-	@if ! .venv/bin/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+.venv/.installed: LOCK := constraints.txt
+.venv-oldest/.installed: LOCK := constraints-oldest.txt
+.venv-oldest/.installed: CANDIDATES := $(or $(PYTHON),python3.11 python3.12 python3)
+.venv/.installed: constraints.txt
+.venv-oldest/.installed: constraints-oldest.txt
+.venv/.installed .venv-oldest/.installed: pyproject.toml
+	@if ! $(@D)/bin/python -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
 	    found=; \
 	    for python in $(CANDIDATES); do \
 	        if $$python -c 'import sys, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
@@ -30,13 +37,13 @@ help: ## list these commands
 	        echo "Install one (Debian, Ubuntu: apt install python3-venv), or name one: make PYTHON=python3.12" >&2; \
 	        exit 1; \
 	    fi; \
-	    echo "Making .venv with $$($$found --version)"; \
-	    $$found -m venv --clear .venv || exit 1; \
+	    echo "Making $(@D) with $$($$found --version)"; \
+	    $$found -m venv --clear $(@D) || exit 1; \
 	fi
-	@find .venv -name '*.dist-info' ! -exec test -e '{}/INSTALLER' ';' -prune -exec rm -rf '{}' +
-	@echo "Installing msvit and all it uses into .venv: about two minutes and 6 GB the first time, seconds later."
+	@find $(@D) -name '*.dist-info' ! -exec test -e '{}/INSTALLER' ';' -prune -exec rm -rf '{}' +
+	@echo "Installing msvit and all it uses into $(@D): about two minutes and 6 GB the first time, seconds later."
 	@echo "Nothing more is printed until it is done; it can be interrupted and started again."
-	@$(RUN) $(INSTALL) -qq || { echo "That failed. The same with all messages: $(RUN) $(INSTALL)" >&2; exit 1; }
+	@$(INSTALL) -qq || { echo "That failed. The same with all messages: $(INSTALL)" >&2; exit 1; }
 	@touch $@
 
 # Executes notebooks/$(1).ipynb. The copy gets its name when it is whole; a failed one is kept for reading.
@@ -50,15 +57,18 @@ endef
 
 ablation: .venv/.installed ## train the method with and without its parts, and compare (minutes)
 	@echo "Running the ablation: a few minutes on two cores"
-ifneq ($(filter notebooks/ablation.ipynb,$(NOTEBOOKS)),)
 	$(call execute,ablation)
-else
-	$(RUN) msvit.demo $(ARGS)
-endif
 
 test: .venv/.installed ## run the tests (minutes)
 	@echo "Running the tests and every notebook: ten minutes or so on two cores"
 	$(RUN) pytest $(NBVAL) $(ARGS)
+
+test-fast: .venv/.installed ## run the tests that take under two minutes, without notebooks and browser
+	$(RUN) pytest -m 'not (slow or notebook or browser or long)' $(ARGS)
+
+test-oldest: .venv-oldest/.installed ## run the core's tests with the oldest versions that pyproject.toml admits
+	@echo "Running the core's tests in .venv-oldest: several minutes on two cores"
+	.venv-oldest/bin/python -m pytest $(CORE) $(ARGS)
 
 test-slow: .venv/.installed ## run the tests that take longer than the suite can afford
 	$(RUN) pytest -m slow $(ARGS)
@@ -84,6 +94,6 @@ lint: .venv/.installed ## check style, format, and that notebooks are stored wit
 	$(RUN) ruff format --check
 	$(if $(NOTEBOOKS),$(RUN) nbstripout --verify --keep-id $(NOTEBOOKS))
 
-clean: ## remove .venv and the tools' caches; runs and reports stay
-	rm -rf .venv .pytest_cache .ruff_cache build dist msvit.egg-info
+clean: ## remove both environments and the tools' caches; runs and reports stay
+	rm -rf .venv .venv-oldest .pytest_cache .ruff_cache build dist msvit.egg-info
 	find . -name __pycache__ -prune -exec rm -rf '{}' +

@@ -171,6 +171,7 @@ def test_interrupted_says_how_to_go_on(capsys, monkeypatch, tmp_path):
     assert "the same command continues" in err
 
 
+@pytest.mark.long
 def test_the_program_runs_without_notebook_packages():
     """In a fresh interpreter in which importing one of them fails."""
     code = """

@@ -82,6 +82,7 @@ def rooms():
     ]
 
 
+@pytest.mark.long
 def test_import_is_light():
     costs = [import_cost("msvit") for _ in range(3)]
     assert "msvit" in costs[0].new
@@ -111,6 +112,7 @@ def test_help_and_typing_errors_need_no_torch(words):
     assert seconds < 0.3  # 0.12 here; with torch and timm it would be 4
 
 
+@pytest.mark.long
 def test_core_runs_without_notebook_packages():
     python(BLOCKED, [sorted(HEAVY), rooms()], ROOT)
 

@@ -1,12 +1,20 @@
-"""Models on disk and on the Hugging Face hub: config.json says how to build, model.safetensors holds the weights."""
+"""Models on disk and on the Hugging Face hub: config.json says how to build, model.safetensors holds the weights.
+
+A folder never says less than what was saved: the model is built again from its config, on PyTorch's meta device, and
+compared with the one to save, module by module and setting by setting, before anything is written.
+"""
 
 import json
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from huggingface_hub import hf_hub_download
 from safetensors.torch import load_file, save_file
+from timm.models import get_model_args
 from torch import nn
 
 from ..gating.gate import Gate
@@ -16,40 +24,107 @@ from . import zoo  # noqa: F401 (registers its backbones with timm, so that thei
 from .heads import SegmentationHead
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+LAYER_MODULES = {"torch.nn": nn, "timm.layers": timm.layers}  # the only ones that a config may name
+PREPROCESSING = ("mean", "std", "interpolation", "crop_pct")  # of the pictures; the tags of a name differ in it
+# Switches for running a model, which no argument sets, and what timm keeps about published weights.
+NO_SETTINGS = {"training", "grad_checkpointing", "fused_attn", "distilled_training", "fast_cpu"}
+NO_SETTINGS |= {"pretrained_cfg", "default_cfg", "pretrained_model_args"}
 
 
-def describe_backbone(vit: nn.Module) -> dict:
-    """The timm name and arguments that build this backbone again."""
-    name = (getattr(vit, "pretrained_cfg", None) or {}).get("architecture")
-    if not name:
+def describe_backbone(vit: nn.Module) -> dict[str, Any]:
+    """Return the timm name and arguments, as JSON, that build this backbone again.
+
+    `timm.models.get_model_args` has what `timm.create_model` was called with and what was changed since by
+    `reset_classifier` and `set_input_size`. What it leaves out is read from the layers, the drop rates, and from the
+    pretrained config, the normalisation of the pictures.
+
+    Raises:
+        ValueError: If timm does not know the backbone by a name, or an argument cannot be written as JSON.
+    """
+    config = getattr(vit, "pretrained_cfg", None) or {}
+    if not (name := config.get("architecture")):
         raise ValueError(
             "this backbone was built without timm.create_model, so its folder could not say how to build it again; "
             "register it with timm.models.register_model and create it by name"
         )
-    pe = vit.patch_embed
-    args = {k: v for k, v in getattr(vit, "_model_args", {}).items() if _is_json(v)}
-    args |= {"num_classes": vit.num_classes, "img_size": list(pe.img_size), "in_chans": pe.proj.in_channels}
-    with torch.device("meta"):
-        again = timm.create_model(name, pretrained=False, **args)
-    wrong = shapes(vit).items() ^ shapes(again).items()
-    if wrong:
-        raise ValueError(f"timm's {name} with {args} is not this backbone; they differ in {sorted(wrong)[:4]}")
-    return {"name": name, "args": args}
+    args = get_model_args(vit, _drop_rates(vit)) | {"img_size": vit.patch_embed.img_size}
+    if data := {key: config[key] for key in PREPROCESSING if key in config}:
+        args["pretrained_cfg_overlay"] = data
+    return {"name": name, "args": {key: _written(key, value) for key, value in args.items()}}
 
 
-def shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(value.shape) for key, value in module.state_dict().items()}
+def read_args(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments for `timm.create_model` that `describe_backbone` has written."""
+    return {key: _read(value) for key, value in args.items()}
 
 
-def _is_json(value) -> bool:
+def _drop_rates(vit: nn.Module) -> dict[str, float]:
+    """Return the rates of dropout and stochastic depth, as its layers have them (timm rounds them to float32)."""
+    last = vit.blocks[-1]
+    return {
+        "drop_rate": vit.head_drop.p,
+        "pos_drop_rate": vit.pos_drop.p,
+        "proj_drop_rate": last.attn.proj_drop.p,
+        "drop_path_rate": getattr(last.drop_path1, "drop_prob", 0.0),
+    }
+
+
+def _written(name: str, value: Any) -> Any:
+    """Return an argument as JSON: a layer by its name, a partial of one with its settings."""
+    if isinstance(value, partial) and not value.args:
+        settings = {key: _written(f"{name}.{key}", setting) for key, setting in value.keywords.items()}
+        return _written(name, value.func) | {"settings": settings}
+    for module, layers in LAYER_MODULES.items():
+        if isinstance(value, type) and getattr(layers, value.__name__, None) is value:
+            return {"layer": f"{module}.{value.__name__}"}
     try:
-        return json.loads(json.dumps(value)) is not None or value is None
+        return json.loads(json.dumps(value))
     except TypeError:
-        return False
+        raise ValueError(
+            f"the backbone's argument {name}={value!r} cannot be written to {CONFIG}; use a number, a string, or a "
+            f"layer of {' or '.join(LAYER_MODULES)}"
+        ) from None
+
+
+def _read(value: Any) -> Any:
+    """Return what `_written` was given. Only known layers are looked up: a config may come from anywhere."""
+    if not isinstance(value, dict) or "layer" not in value:
+        return value
+    module, _, name = str(value["layer"]).rpartition(".")
+    layer = getattr(LAYER_MODULES.get(module), name, None)
+    if not (isinstance(layer, type) and issubclass(layer, nn.Module)):
+        raise ValueError(
+            f"{CONFIG} names the layer {value['layer']!r}; known are those of {' and '.join(LAYER_MODULES)}"
+        )
+    return partial(layer, **read_args(value["settings"])) if "settings" in value else layer
+
+
+def _check_same(model: nn.Module, again: nn.Module):
+    """Raise a ValueError if a model and the one built from its config differ in modules, their settings, or shapes."""
+    ours, theirs = _structure(model), _structure(again)
+    wrong = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
+    if wrong:
+        listed = ", ".join(f"{key} is {ours.get(key)} instead of {theirs.get(key)}" for key in wrong[:3])
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise ValueError(
+            f"this model would not be the same when it is loaded: {listed}{more}; make such a change by an argument of "
+            "timm.create_model or of the model's parts, so that it can be written down"
+        )
+
+
+def _structure(model: nn.Module) -> dict[str, str]:
+    """Return all that makes a model besides its weights: types, shapes, and the modules' public attributes."""
+    found = {key: str(list(value.shape)) for key, value in model.state_dict().items()}
+    for name, module in model.named_modules():
+        found[name] = f"{type(module).__module__}.{type(module).__qualname__}"
+        for key, value in vars(module).items():
+            if value is not None and not key.startswith("_") and key not in NO_SETTINGS:
+                found[f"{name}.{key}".lstrip(".")] = json.dumps(value, default=repr)
+    return found
 
 
 def save_folder(model: nn.Module, folder: Path):
-    """Writes the config and the weights."""
+    """Write the config and the weights."""
     gate, reducer = model.gate, model.reducer
     if type(gate) is Gate:
         described = {"patch": gate.patch, "channels": gate.channels, "width": gate.mlp[0].out_features}
@@ -74,17 +149,36 @@ def save_folder(model: nn.Module, folder: Path):
         config["reducer"] = reducer.settings
     if model.head.dense:
         config["head"] = model.head.settings
+    with torch.device("meta"):
+        again = _assemble(type(model), json.loads(json.dumps(config)))
+    _check_same(model, again)
     (Path(folder) / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     state = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
     save_file(state, Path(folder) / WEIGHTS)
 
 
 def load_folder(
-    cls, model_id: str, map_location: str = "cpu", strict: bool = True, fast_cpu: bool = False, **download
+    cls: type[nn.Module],
+    model_id: str,
+    map_location: str = "cpu",
+    strict: bool = True,
+    fast_cpu: bool = False,
+    **download: Any,
 ) -> nn.Module:
-    """Build the model of a folder or a hub id, without timm's own pretrained weights."""
+    """Build the model of a folder or a hub id, in the precision that it was saved in, without timm's own weights."""
     config = json.loads(_fetch(model_id, CONFIG, download).read_text())
-    vit = timm.create_model(config["backbone"]["name"], pretrained=False, **config["backbone"]["args"])
+    model = _assemble(cls, config, fast_cpu=fast_cpu)
+    state = load_file(_fetch(model_id, WEIGHTS, download), device=map_location)
+    for key, value in model.state_dict(keep_vars=True).items():
+        value.data = value.data.to(state[key].dtype if key in state else value.dtype)
+    model.load_state_dict(state, strict=strict)
+    return model.to(map_location).eval()
+
+
+def _assemble(cls: type[nn.Module], config: Mapping[str, Any], **options: Any) -> nn.Module:
+    """Return the model of a config, with new weights."""
+    backbone = config["backbone"]
+    vit = timm.create_model(backbone["name"], pretrained=False, **read_args(backbone["args"]))
     gate = (make_rule if "name" in config["gate"] else Gate)(**config["gate"])
     parts = {name: config[name] for name in ("scale", "margin", "share_embedding")} | {"gate": gate}
     if "reducer" in config:
@@ -92,9 +186,7 @@ def load_folder(
         parts["reducer"] = make_reducer(settings.pop("name"), vit, **settings)
     if (head := config.get("head", config.get("segmenter"))) is not None:  # its name until version 0.1
         parts["head"] = SegmentationHead(vit, **head)
-    model = cls(vit, **parts, fast_cpu=fast_cpu)
-    model.load_state_dict(load_file(_fetch(model_id, WEIGHTS, download), device=map_location), strict=strict)
-    return model.to(map_location).eval()
+    return cls(vit, **parts, **options)
 
 
 def _fetch(model_id: str, name: str, download: dict) -> Path:

@@ -1,10 +1,12 @@
-"""Small backbones for pictures from scratch, registered with timm: `timm.create_model("vit_mini_patch8_64")`."""
+"""Small backbones to train from scratch, registered with timm: `timm.create_model("vit_mini_patch8_64")`."""
 
 from timm.models import register_model
 from timm.models.vision_transformer import VisionTransformer
 
 
 def _build(name: str, size: dict, overrides: dict) -> VisionTransformer:
+    """Return a ViT of this size, but for what the caller of timm's factory overrides."""
+    data = overrides.get("pretrained_cfg_overlay") or {}
     overrides = {k: v for k, v in overrides.items() if v is not None and not k.startswith("pretrained")}
     overrides.pop("cache_dir", None)
     vit = VisionTransformer(**size | overrides)
@@ -13,6 +15,7 @@ def _build(name: str, size: dict, overrides: dict) -> VisionTransformer:
         "architecture": name,
         "input_size": (vit.in_chans, *side),
         "num_classes": vit.num_classes,
+        **data,
     }
     vit.default_cfg = vit.pretrained_cfg
     return vit
@@ -41,13 +44,13 @@ def vit_cifar_patch4_32(pretrained: bool = False, **kwargs) -> VisionTransformer
 
 @register_model
 def vit_photo_patch16_128(pretrained: bool = False, **kwargs) -> VisionTransformer:
-    """The same for photographs of 128 px with 64 fine tokens."""
+    """As `vit_cifar_patch4_32`, for photographs of 128 px: 64 fine tokens, or 16 coarse ones."""
     size = {"img_size": 128, "patch_size": 16, "embed_dim": 256, "depth": 6, "num_heads": 4}
     return _build("vit_photo_patch16_128", size, kwargs)
 
 
 @register_model
 def vit_photo_patch8_128(pretrained: bool = False, **kwargs) -> VisionTransformer:
-    """And with 256 fine tokens."""
+    """As `vit_photo_patch16_128`, with 256 fine tokens, or 64 coarse ones."""
     size = {"img_size": 128, "patch_size": 8, "embed_dim": 256, "depth": 6, "num_heads": 4}
     return _build("vit_photo_patch8_128", size, kwargs)

@@ -17,7 +17,7 @@ from ..data.loaders import Loaders, make_loaders
 from ..data.segmentation import make_seg_loaders
 from ..gating.gate import Gate
 from ..models.heads import SegmentationHead
-from ..models.hub import describe_backbone
+from ..models.hub import describe_backbone, read_args
 from ..models.msvit import MSViT
 from ..reducers.registry import make_reducer
 from .recipe import DataSettings, ModelSettings, Recipe, RecipeError
@@ -38,7 +38,7 @@ def build(recipe: Recipe, runs: Path) -> MSViT:
     else:
         start = _saved(name, runs)
         described, gate = describe_backbone(start.vit), start.gate
-        args = {k: v for k, v in described["args"].items() if k not in ("img_size", "drop_path_rate")}
+        args = {k: v for k, v in read_args(described["args"]).items() if k not in ("img_size", "drop_path_rate")}
         vit = _create(settings, size, described["name"], **args)
         vit.load_state_dict(checkpoint_filter_fn(start.vit.state_dict(), vit))
     if settings.checkpoint:

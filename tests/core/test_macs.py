@@ -20,6 +20,7 @@ counted = torch.no_grad()(counted_macs)
         ("vit_base_patch32_clip_224", {"depth": 2, "img_size": 256}),
     ],
 )
+@pytest.mark.long
 def test_closed_form_equals_the_count_to_the_last_unit(name, settings):
     model = msvit.MSViT(timm.create_model(name, **settings)).eval()
     size = model.vit.patch_embed.img_size

@@ -120,6 +120,7 @@ def test_the_whole_picture_is_a_box_and_the_flipped_one_too():
     torch.testing.assert_close(out[1], picture[1].flip(-1), atol=1e-3, rtol=0)
 
 
+@pytest.mark.long
 def test_a_run_trains_on_kept_pictures(folder, space, tmp_path):
     recipe = Recipe(
         data=f"folder:{folder}", size=32, model="tiny", augment="light", batch=4, train_n=0, val_n=0, epochs_dense=1,

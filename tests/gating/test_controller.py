@@ -58,6 +58,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("loss", "weight", "pull"), CASES)
+@pytest.mark.long
 def test_the_target_is_met_whatever_the_weight(loss, weight, pull):
     rate = train(loss, weight, pull, BudgetController(TARGET))
     assert rate == pytest.approx(TARGET, rel=0.02)
@@ -66,6 +67,7 @@ def test_the_target_is_met_whatever_the_weight(loss, weight, pull):
 @pytest.mark.parametrize(
     ("loss", "weight", "pull"), [("gbas", 3, 5), ("l0", 30, 0.05), ("ratio", 3, 5), ("none", 0, 0.05)]
 )
+@pytest.mark.long
 def test_without_it_the_budget_is_lost(loss, weight, pull):
     assert abs(train(loss, weight, pull, None) / TARGET - 1) > 0.1
 

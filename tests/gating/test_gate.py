@@ -56,6 +56,7 @@ def test_saves_and_loads_alone(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224"])
+@pytest.mark.long
 def test_costs_less_than_a_hundredth_of_the_backbone(name):
     vit = timm.create_model(name)
     dense = measure.vit_macs(vit, torch.tensor([197])).item()

@@ -78,6 +78,7 @@ def test_relaxed_bernoulli_and_normal_in_closed_form():
 
 
 @pytest.mark.parametrize("name", CDFS)
+@pytest.mark.long
 def test_gradcheck_of_cdfs(name):
     x = f64(torch.rand(3, 4, 5) * 0.98 + 0.01)
     p, q = f64(torch.rand(4, 1) * 0.8 + 0.1), f64(torch.rand(5) * 3 + 0.1)  # both broadcast against x
@@ -214,6 +215,7 @@ def test_gradients_flow_where_they_are_told_to(gradients):
 
 @pytest.mark.parametrize("prior", ["relaxed_bernoulli", "beta"])
 @pytest.mark.parametrize("hyperprior", ["normal", "beta"])
+@pytest.mark.long
 def test_gradcheck_of_losses(prior, hyperprior):
     gates, p, t = f64(torch.rand(6, 2, 3) * 0.9 + 0.05, torch.rand(2, 3) * 0.6 + 0.2, torch.rand(2, 3) + 0.3)
     assert gradcheck(lambda *x: gbas_loss(*x, prior=prior, hyperprior=hyperprior), (gates, p, t))
@@ -252,6 +254,7 @@ def test_samples_of_the_prior_score_their_expectation_and_others_more():
 
 
 @pytest.mark.parametrize("start", [-1.0, 2.0])
+@pytest.mark.long
 def test_free_values_come_to_target_and_spread(start):
     """g* and σ, for the share of coarse decisions per position and for the p_l."""
     loss = GBaS((8, 8), target=0.6, sigma=0.1)

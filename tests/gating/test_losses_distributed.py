@@ -12,6 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from msvit.gating.losses import make_loss
 
+pytestmark = pytest.mark.long
+
 NAMES = ("gbas", "bas", "l0", "ratio")
 SIZES = (5, 3)  # of the two batches; that they differ must not matter either
 

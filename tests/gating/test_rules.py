@@ -102,6 +102,7 @@ class TestEntropy:
     @pytest.mark.parametrize("size", [(64, 64), (80, 112)])
     @pytest.mark.parametrize("execution", EXECUTIONS)
     @torch.no_grad()
+    @pytest.mark.long
     def test_three_scales_against_loops(self, make_vit, size, execution):
         """Blocks from the largest patch down; a token is the embedding of its averaged pixels at its mean position."""
         vit = make_vit(dynamic_img_size=True)
@@ -185,6 +186,7 @@ def test_the_oracle_is_coarse_where_no_object_is():
 
 
 @pytest.mark.parametrize("name", RULES)
+@pytest.mark.long
 def test_every_rule_runs_trains_and_is_saved(tmp_path, name):
     model = msvit.MSViT(timm.create_model("vit_mini_patch8_64"), gate=make_rule(name)).train()
     images = torch.randn(3, 3, 64, 64)

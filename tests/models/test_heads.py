@@ -71,6 +71,7 @@ def test_all_fine_is_the_decoder_on_plain_timm_tokens(make_vit, decoder, scatter
 
 @pytest.mark.parametrize("name", BACKBONES)
 @torch.no_grad()
+@pytest.mark.long
 def test_backbones(name):
     """The identity, and the three executions, wherever a backbone keeps its norms and prefix tokens.
 

@@ -56,6 +56,7 @@ def assert_identical(vit, size):
 
 
 @pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.long
 def test_all_fine_is_plain_timm(name):
     vit = timm.create_model(name, **{"num_classes": 10} | BACKBONES[name])
     assert_identical(vit, vit.patch_embed.img_size)
@@ -74,6 +75,7 @@ def test_all_fine_is_plain_timm_at_other_sizes(make_vit, size, no_embed_class):
 
 @pytest.mark.parametrize("name", BACKBONES)
 @torch.no_grad()
+@pytest.mark.long
 def test_three_executions_agree(name):
     vit = shake(timm.create_model(name, **{"num_classes": 10} | BACKBONES[name]))
     model = msvit.MSViT(vit).eval()
@@ -226,29 +228,9 @@ def test_threshold_moves_the_share_and_calibration_meets_it(tiny_vit):
     )
 
 
-def test_saves_and_loads_with_timm_name_and_arguments(tmp_path):
-    vit = timm.create_model("deit_tiny_distilled_patch16_224", num_classes=7, depth=2, img_size=128)
-    model = msvit.MSViT(vit, scale=4).eval()
-    model.threshold = 0.37
-    model.save_pretrained(tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} >= {"config.json", "model.safetensors"}
-    again = msvit.MSViT.from_pretrained(tmp_path)
-    images = torch.randn(2, 3, 128, 128)
-    with torch.no_grad():
-        assert torch.equal(again(images), model(images))
-    assert again.threshold == pytest.approx(0.37)
-    assert again.scale == 4
-
-
-def test_saving_what_could_not_be_built_again_is_refused(tiny_vit, tmp_path):
-    with pytest.raises(ValueError, match=r"timm\.create_model"):
-        msvit.MSViT(tiny_vit).save_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"config\.json"):
-        msvit.MSViT.from_pretrained(tmp_path)
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @torch.no_grad()
+@pytest.mark.long
 def test_compiled_blocks_compute_the_same(tiny_vit):
     model = msvit.MSViT(shake(tiny_vit)).eval()
     images = torch.randn(3, 3, 64, 64)
@@ -333,6 +315,7 @@ class TestBadInput:
         with pytest.raises(ValueError, match=match):
             msvit.MSViT(make_vit(**settings))
 
+    @pytest.mark.long
     def test_parallel_blocks(self):
         with pytest.raises(ValueError, match="ParallelThingsBlock.*standard Block"):
             msvit.MSViT(timm.create_model("vit_small_patch16_18x2_224"))

@@ -79,6 +79,7 @@ def check(reduced, before, groups, values, areas=None):
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.7])
+@pytest.mark.long
 def test_power_bert_keeps_the_most_significant(vit, keep):
     reducer = PowerBert(vit, keep=keep)
     for case in range(CASES):
@@ -93,6 +94,7 @@ def test_power_bert_keeps_the_most_significant(vit, keep):
         check(reducer.reduce(1, tokens, scores), tokens, groups, values)
 
 
+@pytest.mark.long
 def test_random_pruning_keeps_a_random_subset(vit):
     reducer = RandomPruning(vit, keep=0.5).eval()
     sets = set()
@@ -114,6 +116,7 @@ def test_random_pruning_keeps_a_random_subset(vit):
 
 
 @pytest.mark.parametrize("fuse", [True, False])
+@pytest.mark.long
 def test_evit_fuses_the_rest(vit, fuse):
     reducer = EViT(vit, keep=0.6, fuse=fuse)
     for case in range(CASES):
@@ -153,6 +156,7 @@ def matched(keys, first, last, r):
 
 
 @pytest.mark.parametrize("r", [1, 3, 50])
+@pytest.mark.long
 def test_tome_merges_the_best_edges(vit, r):
     reducer = ToMe(vit, r=r)
     for case in range(CASES):
@@ -208,6 +212,7 @@ def clustered(x, weight, significance, rows, k, method, iterations):
 
 @pytest.mark.parametrize("method", ["kmeans", "kmedoids"])
 @pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.long
 def test_token_pooling_is_lloyds_algorithm(vit, method, weighted):
     reducer = TokenPooling(vit, keep=0.45, method=method, weighted=weighted, iterations=3)
     for case in range(CASES):
@@ -225,6 +230,7 @@ def test_token_pooling_is_lloyds_algorithm(vit, method, weighted):
         check(reducer.reduce(1, tokens, scores), tokens, groups, values)
 
 
+@pytest.mark.long
 def test_grid_pooling_averages_cells(vit):
     reducer = GridPooling(vit, stride=2, layers=[1, 2])
     for case in range(CASES):
@@ -329,6 +335,7 @@ def pictures_of(kind, side=8):
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("method", ["kmeans", "kmedoids"])
 @pytest.mark.parametrize("kind", ["normal", "groups", "smooth"])
+@pytest.mark.long
 def test_clusters_lose_less_than_what_they_are_compared_with(vit, method, kind, weighted):
     """The error sum_i w_i |x_i - what became of x_i|².
 
@@ -370,6 +377,7 @@ def test_the_best_medoids_there_are_can_lose_more_than_a_grid_of_averages():
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("method", ["kmeans", "kmedoids"])
+@pytest.mark.long
 def test_no_iteration_makes_the_sum_larger(vit, method, weighted):
     """sum_i w_i |x_i - c_a(i)|² over the iterations."""
     gain = 0.0

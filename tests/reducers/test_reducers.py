@@ -151,6 +151,7 @@ def test_macs_are_the_count_to_the_last_unit(make_vit, name, settings):
         ("tome", {"r": 0}, 4.6),
     ],
 )
+@pytest.mark.long
 def test_published_figures_of_deit_small(name, settings, published):
     vit = timm.create_model("deit_small_patch16_224")
     model = built(vit, name, settings, make_rule("fine"))
@@ -295,6 +296,7 @@ class TestDynamicViT:
         sum(terms.values()).backward()
         assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.reducer.parameters())
 
+    @pytest.mark.long
     def test_the_ratio_is_learned(self, make_vit):
         """The ratio loss alone brings the shares that are kept to 0.7, 0.49 and 0.343."""
         vit = shake(make_vit(embed_dim=16, img_size=32, num_heads=2))
@@ -323,6 +325,7 @@ class TestDynamicViT:
 
 @pytest.mark.parametrize(("name", "settings"), REDUCING, ids=str)
 @pytest.mark.parametrize("execution", EXECUTIONS[:2])
+@pytest.mark.long
 def test_gate_and_reducer_train_together(make_vit, name, settings, execution):
     model = shake(built(make_vit(), name, settings)).train()
     result = model.run(torch.randn(4, 3, *SIZE), execution=execution)

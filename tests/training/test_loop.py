@@ -48,6 +48,7 @@ def finished(tmp_path_factory):
     return train(SMALL, tmp_path_factory.mktemp("runs") / "small", progress=False)
 
 
+@pytest.mark.long
 def test_a_run_leaves_all_that_was_promised(finished):
     assert [(line["epoch"], line["stage"]) for line in finished.metrics] == [(1, "dense"), (2, "gated"), (3, "gated")]
     assert all(len(line["curve"]) == 4 for line in finished.metrics)
@@ -88,6 +89,7 @@ def test_other_settings_change_nothing(finished):
     assert (finished.folder / "settings.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.long
 def test_the_same_recipe_gives_the_same_run_and_another_seed_another(finished, tmp_path):
     again = train(SMALL.replace(workers=2), tmp_path / "again", progress=False)
     assert same(weights(again.folder), weights(finished.folder))
@@ -95,6 +97,7 @@ def test_the_same_recipe_gives_the_same_run_and_another_seed_another(finished, t
     assert not same(weights(other.folder), weights(finished.folder))
 
 
+@pytest.mark.long
 def test_a_stage_alone_starts_from_the_run_beside(finished):
     """Dense and gated in one run, or in two with the second starting from the first."""
     second = SMALL.replace(epochs_dense=0, epochs=1, model=f"run:{finished.folder.name}/dense", lr=0.0, gate_lr=1e-3)
@@ -104,6 +107,7 @@ def test_a_stage_alone_starts_from_the_run_beside(finished):
     assert not all(torch.equal(now[k], dense[k]) for k in now if k.startswith("gate.mlp"))
 
 
+@pytest.mark.long
 def test_a_frozen_gate_stays_and_decides_without_noise(finished):
     frozen = SMALL.replace(epochs_dense=0, epochs=1, gate=str(finished.folder), gate_lr=0.0)
     run = train(frozen, finished.folder.parent / "frozen", progress=False)
@@ -136,6 +140,7 @@ def test_what_is_wrong_comes_out_before_anything_is_written(tmp_path, settings, 
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.long
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
     recipe = SMALL.replace(epochs_dense=3, epochs=0)
     real = Stage.step
@@ -183,6 +188,7 @@ def test_a_gradient_that_is_no_number_stops_it_too(tmp_path, monkeypatch):
         train(SMALL, tmp_path / "run", progress=False)
 
 
+@pytest.mark.long
 def test_a_full_disk_ends_the_run_after_the_last_saved_epoch(tmp_path, monkeypatch):
     real, calls = os.fsync, []
 
@@ -200,6 +206,7 @@ def test_a_full_disk_ends_the_run_after_the_last_saved_epoch(tmp_path, monkeypat
     assert len(run.metrics) == 3
 
 
+@pytest.mark.long
 def test_watch_sees_each_epoch_and_may_stop_the_run(tmp_path):
     seen = []
 
@@ -232,6 +239,7 @@ def test_watch_sees_each_epoch_and_may_stop_the_run(tmp_path):
     ],
     ids=lambda s: "-".join(map(str, s)),
 )
+@pytest.mark.long
 def test_every_setting_trains(tmp_path, settings):
     recipe = SMALL.replace(epochs_dense=0, epochs=1, **settings)
     run = train(recipe, tmp_path / "run", progress=False)
@@ -393,6 +401,7 @@ def test_a_part_keeps_numbers_and_pictures():
     assert len(set(seen["train"])) == 28  # 30 less the incomplete batch
 
 
+@pytest.mark.long
 def test_a_folder_of_pictures_with_a_broken_one(tmp_path):
     write_folder(tmp_path / "data", train=9, val=4)
     (tmp_path / "data" / "train" / "cat" / "3.png").write_text("not a picture")

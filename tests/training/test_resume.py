@@ -16,6 +16,8 @@ from msvit.training.loop import train
 from msvit.training.recipe import Recipe
 from msvit.training.runs import RunWarning
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 RECIPE = Recipe(train_n=64, val_n=50, batch=16, epochs_dense=2, epochs=2, device="cpu")

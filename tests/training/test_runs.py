@@ -165,6 +165,7 @@ def test_a_full_disk_leaves_what_was_there(folder, monkeypatch, what):
     assert torch.equal(folder.load_state()["weights"], state(1)["weights"])
 
 
+@pytest.mark.long
 def test_a_file_limit_of_the_system_is_such_an_error(tmp_path):
     """The real thing: the kernel refuses the write half-way."""
     pytest.importorskip("resource")

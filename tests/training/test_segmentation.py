@@ -96,6 +96,7 @@ def test_a_run_starts_from_another_with_its_decoder(finished, tmp_path):
 
 
 @pytest.mark.parametrize("gate_lr", [0.0, 1e-2])
+@pytest.mark.long
 def test_the_gate_may_come_from_classification(tmp_path, gate_lr):
     """Frozen, it is the same afterwards; trained on, it is not."""
     classes = SMALL.replace(task="classify", epochs_dense=0)
@@ -141,6 +142,7 @@ def test_loss_and_accuracy_leave_ignored_pixels_out(tmp_path):
 
 
 @pytest.mark.parametrize("sliding", [False, True])
+@pytest.mark.long
 def test_a_folder_with_crops_and_whole_pictures(streets, tmp_path, sliding):
     """Crops of 32 px, scaled and flipped; evaluated on 50 x 70 px with padding, whole or through windows."""
     recipe = SMALL.replace(data=f"folder:{streets}", augment="light", sliding=sliding, batch=2, train_n=0, epochs=2)
@@ -161,6 +163,7 @@ def test_a_folder_with_crops_and_whole_pictures(streets, tmp_path, sliding):
     assert run.summary["gmacs"] == pytest.approx(result.macs.mean().item() / 1e9)
 
 
+@pytest.mark.long
 def test_every_gating_and_a_reducer_that_merges(tmp_path):
     for gating in ("random", "oracle", "checkerboard"):
         run = train(SMALL.replace(gating=gating, epochs_dense=0), tmp_path / gating, progress=False)
