@@ -1,6 +1,5 @@
 """The repository around the package: its lock, its commands, and what its files must not hold."""
 
-import ast
 import os
 import re
 import shutil
@@ -243,13 +242,6 @@ def test_make_test_fast_leaves_out_what_takes_long(bench):
     done, log = bench("test-fast", "ARGS=-x")
     assert done.returncode == 0, done.stderr
     assert log.splitlines()[-1] == "-m pytest -m not (slow or notebook or browser or long) -x"
-
-
-def test_long_tests_are_there():
-    (table,) = re.findall(r"^LONG = (\{.*?^\})", (ROOT / "tests/conftest.py").read_text(), re.MULTILINE | re.DOTALL)
-    for path, names in ast.literal_eval(table).items():
-        defined = re.findall(r"^def (\w+)", (ROOT / "tests" / path).read_text(), re.MULTILINE)
-        assert set(names) <= set(defined), f"tests/conftest.py names tests of {path} that are gone"
 
 
 @needs_make

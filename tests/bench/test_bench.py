@@ -154,6 +154,7 @@ def test_attention_on_lengths_is_counted():
     assert flops == 2 * 2 * 4 * 16 * (9 + 25 + 4)
 
 
+@pytest.mark.long
 def test_macs_that_are_not_counted_are_an_error_that_names_both(tmp_path, monkeypatch):
     true = MSViT._macs
     monkeypatch.setattr(MSViT, "_macs", lambda *given, **named: true(*given, **named) * 1.25)
@@ -184,6 +185,7 @@ def test_peak_memory_is_what_tensors_take():
     assert timing.peak_memory(work, torch.device("cpu")) == pytest.approx(2 * 4 * (1 << 18), rel=0.01)
 
 
+@pytest.mark.long
 def test_half_of_the_regions_coarse_take_at_most_60_percent_of_the_memory():
     torch.manual_seed(0)
     vit = timm.create_model("vit_tiny_patch16_224", img_size=512).eval()
@@ -203,6 +205,7 @@ def test_the_threshold_meets_the_share(share):
     assert make_case(4, share).result.coarse.float().mean().item() == share
 
 
+@pytest.mark.long
 def test_training_steps_make_their_share_coarse_and_leave_the_model_alone():
     case = make_case(64)
     before = {name: value.clone() for name, value in case.model.state_dict().items()}
@@ -226,6 +229,7 @@ def test_a_training_step_reaches_gate_and_backbone():
 # ---- the command
 
 
+@pytest.mark.long
 def test_the_command_writes_every_file(capsys, tmp_path):
     out = tmp_path / "new" / "folder"
     rows = "dense,dense-linear,packed,g*,train*"
@@ -260,6 +264,7 @@ def test_the_command_writes_every_file(capsys, tmp_path):
     assert "gate + tokenizer" in progress
 
 
+@pytest.mark.long
 def test_scaling_varies_one_thing_at_a_time(capsys, tmp_path):
     words = ("--scaling", "--size", "64,128", "--batch", "1,4", "--repeats", 1, "--out", tmp_path)
     code, _, progress = run(capsys, *words, "--rows", "packed")
@@ -274,6 +279,7 @@ def test_scaling_varies_one_thing_at_a_time(capsys, tmp_path):
     assert (tmp_path / "scaling.png").exists()
 
 
+@pytest.mark.long
 def test_a_run_is_timed_at_its_own_threshold(capsys, tmp_path):
     small = {"train-n": 32, "val-n": 24, "batch": 16, "epochs-dense": 1, "epochs": 1, "device": "cpu"}
     words = [f"--{name}={value}" for name, value in small.items()]
@@ -302,6 +308,7 @@ def test_a_run_is_timed_at_its_own_threshold(capsys, tmp_path):
     assert (code, "24 validation pictures" in printed) == (2, True)
 
 
+@pytest.mark.long
 def test_a_row_that_cannot_be_had_says_why(capsys, tmp_path, monkeypatch):
     def refuse(*_, **__):
         def call(*_):
@@ -320,6 +327,7 @@ def test_a_row_that_cannot_be_had_says_why(capsys, tmp_path, monkeypatch):
     assert "vs_dense_compiled" not in rows["packed"]
 
 
+@pytest.mark.long
 def test_lower_precision_names_its_rows(tmp_path):
     chosen = {"rows": ("packed", "tome", "dense-linear", "train-trimmed"), "train": True, "out": str(tmp_path)}
     found = bench(BenchSettings(**FAST | chosen, dtype="bfloat16"), tell=lambda line: None)

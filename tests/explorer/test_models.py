@@ -57,6 +57,7 @@ def test_a_run_brings_its_classes_and_its_normalisation(tmp_path):
     assert "untrained" in load_model("run/dense", tmp_path).note
 
 
+@pytest.mark.long
 def test_the_demo_is_trained_once_and_anew_if_it_is_torn(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     small = {"train_n": 64, "val_n": 16, "batch": 32, "epochs_dense": 1, "epochs": 1}

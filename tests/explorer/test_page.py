@@ -125,6 +125,7 @@ def test_an_impossible_budget_is_refused(loaded, tmp_path):
         open_explorer(loaded, budget=1.5)
 
 
+@pytest.mark.long
 def test_a_classifier_beside_a_segmenter(segmenter, tmp_path):
     explorer = open_explorer(segmenter, LoadedModel.of("names", mini_model()), runs=tmp_path, out=tmp_path)
     assert "of pixels right" in explorer.rows[0].figures.value

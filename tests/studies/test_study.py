@@ -109,6 +109,7 @@ def write_run(folder, **settings):
     return path
 
 
+@pytest.mark.long
 def test_a_report_reads_finished_runs_and_is_the_same_every_time(tmp_path):
     for seed in (0, 1):
         write_run(tmp_path / "runs", seed=seed)

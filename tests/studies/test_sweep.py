@@ -17,6 +17,7 @@ def storage(tmp_path):
     return str(tmp_path / "study.db")
 
 
+@pytest.mark.long
 def test_a_sweep_goes_on_where_it_was(storage, tmp_path):
     messages = []
     for trials in (2, 3):
@@ -33,6 +34,7 @@ def test_a_sweep_goes_on_where_it_was(storage, tmp_path):
     assert len(messages) == 3
 
 
+@pytest.mark.long
 def test_a_failed_trial_is_recorded_and_does_not_stop_the_rest(storage, tmp_path, monkeypatch):
     honest = sweep.train
 
@@ -48,6 +50,7 @@ def test_a_failed_trial_is_recorded_and_does_not_stop_the_rest(storage, tmp_path
     assert sweep.table(study)["front"].tolist() == [False, True]
 
 
+@pytest.mark.long
 def test_trials_that_fall_behind_are_pruned(storage, tmp_path, monkeypatch):
     study = sweep.open_study("s", storage, "median")
     monkeypatch.setattr(type(study.pruner), "prune", lambda self, study, trial: trial.number == 1)
