@@ -41,7 +41,8 @@ class Tokens:
 
     def scatter(self, rows: Tensor | None = None) -> Tensor:
         """Return rows `[T, ...]` (by default the embeddings) on the fine grid `[B, H_f, W_f, ...]`; 0 where dropped."""
-        grid = (self.x if rows is None else rows)[self.where.clamp(min=0)]
+        rows = self.x if rows is None else rows
+        grid = rows.index_select(0, self.where.clamp(min=0).flatten()).view(*self.where.shape, *rows.shape[1:])
         kept = (self.where >= 0).view(*self.where.shape, *[1] * (grid.dim() - 3))
         return grid.where(kept, torch.zeros((), dtype=grid.dtype, device=grid.device))
 

@@ -49,7 +49,7 @@ def tokenize(
     numbers = rows % candidates.count
     seeing, pixels = candidates.pixels(rows, images, backbone.patch_size(vit))
     patches = _embed(vit, pixels, numbers[seeing] < candidates.fine.first, coarse_embed)
-    x = backbone.bases(vit, candidates)[numbers].to(patches.dtype).index_add_(0, seeing, patches)
+    x = backbone.bases(vit, candidates).index_select(0, numbers).to(patches.dtype).index_add_(0, seeing, patches)
     seats, coarse = candidates.seats(rows, len(images)), gating.decisions.detach() > 0.5
     both = both and gating.decisions.requires_grad and execution != "packed"
     return Tokens(

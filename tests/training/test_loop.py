@@ -21,7 +21,7 @@ from msvit.data.loaders import set_epoch
 from msvit.evaluation.evaluate import evaluate
 from msvit.training import runs
 from msvit.training.budget import Budget
-from msvit.training.build import build, load_data
+from msvit.training.build import build, fit_head, load_data
 from msvit.training.evaluate_run import evaluate_run
 from msvit.training.files import RunError
 from msvit.training.loop import Trainer, train
@@ -471,3 +471,23 @@ def test_settings_are_checked_with_all_gates_before_stage_one(tmp_path, monkeypa
     monkeypatch.setattr(Trainer, "run", lambda self: pytest.fail("trained"))
     with pytest.raises(RecipeError, match="the gate loss 'gbas' has no setting 'sigmas'; the nearest is 'sigma'"):
         train(SMALL.replace(loss_settings={"sigmas": 1}), tmp_path / "run", progress=False)
+
+
+@pytest.mark.parametrize("task", ["classify", "segment"])
+def test_gradients_are_the_same_in_every_run(task):
+    """With several threads and without PyTorch's deterministic mode: positions are read by many tokens at once."""
+    this = objective(Recipe(task=task, decoder="mask"))
+    if task == "segment":
+        fit_head(this.model, list("abcd"), task, this.recipe.model)
+    images, targets = torch.randn(32, 3, 64, 64), torch.randint(4, (32, 64, 64) if task == "segment" else (32,))
+    found = []
+    torch.use_deterministic_algorithms(False)
+    try:
+        for _ in range(4):
+            this.zero_grad(set_to_none=True)
+            torch.manual_seed(0)
+            this.train()(images, targets, targets[:, 0, 0] if task == "segment" else targets).loss.backward()
+            found.append({name: p.grad.clone() for name, p in this.named_parameters() if p.grad is not None})
+    finally:
+        torch.use_deterministic_algorithms(not torch.cuda.is_available())
+    assert all(same(found[0], other) for other in found[1:])
