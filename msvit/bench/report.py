@@ -82,7 +82,7 @@ def draw_figure(report: Report, folder: str | Path, tell: Callable[[str], object
         return
     try:
         from ..plots import bench as figures
-        from ..plots.runs import plt, save
+        from ..plots.style import plt, save
     except ModuleNotFoundError as error:
         tell(f"no figure: {error.name} is not installed; pip install 'msvit[notebooks]'")
         return
