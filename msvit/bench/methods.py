@@ -152,7 +152,7 @@ def run_clustering(method: str, case: Case) -> PreparedMethod:
     area, x = torch.ones(case.batch * n, device=layout.device), _random_tokens(case).flatten(0, 1)
     tokens = Tokens(x=x, activity=None, area=area, where=where, layout=layout)
     _, q, k, v = before_attention(vit.blocks[layer], x)
-    received = attend_watched(layout, q, k, v).received
+    _, received = attend_watched(layout, q, k, v)
     reducer = make_reducer("token_pooling", vit, clusters=[h * w // 2], layers=[layer], method=method)
     return PreparedMethod(_inference(reducer.after_attention, layer, tokens, received), settings=reducer.settings)
 

@@ -82,7 +82,7 @@ class BenchSettings:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value, within, choices = getattr(self, field.name), field.metadata["within"], field.metadata["choices"]
-            for one in value if _several(field) else (value,):
+            for one in value if isinstance(value, tuple) else (value,):
                 if choices:
                     one_of(field.name, one, choices, RecipeError)
                 if within:
@@ -137,7 +137,8 @@ def case_settings(settings: BenchSettings) -> Iterator[CaseSettings]:
 def add_options(parser: argparse.ArgumentParser):
     """Add an option for each setting: its comment is the help."""
     for field in dataclasses.fields(BenchSettings):
-        kind, several, choices = (get_args(field.type) or (field.type,))[0], _several(field), field.metadata["choices"]
+        kind, choices = (get_args(field.type) or (field.type,))[0], field.metadata["choices"]
+        several = isinstance(field.default, tuple)
         shown = ",".join(map(str, field.default)) if several else field.default
         about = field.metadata["about"] + ("" if shown in ("", None) or shown is False else f" (default: {shown})")
         if kind is bool:
@@ -153,10 +154,6 @@ def add_options(parser: argparse.ArgumentParser):
 def from_options(options: dict[str, Any]) -> BenchSettings:
     """Return the settings among what was typed."""
     return BenchSettings(**{field.name: options[field.name] for field in dataclasses.fields(BenchSettings)})
-
-
-def _several(field: dataclasses.Field) -> bool:
-    return isinstance(field.default, tuple)
 
 
 def _split(kind: type, text: str) -> tuple:

@@ -7,7 +7,6 @@ other in one matrix `[T, C]`, and only this file knows where a picture begins an
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -99,28 +98,21 @@ def attend(layout: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | Non
     queries = layout if len(q) == len(k) else Layout([1] * len(q), q.device)
     if not layout.uniform and not learned:
         if weight is None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-            return _attend_varlen(queries, layout, q, k, v)
+            from torch.nn.attention.varlen import varlen_attn  # packed: one kernel for pictures of any lengths
+
+            rows = (x.contiguous() for x in (q, k, v))
+            return varlen_attn(*rows, queries.ends.int(), layout.ends.int(), max(queries.lengths), max(layout.lengths))
         if not q.is_cuda:
             return _attend_each(queries, layout, q, k, v, weight)
     padded = [part.transpose(1, 2) for part in (queries.pad(q), layout.pad(k), layout.pad(v))]
     if weight is None and not layout.uniform:
         weight = torch.ones(len(k), device=k.device)
-    if weight is None:
-        out = F.scaled_dot_product_attention(*padded)
-    elif learned:
+    if learned:
         out = WeightedAttention.apply(*padded, layout.pad(weight))
     else:
-        bias = layout.pad(weight).to(q.dtype).log()[:, None, None, :]
+        bias = None if weight is None else layout.pad(weight).to(q.dtype).log()[:, None, None, :]
         out = F.scaled_dot_product_attention(*padded, attn_mask=bias)
     return queries.unpad(out.transpose(1, 2))
-
-
-def _attend_varlen(queries: Layout, layout: Layout, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attend by PyTorch's own packed attention: one kernel for pictures of any lengths."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    rows = (x.contiguous() for x in (q, k, v))
-    return varlen_attn(*rows, queries.ends.int(), layout.ends.int(), max(queries.lengths), max(layout.lengths))
 
 
 def _attend_each(queries: Layout, layout: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None) -> Tensor:
@@ -133,17 +125,13 @@ def _attend_each(queries: Layout, layout: Layout, q: Tensor, k: Tensor, v: Tenso
     return torch.cat(out)
 
 
-class Watched(NamedTuple):
-    """Attention's output `[T, H, D]`, and how much attention each row received, `[T]`, without a gradient."""
+def attend_watched(
+    layout: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attend, and add up what each row j receives from active rows i, `[T]`: the mean over the heads of sum_i A_ij.
 
-    out: Tensor
-    received: Tensor
-
-
-def attend_watched(layout: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None = None) -> Watched:
-    """Attend, and add up what each row j receives from active rows i: the mean over the heads of sum_i A_ij.
-
-    It has the MACs of attention, but is not fused: only a layer whose reducer needs the weights calls it.
+    What is received has no gradient. All has the MACs of attention, but is not fused: only a layer whose reducer needs
+    the weights calls it.
     """
     learned = weight is not None and weight.requires_grad
     out, received = [], []
@@ -154,7 +142,7 @@ def attend_watched(layout: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Tens
             out.append(part.unpad((a @ v_).transpose(1, 2)))
         a = a.detach() if count is None else a.detach() * (count > 0)[:, None, :, None]
         received.append(part.unpad(a.float().sum(2).mean(1)))
-    return Watched(attend(layout, q, k, v, weight) if learned else torch.cat(out), torch.cat(received))
+    return attend(layout, q, k, v, weight) if learned else torch.cat(out), torch.cat(received)
 
 
 @torch.no_grad()

@@ -82,26 +82,6 @@ def copy_embedding(vit: VisionTransformer) -> nn.Module:
     return nn.Sequential(linear, copy.deepcopy(vit.patch_embed.norm))
 
 
-def split_heads(block: Block, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries, keys and values `[T, H, D]` of rows `[T, C]` that have passed the block's first norm."""
-    attn = block.attn
-    q, k, v = attn.qkv(x).view(len(x), 3, attn.num_heads, attn.head_dim).unbind(1)
-    return attn.q_norm(q).to(v.dtype), attn.k_norm(k).to(v.dtype), v
-
-
-def merge_heads(block: Block, x: Tensor, heads: Tensor) -> Tensor:
-    """Return the attention branch's output from `[T, H, D]`; x is what `split_heads` was given."""
-    attn = block.attn
-    out = attn.norm(heads.flatten(1))
-    if getattr(attn, "gate", None) is not None:
-        out = out * attn.gate(x).sigmoid()
-    return block.ls1(attn.proj_drop(attn.proj(out)))
-
-
-def mlp_branch(block: Block, x: Tensor) -> Tensor:
-    return block.ls2(block.mlp(block.norm2(x)))
-
-
 def drop_path(module: nn.Module, branch: Tensor, layout: Layout) -> Tensor:
     """Drop a branch at random (stochastic depth): one draw per picture, as in timm, not one per row."""
     if isinstance(module, nn.Identity) or not module.training:
@@ -116,9 +96,8 @@ def pooled_logits(vit: VisionTransformer, tokens: Tokens) -> Tensor:
     Average pooling weighs a token by its area, so that it is the mean over the fine grid. The head is given a sequence
     on which its own pooling returns what was pooled here.
     """
-    prefix = vit.num_prefix_tokens
-    first = tokens.layout.ends[:-1, None] + torch.arange(prefix, device=tokens.x.device)
-    lead = tokens.x[first]
+    rows = tokens.layout.ends[:-1, None] + torch.arange(vit.num_prefix_tokens, device=tokens.x.device)
+    lead = tokens.x[rows]
     if vit.global_pool == "token":
         return vit.forward_head(lead)
     if vit.global_pool == "map":
@@ -154,7 +133,6 @@ def _attention_pool(vit: VisionTransformer, tokens: Tokens) -> Tensor:
     q = pool.q(pool.latent[0]).view(1, pool.num_heads, pool.head_dim)
     k, v = pool.kv(tokens.x).view(len(tokens.x), 2, pool.num_heads, pool.head_dim).unbind(1)
     q, k = pool.q_norm(q).to(v.dtype).expand(b, -1, -1), pool.k_norm(k).to(v.dtype)
-    prefix = vit.num_prefix_tokens
-    weight = tokens.activity if not prefix else _weights(vit, tokens, by_area=False)
+    weight = _weights(vit, tokens, by_area=False) if vit.num_prefix_tokens else tokens.activity
     x = pool.proj_drop(pool.proj(attend(tokens.layout, q, k, v, weight).flatten(1)))
     return x if pool.mlp is None else x + pool.mlp(pool.norm(x))

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -35,29 +34,27 @@ class Encoded(NamedTuple):
     stages: tuple[TokenStage, ...]
 
 
-class Projected(NamedTuple):
-    """What attention needs of a block's rows: normed `[T, C]`, and queries, keys and values `[T, H, D]`."""
-
-    normed: Tensor
-    q: Tensor
-    k: Tensor
-    v: Tensor
-
-
-def before_attention(block: nn.Module, x: Tensor) -> Projected:
-    """Return what attention needs of rows `[T, C]`."""
-    normed = block.norm1(x)
-    return Projected(normed, *backbone.split_heads(block, normed))
+def before_attention(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the normed rows `[T, C]`, and their queries, keys and values `[T, H, D]`."""
+    attn, normed = block.attn, block.norm1(x)
+    q, k, v = attn.qkv(normed).view(len(x), 3, attn.num_heads, attn.head_dim).unbind(1)
+    return normed, attn.q_norm(q).to(v.dtype), attn.k_norm(k).to(v.dtype), v
 
 
 def after_attention(block: nn.Module, x: Tensor, normed: Tensor, heads: Tensor, layout: Layout) -> Tensor:
-    """Return the rows with attention's branch added."""
-    return x + backbone.drop_path(block.drop_path1, backbone.merge_heads(block, normed, heads), layout)
+    """Return the rows with attention's branch added, which is made of its output `[T, H, D]`."""
+    attn = block.attn
+    out = attn.norm(heads.flatten(1))
+    if getattr(attn, "gate", None) is not None:
+        out = out * attn.gate(normed).sigmoid()
+    branch = block.ls1(attn.proj_drop(attn.proj(out)))
+    return x + backbone.drop_path(block.drop_path1, branch, layout)
 
 
 def mlp(block: nn.Module, x: Tensor, layout: Layout) -> Tensor:
     """Return the rows with the MLP's branch added."""
-    return x + backbone.drop_path(block.drop_path2, by_rows(partial(backbone.mlp_branch, block), x), layout)
+    branch = by_rows(lambda rows: block.ls2(block.mlp(block.norm2(rows))), x)
+    return x + backbone.drop_path(block.drop_path2, branch, layout)
 
 
 class Steps(NamedTuple):

@@ -69,10 +69,8 @@ class Candidates:
 
     def areas(self, device: torch.device) -> Tensor:
         """Return how many fine patches each candidate covers, `[N]`; 0 for prefix tokens."""
-        area = torch.zeros(self.count, device=device)
-        for level in self.levels:
-            area[level.first : level.first + level.count] = level.side**2
-        return area
+        covered = [torch.full((level.count,), float(level.side**2), device=device) for level in self.levels]
+        return torch.cat([torch.zeros(self.prefix, device=device), *covered])
 
     def positions(self, prefix: Tensor, fine: Tensor) -> Tensor:
         """Return `[N, C]` from the prefix tokens `[P, C]` and the fine positions; a larger token has their mean."""
@@ -126,24 +124,12 @@ class Candidates:
         return seats.view(pictures, self.count)
 
 
-class Chosen(NamedTuple):
-    """Candidates that an execution takes along: their numbers, counted over all pictures, and how many of each one."""
-
-    rows: Tensor
-    lengths: list[int]
+def choose_active(active: Tensor) -> tuple[Tensor, list[int]]:
+    """Return the numbers of active candidates `[B, N]`, counted over all pictures, and how many each picture has."""
+    return active.flatten().nonzero()[:, 0], active.sum(1).tolist()
 
 
-def choose_all(active: Tensor) -> Chosen:
-    """Choose every candidate of every picture: masked execution."""
-    return Chosen(torch.arange(active.numel(), device=active.device), [active.shape[1]] * len(active))
-
-
-def choose_active(active: Tensor) -> Chosen:
-    """Choose the active candidates `[B, N]` alone: packed execution."""
-    return Chosen(active.flatten().nonzero()[:, 0], active.sum(1).tolist())
-
-
-def choose_trimmed(active: Tensor, soft: Tensor, margin: float) -> Chosen:
+def choose_trimmed(active: Tensor, soft: Tensor, margin: float) -> tuple[Tensor, list[int]]:
     """Choose active candidates, and inactive ones of a soft activity `[B, N]` of `margin` or more: trimmed execution.
 
     The gate's gradient is only lost where an inactive token is left out, and there it has the factor m (1 - m) of the

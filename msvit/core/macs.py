@@ -29,9 +29,8 @@ def classifier_macs(vit: nn.Module, tokens: Tensor) -> Tensor:
     if vit.attn_pool is None:
         return macs
     pool = vit.attn_pool
-    once = linear_macs(pool) - linear_macs(pool.kv)
     # The latent query is the same for every picture: its projection is computed once a batch and not counted.
-    once -= linear_macs(pool.q)
+    once = linear_macs(pool) - linear_macs(pool.kv) - linear_macs(pool.q)
     return macs + once + tokens * (linear_macs(pool.kv) + 2 * pool.num_heads * pool.head_dim)
 
 

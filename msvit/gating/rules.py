@@ -12,7 +12,7 @@ import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from ..checks import known_settings, one_of
+from ..checks import in_interval, known_settings, one_of
 from ..core.tokens import patchify
 
 
@@ -57,17 +57,14 @@ class Static(Rule):
         if fixed is not None and rate not in (None, fixed):
             raise ValueError(f"rate={rate}: a {kind} mask has the rate {fixed:g}; use centre, border or random")
         rate = fixed if fixed is not None else 0.5 if rate is None else rate
-        if not 0 <= rate <= 1:
-            raise ValueError(f"rate={rate}: the share of coarse regions lies in [0, 1]")
+        in_interval("rate", rate, "[0, 1]")
         self.kind, self.rate, self.seed = kind, rate, seed
 
     def score(self, images: Tensor, grid: tuple[int, int]) -> Scores:
         b, (h, w), device = len(images), grid, images.device
         y, x = torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij")
-        if self.kind == "random" and self.training:
-            order = torch.rand(b, h * w, device=device)
-        elif self.kind == "random":
-            order = shuffled(images, h * w, self.seed)
+        if self.kind == "random":
+            order = torch.rand(b, h * w, device=device) if self.training else shuffled(images, h * w, self.seed)
         elif self.kind == "checkerboard":
             order = ((y + x) % 2).flatten().expand(b, -1)
         else:
@@ -108,8 +105,7 @@ class Entropy(Rule):
         std: tuple[float, ...] = IMAGENET_DEFAULT_STD,
     ):
         super().__init__()
-        if not 0 <= bits <= 8:
-            raise ValueError(f"bits={bits}: the entropy of 256 grey values lies in [0, 8]; use 5")
+        in_interval("bits", bits, "[0, 8]")
         if scales not in (2, 3):
             raise ValueError(f"scales={scales}: use 2 (fine and coarse) or 3 (blocks of coarse ones too)")
         self.bits, self.scales, self.gap = bits, scales, gap
@@ -159,14 +155,6 @@ def _mix(x: Tensor) -> Tensor:
     for factor in (-4658895280553007687, -7723592293110705685):  # odd, with bits as if tossed
         x = (x ^ (x >> 29)) * factor
     return x ^ (x >> 32)
-
-
-def oracle(objects: Tensor, patch: int) -> Tensor:
-    """Return the coarse regions `[B, h, w]` of an oracle: those without a pixel of `objects` (bool `[B, H, W]`)."""
-    b, height, width = objects.shape
-    if height % patch or width % patch:
-        raise ValueError(f"masks of {height} x {width} px are no whole number of coarse patches of {patch} px")
-    return ~objects.view(b, height // patch, patch, width // patch, patch).any(4).any(2)
 
 
 RULES = {"entropy": Entropy, **{kind: partial(Static, kind) for kind in Static.KINDS}}

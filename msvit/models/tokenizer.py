@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..core import backbone
 from ..core.attention import Layout
-from ..core.candidates import Candidates, Chosen, choose_active, choose_all, choose_trimmed
+from ..core.candidates import Candidates, choose_active, choose_trimmed
 from ..core.tokens import Tokens
 
 EXECUTIONS = ("masked", "trimmed", "packed")
@@ -62,13 +62,15 @@ def tokenize(
     )
 
 
-def _choose(candidates: Candidates, activity: Tensor, gating: Gating, execution: str, margin: float) -> Chosen:
-    """Return the candidates that an execution takes along, from the activity `[B, N]` of all."""
+def _choose(
+    candidates: Candidates, activity: Tensor, gating: Gating, execution: str, margin: float
+) -> tuple[Tensor, list[int]]:
+    """Return the candidates that an execution takes along, counted over all pictures, and how many of each one."""
     active = activity.detach() > 0.5
     if execution == "packed":
         return choose_active(active)
     if execution == "masked":
-        return choose_all(active)
+        return torch.arange(active.numel(), device=active.device), [active.shape[1]] * len(active)
     # Inactive tokens are there for their gradient.
     margin = margin if gating.decisions.requires_grad else 1.0
     return choose_trimmed(active, candidates.activity(gating.soft.detach(), gating.blocks), margin)

@@ -34,7 +34,7 @@ class Reducer(nn.Module):
     activity of merged tokens is the weighted mean of theirs.
 
     Attributes:
-        layers: Blocks at which it acts.
+        layers: Blocks at which it acts, sorted; by default those at a quarter, half and three quarters of the depth.
         lossless: Whether every pixel still has a token afterwards, as dense tasks need.
         adaptive: Whether how many tokens are left depends on the picture, and so do the MACs.
         needs: What of the block's attention `reduce` is given as `seen`: None, "received" (`[T]`, the attention that a
@@ -52,7 +52,12 @@ class Reducer(nn.Module):
         super().__init__()
         self.prefix, self.width, self.depth = vit.num_prefix_tokens, vit.embed_dim, len(vit.blocks)
         self.patches = vit.patch_embed.num_patches
-        self.layers = check_layers(layers, self.depth)
+        layers = {self.depth * part // 4 for part in (1, 2, 3)} if layers is None else list(layers)
+        if bad := [i for i in layers if not isinstance(i, int) or not 0 <= i < self.depth]:
+            raise ValueError(f"layer {bad[0]!r} is out of range; the backbone has blocks 0 to {self.depth - 1}")
+        if len(set(layers)) < len(layers):
+            raise ValueError(f"layers={layers} names a block twice; a reducer acts once in a block")
+        self.layers = tuple(sorted(layers))
 
     def before_block(self, layer: int, tokens: Tokens) -> Tokens:
         """Return the tokens that enter a block."""
@@ -132,18 +137,6 @@ class Keeping(Reducer):
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, keep={list(self.keep.values())}"
-
-
-def check_layers(layers: Sequence[int] | None, depth: int) -> tuple[int, ...]:
-    """Return sorted block numbers; by default those at a quarter, half and three quarters of the depth."""
-    if layers is None:
-        return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
-    layers = list(layers)
-    if bad := [i for i in layers if not isinstance(i, int) or not 0 <= i < depth]:
-        raise ValueError(f"layer {bad[0]!r} is out of range; the backbone has blocks 0 to {depth - 1}")
-    if len(set(layers)) < len(layers):
-        raise ValueError(f"layers={layers} names a block twice; a reducer acts once in a block")
-    return tuple(sorted(layers))
 
 
 def check_lossless(reducer: Reducer | None):

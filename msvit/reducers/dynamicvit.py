@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import in_interval
 from ..core.attention import Layout
+from ..core.macs import linear_macs
 from ..core.sampling import add_logistic_noise, straight_through
 from ..core.tokens import Tokens
-from .base import Keeping, Teacher, patch_rows
+from .base import Keeping, Reducer, Teacher, patch_rows
 
 
 class Predictor(nn.Module):
@@ -66,8 +68,8 @@ class DynamicViT(Keeping):
         token_weight: float = 0.5,
     ):
         super().__init__(vit, keep, layers)
-        if threshold is not None and not 0 < threshold < 1:
-            raise ValueError(f"threshold={threshold}: a probability of being kept, in (0, 1), such as 0.5")
+        if threshold is not None:
+            in_interval("threshold", threshold, "(0, 1)")
         self.threshold, self.adaptive = threshold, threshold is not None
         self.needs_teacher = kl_weight > 0 or token_weight > 0
         self.weights = {"ratio": ratio_weight, "kl": kl_weight, "tokens": token_weight}
@@ -112,9 +114,7 @@ class DynamicViT(Keeping):
         return layout.unpad(torch.zeros_like(first).scatter(1, order, first)).to(logits.dtype)
 
     def count(self, layer: int, tokens: Tensor) -> Tensor:
-        if self.threshold is not None:
-            raise ValueError("with a threshold every picture keeps its own number; run the model and read Result.macs")
-        return super().count(layer, tokens)
+        return Reducer.count(self, layer, tokens) if self.adaptive else super().count(layer, tokens)
 
     def counts(self, layer: int, tokens: Tensor) -> tuple[Tensor, Tensor]:
         kept = self.count(layer, tokens)
@@ -123,8 +123,7 @@ class DynamicViT(Keeping):
     def macs(self, layer: int, tokens: Tensor) -> Tensor:
         if self.threshold is None and self.keep[layer] == 1:
             return torch.zeros_like(tokens)
-        linear = [m for m in self.predictors[str(layer)].modules() if isinstance(m, nn.Linear)]
-        return (tokens - self.prefix) * sum(m.weight.numel() for m in linear)
+        return (tokens - self.prefix) * linear_macs(self.predictors[str(layer)])
 
     def loss(self, result, teacher: Teacher | None = None) -> dict[str, Tensor]:
         first, *stages = [stage.kept for stage in result.stages]

@@ -27,33 +27,30 @@ class Method(NamedTuple):
 
     kind: str
     paper: str
-    learned: str
-    cost: str
-    tasks: str
+    learned: str = "nothing"
+    cost: str = "nothing"
+    tasks: str = "classification, dense"
 
 
-BOTH, CLASSES = "classification, dense", "classification"
-FUSED = "classification; dense only with one label for all fused pixels"
+CLASSES, FUSED = "classification", "classification; dense only with one label for all fused pixels"
 METHODS = {
-    "gate": Method("gate", "MSViT, Havtorn et al. 2023", "gate, priors of GBaS", "an MLP on each coarse patch", BOTH),
-    "entropy": Method("rule", "APT, Choudhury et al. 2025", "nothing", "a histogram of each coarse patch", BOTH),
-    "fine": Method("rule", "the dense model", "nothing", "nothing", BOTH),
-    "coarse": Method("rule", "the dense model at half resolution", "nothing", "nothing", BOTH),
-    "centre": Method("rule", "baseline: fine in the middle", "nothing", "nothing", BOTH),
-    "border": Method("rule", "baseline: fine at the border", "nothing", "nothing", BOTH),
-    "checkerboard": Method("rule", "baseline: every other region", "nothing", "nothing", BOTH),
-    "random": Method("rule", "baseline: regions at random", "nothing", "nothing", BOTH),
+    "gate": Method("gate", "MSViT, Havtorn et al. 2023", "gate, priors of GBaS", "an MLP on each coarse patch"),
+    "entropy": Method("rule", "APT, Choudhury et al. 2025", cost="a histogram of each coarse patch"),
+    "fine": Method("rule", "the dense model"),
+    "coarse": Method("rule", "the dense model at half resolution"),
+    "centre": Method("rule", "baseline: fine in the middle"),
+    "border": Method("rule", "baseline: fine at the border"),
+    "checkerboard": Method("rule", "baseline: every other region"),
+    "random": Method("rule", "baseline: regions at random"),
     "dynamicvit": Method("reducer", "Rao et al. 2021", "a predictor per stage", "predictors", CLASSES),
-    "token_pooling": Method(
-        "reducer", "Marin et al. 2021", "nothing", "unfused attention and clustering at its layers", BOTH
-    ),
+    "token_pooling": Method("reducer", "Marin et al. 2021", cost="unfused attention and clustering at its layers"),
     "power_bert": Method(
-        "reducer", "PoWER-BERT, Goyal et al. 2020", "nothing", "unfused attention at its layers", CLASSES
+        "reducer", "PoWER-BERT, Goyal et al. 2020", cost="unfused attention at its layers", tasks=CLASSES
     ),
-    "grid": Method("reducer", "baseline: strided average", "nothing", "nothing", BOTH),
-    "random_pruning": Method("reducer", "baseline: tokens at random", "nothing", "nothing", CLASSES),
-    "evit": Method("reducer", "Liang et al. 2022", "nothing", "one more query at its layers", FUSED),
-    "tome": Method("reducer", "Bolya et al. 2023", "nothing", "similarities in every block", BOTH),
+    "grid": Method("reducer", "baseline: strided average"),
+    "random_pruning": Method("reducer", "baseline: tokens at random", tasks=CLASSES),
+    "evit": Method("reducer", "Liang et al. 2022", cost="one more query at its layers", tasks=FUSED),
+    "tome": Method("reducer", "Bolya et al. 2023", cost="similarities in every block"),
 }
 REDUCERS = {
     "dynamicvit": DynamicViT,

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +11,6 @@ from ..checks import one_of
 from ..core.attention import Layout
 from ..core.tokens import Tokens
 from .base import Keeping, merge
-
-ALGORITHMS = ("kmeans", "kmedoids")
 
 
 class TokenPooling(Keeping):
@@ -78,45 +75,31 @@ class TokenPooling(Keeping):
         device = seen.device
         significance = layout.pad(seen.clamp(min=1e-12))[:, self.prefix :]
         counts = torch.tensor(lengths, device=device) - self.prefix
-        start = most_significant(significance, counts, max(lengths) - self.prefix)
+        most, n = max(lengths) - self.prefix, significance.shape[1]
+        beyond = torch.arange(most, device=device) >= counts[:, None]
+        # The most significant, in the picture's order; of equals, the first. What is beyond `counts` means nothing.
+        order = significance.sort(dim=1, descending=True, stable=True).indices[:, :most]
+        start = order.masked_fill(beyond, n).sort(1).values.clamp(max=n - 1)
         weight = significance if self.weighted else (significance > 0).to(significance.dtype)
         x = layout.pad(tokens.x.detach())[:, self.prefix :]
-        solve = kmeans if self.method == "kmeans" else kmedoids
-        every = min(lengths) == max(lengths)
-        beyond = None if every else torch.arange(start.shape[1], device=device) >= counts[:, None]
-        found = solve(x, weight, start, beyond, self.iterations)
+        beyond = None if min(lengths) == max(lengths) else beyond
+        assignment, centre = ALGORITHMS[self.method](x, weight, start, beyond, self.iterations)
 
         lead = torch.arange(self.prefix, device=device).expand(len(x), -1)
-        local = torch.cat([lead, found.assignment + self.prefix], 1)
+        local = torch.cat([lead, assignment + self.prefix], 1)
         into = layout.unpad(local) + Layout(lengths, device).ends[layout.picture]
-        seeds = torch.cat([lead, found.centre + self.prefix], 1) + layout.ends[:-1, None]
+        seeds = torch.cat([lead, centre + self.prefix], 1) + layout.ends[:-1, None]
         seeds = seeds.flatten() if beyond is None else seeds[~F.pad(beyond, (self.prefix, 0))]
         weight = F.pad(weight, (self.prefix, 0), value=1)
         merged = merge(tokens, into, lengths, layout.unpad(weight), seeds=seeds)
         return replace(merged, x=tokens.x[seeds]) if self.method == "kmedoids" else merged
 
 
-class Clusters(NamedTuple):
-    """The cluster of each token, `[B, N]`, and for each one a token, `[B, K]`: its medoid, or where a mean began."""
-
-    assignment: Tensor
-    centre: Tensor
-
-
-def most_significant(significance: Tensor, counts: Tensor, most: int) -> Tensor:
-    """Return each picture's `counts` most significant tokens, `[B, most]`, in its order; of equals, the first.
-
-    Behind `counts` stand token numbers without a meaning.
-    """
-    n = significance.shape[1]
-    order = significance.sort(dim=1, descending=True, stable=True).indices[:, :most]
-    there = torch.arange(most, device=order.device) < counts[:, None]
-    return order.where(there, n).sort(1).values.clamp(max=n - 1)
-
-
 @torch.no_grad()
-def kmeans(x: Tensor, weight: Tensor, start: Tensor, beyond: Tensor | None, iterations: int) -> Clusters:
-    """Cluster by weighted K-means `[B, N, C]`, all pictures at once. Of equally near centres the first has the token.
+def kmeans(x: Tensor, weight: Tensor, start: Tensor, beyond: Tensor | None, iterations: int) -> tuple[Tensor, Tensor]:
+    """Cluster x `[B, N, C]` by weighted K-means, all pictures at once: each token's cluster `[B, N]`, and `start`.
+
+    Of equally near centres the first has the token.
 
     A centre is a mean of its tokens, c_k = sum_i M_ki x_i, so that all distances follow from sums of the products
     G_ij = x_i . x_j, which are computed once:  |x_j - c_k|² = G_jj - 2 (M G)_kj + sum_i M_ki (M G)_ki.
@@ -141,7 +124,7 @@ def kmeans(x: Tensor, weight: Tensor, start: Tensor, beyond: Tensor | None, iter
         norm = _sums(weight * own, assignment, clusters) / share
         found = total > 0
         assignment = _nearest(inner.where(found[..., None], first), norm.where(found, first_norm), beyond)
-    return Clusters(assignment, start)
+    return assignment, start
 
 
 def _sums(values: Tensor, assignment: Tensor, clusters: int) -> Tensor:
@@ -153,8 +136,8 @@ def _sums(values: Tensor, assignment: Tensor, clusters: int) -> Tensor:
 
 
 @torch.no_grad()
-def kmedoids(x: Tensor, weight: Tensor, start: Tensor, beyond: Tensor | None, iterations: int) -> Clusters:
-    """Cluster by weighted K-medoids, with the arguments of `kmeans`.
+def kmedoids(x: Tensor, weight: Tensor, start: Tensor, beyond: Tensor | None, iterations: int) -> tuple[Tensor, Tensor]:
+    """Cluster by weighted K-medoids, with the arguments of `kmeans`: each token's cluster, and the medoids `[B, K]`.
 
     A cluster's centre is that of its tokens whose weighted sum of squared distances to the others is smallest, the
     first of equals. The last assignment is to the last medoids.
@@ -177,7 +160,7 @@ def kmedoids(x: Tensor, weight: Tensor, start: Tensor, beyond: Tensor | None, it
         medoid = cost[:, None].expand_as(member).masked_fill(~member, torch.inf).argmin(2)
         centre = torch.where(member.any(2), medoid, centre)
         assignment = nearest()
-    return Clusters(assignment, centre)
+    return assignment, centre
 
 
 def _products(x: Tensor) -> Tensor:
@@ -196,3 +179,6 @@ def _first_nearest(distance: Tensor, beyond: Tensor | None) -> Tensor:
     """Return the centre `[B, N]` of the smallest distance `[B, K, N]`, the first of equals, but for those beyond."""
     distance = distance if beyond is None else distance.masked_fill(beyond[..., None], torch.inf)
     return distance.min(1).indices  # many times as fast on a CPU as argmin
+
+
+ALGORITHMS = {"kmeans": kmeans, "kmedoids": kmedoids}

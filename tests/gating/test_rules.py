@@ -8,7 +8,7 @@ import torch
 
 import msvit
 from msvit.data.scenes import Scenes
-from msvit.gating.rules import RULES, Entropy, Rule, Static, make_rule, oracle
+from msvit.gating.rules import RULES, Entropy, Rule, Static, make_rule
 from msvit.models.msvit import EXECUTIONS
 
 
@@ -173,18 +173,6 @@ class TestEntropy:
         assert model.run(images).macs.mean().item() / model.dense_macs((64, 64)) == pytest.approx(share, abs=1e-9)
 
 
-def test_the_oracle_is_coarse_where_no_object_is():
-    scenes = Scenes(16, difficulty="middle")
-    masks = torch.from_numpy(scenes.masks(range(16)))
-    objects = (masks > 0) & (masks < 9)
-    coarse = oracle(objects, 16)
-    for b in range(16):
-        for r in range(4):
-            for c in range(4):
-                assert coarse[b, r, c] == (not objects[b, 16 * r : 16 * r + 16, 16 * c : 16 * c + 16].any())
-    assert torch.equal(coarse, ~torch.from_numpy(scenes.object_regions(range(16), 16)))
-
-
 @pytest.mark.parametrize("name", RULES)
 @pytest.mark.long
 def test_every_rule_runs_trains_and_is_saved(tmp_path, name):
@@ -239,7 +227,3 @@ class TestBadInput:
     def test_calibrating_what_has_no_threshold(self, tiny_vit):
         with pytest.raises(ValueError, match="no threshold to calibrate"):
             msvit.MSViT(tiny_vit, gate=make_rule("border")).calibrate([torch.rand(2, 3, 64, 64)])
-
-    def test_the_size_of_an_oracles_mask(self):
-        with pytest.raises(ValueError, match="16 px"):
-            oracle(torch.zeros(1, 20, 32, dtype=torch.bool), 16)

@@ -282,8 +282,8 @@ def test_attention_that_is_watched_is_attention(weighted):
         weight = torch.randint(0, 3, (sum(lengths),)).double() if weighted else None
         if weighted:
             weight[layout.ends[:-1]] = 1.0
-        watched = attend_watched(layout, q, k, v, weight)
-        torch.testing.assert_close(watched.out, attend(layout, q, k, v, weight))
+        out, seen = attend_watched(layout, q, k, v, weight)
+        torch.testing.assert_close(out, attend(layout, q, k, v, weight))
         received, given = torch.zeros(2, sum(lengths), dtype=torch.float64)
         for first, last in zip(layout.ends.tolist()[:-1], layout.ends.tolist()[1:], strict=True):
             for i in range(first, last):
@@ -295,7 +295,7 @@ def test_attention_that_is_watched_is_attention(weighted):
                             received[j] += e[j - first] / sum(e) / 2
                         if i == first:
                             given[j] += e[j - first] / sum(e) / 2
-        torch.testing.assert_close(watched.received, received.float(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(seen, received.float(), rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(attention_of_first(layout, q, k, weight), given.float(), rtol=1e-5, atol=1e-6)
 
 
