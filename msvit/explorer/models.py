@@ -76,11 +76,6 @@ class LoadedModel:
         return self.model.head.dense
 
     @property
-    def closed_form(self) -> bool:
-        """Whether MACs follow from the number of coarse regions alone, which a reducer can prevent."""
-        return self.model.reducer is None or not self.model.reducer.adaptive
-
-    @property
     def size(self) -> tuple[int, int]:
         """Height and width of its pictures: those of the backbone, cut to whole coarse patches."""
         return tuple(side - side % self.model.coarse_patch for side in self.model.vit.patch_embed.img_size)
