@@ -101,7 +101,10 @@ class Trainer:
         self.budget = choose_gate(self.model, recipe, self.loaders)
         self.objects = {name: object_finder(getattr(self.loaders, name)) for name in ("train", "val")}
         if recipe.training.epochs:
-            self._objective(Gated)
+            try:
+                Gated(self.model, recipe, self.budget, self.objects)
+            except ValueError as error:
+                raise RecipeError(str(error)) from error
         self.model.to(accelerator.device)
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.train_loader, self.val_loader = accelerator.prepare(self.loaders.train, self.loaders.val)
@@ -127,8 +130,8 @@ class Trainer:
                 accelerator.free_memory()
                 for parameter in self.trainable:
                     parameter.requires_grad_(True)  # the stage before may have frozen some
-                objective = self._objective(kind)
-                stage = Stage(name, first, epochs, self.loaders.steps, objective, training, accelerator, self.mixup)
+                objective = kind(self.model, self.recipe, self.budget, self.objects)
+                stage = Stage(name, first, epochs, self.loaders.steps, objective, accelerator, self.mixup)
                 if len(self.history) > first:
                     stage.load_state_dict(state)
                 for epoch in range(len(self.history), stage.last):
@@ -137,12 +140,6 @@ class Trainer:
         if accelerator.is_main_process:
             self.records.save_model(self.model)
             self.records.finish(self._summary())
-
-    def _objective(self, kind: type[Objective]) -> Objective:
-        try:
-            return kind(self.model, self.recipe, self.budget, self.objects)
-        except ValueError as error:
-            raise RecipeError(str(error)) from error
 
     def _epoch(self, stage: Stage, epoch: int):
         """Train and evaluate for an epoch, and make both durable."""
@@ -210,8 +207,7 @@ class Trainer:
     def _failure(self, stage: Stage, epoch: int, step: int, seen: dict[str, float], batch) -> RunError:
         """Return the error of a run whose loss or gradient is no number any more."""
         names = self.loaders.names("train", batch.indices)
-        finite = batch.images.flatten(1).isfinite().all(1).tolist()
-        bad = [name for name, ok in zip(names, finite, strict=True) if not ok]
+        bad = list(itertools.compress(names, (~batch.images.flatten(1).isfinite().all(1)).tolist()))
         what = ", ".join(f"{name} is {value}" for name, value in seen.items() if not math.isfinite(value))
         where = f"step {step + 1} of epoch {epoch + 1} ({stage.name})"
         if self.accelerator.is_main_process:
@@ -225,13 +221,11 @@ class Trainer:
         )
 
     def _summary(self) -> dict[str, Any]:
-        last, dense = self.history[-1], [line for line in self.history if line["stage"] == "dense"]
+        last = self.history[-1]
+        dense = next((line for line in reversed(self.history) if line["stage"] == "dense"), {})
         summary = {name.removeprefix("val_"): value for name, value in last.items() if name.startswith("val_")}
-        for name in ("accuracy", "miou"):
-            if dense and f"val_{name}" in dense[-1]:
-                summary[f"dense_{name}"] = dense[-1][f"val_{name}"]
-        summary |= {"dense_macs": self.budget.dense, "threshold": self.model.threshold}
-        summary["classes"] = self.loaders.classes
+        summary |= {f"dense_{name}": dense[f"val_{name}"] for name in ("accuracy", "miou") if f"val_{name}" in dense}
+        summary |= {"dense_macs": self.budget.dense, "threshold": self.model.threshold, "classes": self.loaders.classes}
         summary["parameters"] = sum(p.numel() for p in self.model.parameters())
         return summary | {"trained_epochs": len(self.history), "seconds": sum(line["seconds"] for line in self.history)}
 
