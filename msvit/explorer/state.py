@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torchvision.transforms.functional as TF
 from torch import Tensor
 
 from ..core.macs import gate_macs
@@ -196,7 +197,7 @@ def shares_of(labels: np.ndarray, classes: int) -> np.ndarray:
 @torch.inference_mode()
 def run_gate(loaded: LoadedModel, picture: Picture) -> GatedPicture:
     """Run a model's gate on a picture."""
-    pixels, model = loaded.normalise(picture.image), loaded.model
+    pixels, model = TF.normalize(TF.to_tensor(picture.image), loaded.mean, loaded.std)[None], loaded.model
     model.run(pixels)  # the first call of a size is slower than all later ones
     gating, ms = fastest_call(lambda: model.decide(pixels))
     scores = None if gating.scores is None else gating.scores[0].numpy()
