@@ -77,8 +77,7 @@ def _eval(arguments: argparse.Namespace):
 
     found = evaluate_run(arguments.run, arguments.macs, arguments.threshold, **_settings(arguments))
     width = max(map(len, found))
-    shown = {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in found.items()}
-    lines = [f"{name:{width}} {value}" for name, value in shown.items()]
+    lines = [f"{k:{width}} {f'{v:.4f}' if isinstance(v, float) else v}" for k, v in found.items()]
     _put(found, "\n".join(lines), arguments.json)
 
 

@@ -15,8 +15,8 @@ class Subset(Dataset):
     """Some pictures of a data set, which keep their numbers and names. Keys are epoch * n + i, as from samplers."""
 
     def __init__(self, data: Dataset, indices: np.ndarray):
-        self.data, self.indices, self.name, self.unreadable = data, indices, data.name, data.unreadable
-        self.scenes = getattr(data, "scenes", None)
+        self.data, self.indices, self.name = data, indices, data.name
+        self.scenes, self.unreadable = getattr(data, "scenes", None), getattr(data, "unreadable", list)
 
     def __len__(self) -> int:
         return len(self.indices)

@@ -174,10 +174,6 @@ class Stream(IterableDataset):
         """Return a running number: streams do not tell their files."""
         return f"{self.label}, picture {i} of the stream"
 
-    def unreadable(self) -> list[Unreadable]:
-        """Return nothing: what timm's reader skips it only logs, and the rest ends the run."""
-        return []
-
 
 def open_sources(data: str, batches: tuple[int, int], seed: int, workers: int) -> tuple[Dataset, Dataset, list[str]]:
     """Open "folder:ROOT", "tar:ROOT" or "NAME:ROOT" with a name for timm's `create_dataset`.

@@ -74,8 +74,11 @@ class Loaders:
         return [self._data(split).name(i if i >= 0 else ~i) for i in map(int, indices)]
 
     def unreadable(self, split: str) -> list[Unreadable]:
-        """Return the files of a split that could not be read so far, by this process and its workers."""
-        return self._data(split).unreadable()
+        """Return the files of a split that could not be read so far, by this process and its workers.
+
+        Scenes are computed, and what timm's readers skip in a stream they only log: of these there are none.
+        """
+        return getattr(self._data(split), "unreadable", list)()
 
     def _data(self, split: str) -> Dataset:
         return getattr(self, one_of("split", split, ("train", "val"))).dataset
@@ -130,10 +133,6 @@ class BuiltIn(Dataset):
 
     def __getitem__(self, key: int) -> tuple[torch.Tensor, ...]:
         return tuple(column[0] for column in self.__getitems__([key]))
-
-    def unreadable(self) -> list[Unreadable]:
-        """Return nothing: a scene is computed."""
-        return []
 
 
 def collate(samples: tuple | list[tuple]) -> Batch:

@@ -81,20 +81,8 @@ class Labelled(Pictures):
             return to_rgb(image), np.asarray(values, np.int64)
 
     def _prepare(self, image: Image.Image, target: np.ndarray, i: int) -> tuple[Tensor, Tensor]:
-        labels = self.source[self.order[i]][1]
-        if target.shape != image.size[::-1]:
-            raise ValueError(
-                f"{labels} has shape {target.shape}, its picture {self.name(i)} is {image.size[::-1]}; a label map "
-                f"holds one number for each pixel of the upright picture"
-            )
-        codes = np.where((target >= 0) & (target < 256), self.meaning[target & 255], -1)
-        if (codes < 0).any():
-            wrong = np.unique(target[codes < 0]).tolist()
-            known = np.flatnonzero(self.meaning >= 0).tolist()
-            raise ValueError(
-                f"{labels} holds the values {wrong[:8]}; known are {known[0]}..{known[-2]} and {IGNORE} (ignored)"
-            )
-        both = tv_tensors.Image(image), tv_tensors.Mask(codes.astype(np.uint8))
+        codes = classes_of(target, self.meaning, image, *map(str, self.source[self.order[i]]))
+        both = tv_tensors.Image(image), tv_tensors.Mask(codes)
         if self.short:
             both = tuple(T.functional.resize(x, [self.short]) for x in both)
         height, width = both[0].shape[-2:]
@@ -105,6 +93,22 @@ class Labelled(Pictures):
             )
         picture, mask = self.transform(*both)
         return picture.as_subclass(Tensor), mask.as_subclass(Tensor)
+
+
+def classes_of(values: np.ndarray, meaning: np.ndarray, image: Image.Image, picture: str, labels: str) -> np.ndarray:
+    """Return the classes that a label map's values mean, uint8; `picture` and `labels` are the files, for messages."""
+    if values.shape != image.size[::-1]:
+        raise ValueError(
+            f"{labels} has shape {values.shape}, its picture {picture} is {image.size[::-1]}; a label map "
+            f"holds one number for each pixel of the upright picture"
+        )
+    codes = np.where((values >= 0) & (values < 256), meaning[values & 255], -1)
+    if (codes < 0).any():
+        wrong, known = np.unique(values[codes < 0]).tolist(), np.flatnonzero(meaning >= 0).tolist()
+        raise ValueError(
+            f"{labels} holds the values {wrong[:8]}; known are {known[0]}..{known[-2]} and {IGNORE} (ignored)"
+        )
+    return codes.astype(np.uint8)
 
 
 def collate_padded(samples: Batch | list[tuple]) -> Batch:

@@ -12,8 +12,6 @@ from typing import Any
 
 import timm
 import torch
-import torchvision.transforms.functional as TF
-from PIL import Image
 from safetensors import SafetensorError
 from timm.data import ImageNetInfo, resolve_model_data_config
 
@@ -76,11 +74,6 @@ class LoadedModel:
         return self.model.head.dense
 
     @property
-    def closed_form(self) -> bool:
-        """Whether MACs follow from the number of coarse regions alone, which a reducer can prevent."""
-        return self.model.reducer is None or not self.model.reducer.adaptive
-
-    @property
     def size(self) -> tuple[int, int]:
         """Height and width of its pictures: those of the backbone, cut to whole coarse patches."""
         return tuple(side - side % self.model.coarse_patch for side in self.model.vit.patch_embed.img_size)
@@ -92,10 +85,6 @@ class LoadedModel:
         with torch.inference_mode(), fast_linear(self.model.fast_cpu):
             run_dense(self.model, pixels)  # the first call is slower than all later ones
             return fastest_call(lambda: run_dense(self.model, pixels))[1]
-
-    def normalise(self, image: Image.Image) -> torch.Tensor:
-        """Return `[1, 3, H, W]` as the backbone wants it."""
-        return TF.normalize(TF.to_tensor(image), self.mean, self.std)[None]
 
 
 def fastest_call(function: Callable[[], Any], patience: float = 40.0) -> tuple[Any, float]:

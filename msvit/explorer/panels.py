@@ -79,11 +79,6 @@ def grid_panel(state: State) -> Image.Image:
     return Image.alpha_composite(panel.convert("RGBA"), veil).convert("RGB")
 
 
-def pixels_panel(state: State) -> Image.Image:
-    """Draw what the tokens hold: coarse regions at 1 / k of the resolution, as the average that the tokenizer takes."""
-    return enlarged(Image.fromarray(pixels_of_tokens(state)))
-
-
 def token_map_panel(state: State) -> Image.Image:
     """Draw the tokens after the chosen layer: each the mean colour of its pixels, with borders between them.
 
@@ -128,11 +123,6 @@ def classes_panel(state: State) -> Image.Image:
         canvas.rectangle([4, y + 6, width - 4, y + 20], (235, 235, 235))
         canvas.rectangle([4, y + 6, 4 + p * (width - 8), y + 20], (0, 114, 178) if row == 0 else (130, 170, 200))
     return panel
-
-
-def prediction_panel(state: State) -> Image.Image:
-    """Draw the class that the model gives to each pixel."""
-    return label_panel(state.labels, state.gated.loaded.classes)
 
 
 def truth_panel(state: State) -> Image.Image:
@@ -209,9 +199,7 @@ def _number_areas(panel: Image.Image, labels: np.ndarray, seen: list[int]):
 
 def _eroded(inside: np.ndarray) -> np.ndarray:
     """Return what is inside with its four neighbours; nothing may be inside on the rim."""
-    out = np.zeros_like(inside)
-    out[1:-1, 1:-1] = inside[1:-1, 1:-1] & inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:]
-    return out
+    return np.logical_and.reduce([inside, *(np.roll(inside, step, axis) for step in (1, -1) for axis in (0, 1))])
 
 
 class Panel(NamedTuple):
@@ -227,10 +215,10 @@ PANELS = {
     "Picture": Panel(picture_panel, fixed=True),
     "Gate: probability of coarse": Panel(gate_panel),
     "Mixed-scale tokens": Panel(grid_panel),
-    "Pixels in the tokens": Panel(pixels_panel),
+    "Pixels in the tokens": Panel(lambda state: enlarged(Image.fromarray(pixels_of_tokens(state)))),
     TOKEN_MAP_TITLE: Panel(token_map_panel, lambda loaded: loaded.model.reducer is not None),
     "Class probabilities": Panel(classes_panel, lambda loaded: not loaded.segments),
-    "Prediction": Panel(prediction_panel, _segments),
+    "Prediction": Panel(lambda state: label_panel(state.labels, state.gated.loaded.classes), _segments),
     "Ground truth": Panel(truth_panel, _segments, fixed=True),
     "Error": Panel(error_panel, _segments),
 }

@@ -7,10 +7,9 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..data import IGNORE
 from ..data.images import SUFFIXES, UNREADABLE
 from ..data.scenes import DIFFICULTIES, Scenes
-from ..data.segmentation import open_folder
+from ..data.segmentation import classes_of, open_folder
 from .uploads import IMAGE_FORMATS, PictureError, read_picture
 
 PACKAGED = {  # photographs that come with packages which are installed anyway: package, path inside it
@@ -92,21 +91,10 @@ class LabelledSource(PictureSource):
         image, path = self._read(name), self.maps[self.files[name]]
         try:
             with Image.open(path) as label_map:
-                values = np.asarray(label_map, np.int64)
+                codes = classes_of(np.asarray(label_map, np.int64), self.meaning, image, name, str(path))
         except UNREADABLE as error:
             raise PictureError(f"{path}, the label map of {name}, cannot be read: {error}") from error
-        if values.ndim != 2:
-            raise PictureError(f"{path} has colours; a label map holds one number for each pixel")
-        if values.shape != image.size[::-1]:
-            raise PictureError(
-                f"{path} is {values.shape[1]} x {values.shape[0]} px, its picture {name} {image.width} x "
-                f"{image.height}; a label map holds one number for each pixel of the upright picture"
-            )
-        codes = np.where((values >= 0) & (values <= IGNORE), self.meaning[values & IGNORE], -1)
-        if (codes < 0).any():
-            wrong = np.unique(values[codes < 0])[:8].tolist()
-            raise PictureError(f"{path} holds the values {wrong}, which are none of its {len(self.classes)} classes")
-        labels = ImageOps.fit(Image.fromarray(codes.astype(np.uint8)), size[::-1], Image.Resampling.NEAREST)
+        labels = ImageOps.fit(Image.fromarray(codes), size[::-1], Image.Resampling.NEAREST)
         fitted = ImageOps.fit(image, size[::-1])
         return Picture(name, fitted, labels=np.asarray(labels, np.int64), regions=self.classes)
 

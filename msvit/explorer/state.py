@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torchvision.transforms.functional as TF
 from torch import Tensor
 
 from ..core.macs import gate_macs
@@ -61,11 +62,9 @@ class GatedPicture:
     def share(self, threshold: float) -> float:
         """Return the MACs under a threshold, gate included, as a share of dense."""
         coarse, model, size = self.decisions(threshold), self.loaded.model, self.pixels.shape[-2:]
-        if self.loaded.closed_form:
-            macs = float(model.macs_of(torch.tensor([int(coarse.sum())]), size))
-        else:
-            macs = self.macs(self.run(coarse))
-        return macs / model.dense_macs(size)
+        if model.adaptive:
+            return self.macs(self.run(coarse)) / model.dense_macs(size)
+        return float(model.macs_of(torch.tensor([int(coarse.sum())]), size)) / model.dense_macs(size)
 
     @torch.inference_mode()
     def run(self, coarse: np.ndarray) -> Result:
@@ -94,14 +93,6 @@ class TokenMap(NamedTuple):
     def dropped(self) -> int:
         """Fine patches without a token."""
         return int((self.where < 0).sum())
-
-
-class SegmentationScore(NamedTuple):
-    """Agreement of a segmentation with the truth; None where it is undefined."""
-
-    accuracy: float | None = None
-    miou: float | None = None
-    iou: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -138,19 +129,19 @@ class State:
         return min(self.token_maps, key=lambda token_map: abs(token_map.layer - self.layer))
 
     @cached_property
-    def score(self) -> SegmentationScore:
-        """Of a segmenter: how well its labels agree with the truth."""
+    def score(self) -> dict:
+        """Accuracy, mean IoU and IoU by class of a segmenter's labels; None where these are undefined."""
         truth, names = self.gated.truth, self.gated.loaded.classes
         if truth is None:
-            return SegmentationScore()
+            return dict.fromkeys(("accuracy", "miou", "iou"))
         matrix = confusion(torch.from_numpy(self.labels)[None], torch.from_numpy(truth)[None], len(names))[0]
         known, table = int(matrix.sum()), class_table(matrix, list(names)).dropna(subset="iou")
         miou = float(table["iou"].mean())
-        return SegmentationScore(
-            int(matrix.trace()) / known if known else None,
-            None if math.isnan(miou) else miou,
-            dict(zip(table["class"], table["iou"].tolist(), strict=True)),
-        )
+        return {
+            "accuracy": int(matrix.trace()) / known if known else None,
+            "miou": None if math.isnan(miou) else miou,
+            "iou": dict(zip(table["class"], table["iou"].tolist(), strict=True)),
+        }
 
     def numbers(self) -> dict:
         """Return all figures of the view, as JSON has them."""
@@ -190,7 +181,7 @@ class State:
             return {names[k]: share for k, share in enumerate(shares_of(labels, len(names)).tolist()) if share}
 
         known = None if truth is None else shares(truth)
-        return {"truth": known, "prediction": shares(self.labels), **self.score._asdict()}
+        return {"truth": known, "prediction": shares(self.labels), **self.score}
 
 
 def layer_name(layer: int) -> str:
@@ -206,7 +197,7 @@ def shares_of(labels: np.ndarray, classes: int) -> np.ndarray:
 @torch.inference_mode()
 def run_gate(loaded: LoadedModel, picture: Picture) -> GatedPicture:
     """Run a model's gate on a picture."""
-    pixels, model = loaded.normalise(picture.image), loaded.model
+    pixels, model = TF.normalize(TF.to_tensor(picture.image), loaded.mean, loaded.std)[None], loaded.model
     model.run(pixels)  # the first call of a size is slower than all later ones
     gating, ms = fastest_call(lambda: model.decide(pixels))
     scores = None if gating.scores is None else gating.scores[0].numpy()
@@ -241,7 +232,7 @@ def run_backbone(
 
 
 def pixels_of_tokens(state: State) -> np.ndarray:
-    """Return the picture, uint8 `[H, W, 3]`, each coarse region averaged over blocks of k x k pixels."""
+    """Return the picture, uint8 `[H, W, 3]`, coarse regions averaged over k x k pixels, as the tokenizer does."""
     image = torch.from_numpy(np.array(state.gated.picture.image)).permute(2, 0, 1).float()
     reduced = as_the_model_sees(image, torch.from_numpy(state.coarse), state.gated.loaded.model.scale)
     return reduced.round().byte().permute(1, 2, 0).numpy()

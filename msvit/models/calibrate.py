@@ -61,7 +61,6 @@ class _Pictures:
     def __init__(self, model: nn.Module, loader):
         self.model, self.size = model, None
         self.images, scores, device = [], [], model.cut.device
-        self.closed = model.reducer is None or not model.reducer.adaptive
         for batch in loader:
             images = (batch if isinstance(batch, Tensor) else batch[0]).to(device)
             model.check(images)
@@ -74,7 +73,7 @@ class _Pictures:
                 scores.append(model.gate.score(images, model.grid(self.size)))
             else:
                 scores.append((model.decide(images).soft, None))
-            self.images += [] if self.closed else [images.cpu()]
+            self.images += [images.cpu()] if model.adaptive else []
         if not scores:
             raise ValueError("the loader is empty; calibrate on some pictures")
         self.regions = torch.cat([regions for regions, _ in scores])
@@ -84,7 +83,7 @@ class _Pictures:
 
     def share(self, cut: Tensor) -> float:
         """Return the mean, in closed form where there is one; otherwise the whole model runs."""
-        if not self.closed:
+        if self.model.adaptive:
             self.model.cut.copy_(cut)
             macs = [self.model.run(images.to(cut.device)).macs for images in self.images]
             return torch.cat(macs).mean().item() / self.dense

@@ -143,6 +143,11 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
     def num_classes(self) -> int:
         return self.head.num_classes(self.vit)
 
+    @property
+    def adaptive(self) -> bool:
+        """Whether MACs depend on more than the number of coarse regions, which a reducer can bring about."""
+        return self.reducer is not None and self.reducer.adaptive
+
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return the coarse regions (h, w) of a picture of `size` pixels, once it is padded."""
         return -(-size[0] // self.coarse_patch), -(-size[1] // self.coarse_patch)

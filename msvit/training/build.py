@@ -77,8 +77,7 @@ def fit_head(model: MSViT, classes: list[str], task: str, settings: ModelSetting
 
 def load_data(settings: DataSettings, seed: int, model: MSViT, device: torch.device | None = None) -> Loaders:
     """Return the pictures, normalised as the backbone wants them; on the device if `make_loaders` can keep them."""
-    names = ("size", "batch", "train_n", "val_n", "workers", "augment")
-    options = {name: getattr(settings, name) for name in names}
+    options = {name: getattr(settings, name) for name in ("size", "batch", "train_n", "val_n", "workers", "augment")}
     config = model.vit.pretrained_cfg or {}
     options |= {"mean": config.get("mean", IMAGENET_DEFAULT_MEAN), "std": config.get("std", IMAGENET_DEFAULT_STD)}
     make = make_loaders

@@ -31,19 +31,16 @@ def write_whole(path: Path, data: bytes):
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-        _sync(path.parent)
+        if os.name == "posix":  # the rename is on the disk only when the folder is
+            handle = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
     except OSError:
         with contextlib.suppress(OSError):
             part.unlink()
         raise
-
-
-def append_line(path: Path, line: dict[str, Any]):
-    """Add a line of JSON, on the disk when this returns."""
-    with open(path, "ab") as file:
-        file.write((json.dumps(line) + "\n").encode())
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def read_json(path: Path) -> Any:
@@ -71,13 +68,3 @@ def locked(path: Path) -> io.BufferedWriter:
             file.close()
             raise RunBusy(f"another process is training in {path.parent}; wait for it, or stop it") from None
     return file
-
-
-def _sync(folder: Path):
-    """Write a folder: a rename is on the disk only when its folder is."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

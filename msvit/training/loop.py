@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -90,12 +91,20 @@ class Trainer:
         torch.manual_seed(recipe.training.seed)
         self.model = build(recipe, records.path.parent)
         self.loaders = load_data(recipe.data, recipe.training.seed, self.model, accelerator.device)
-        self._check_batches()
+        for name, loader in (("batch", self.loaders.train), ("val_n", self.loaders.val)):
+            if loader.batch_size % accelerator.num_processes:
+                raise RecipeError(
+                    f"{name}: a batch of {loader.batch_size} pictures cannot be split over "
+                    f"{accelerator.num_processes} processes; choose a multiple"
+                )
         fit_head(self.model, self.loaders.classes, recipe.data.task, recipe.model)
         self.budget = choose_gate(self.model, recipe, self.loaders)
         self.objects = {name: object_finder(getattr(self.loaders, name)) for name in ("train", "val")}
         if recipe.training.epochs:
-            self._objective(Gated)
+            try:
+                Gated(self.model, recipe, self.budget, self.objects)
+            except ValueError as error:
+                raise RecipeError(str(error)) from error
         self.model.to(accelerator.device)
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.train_loader, self.val_loader = accelerator.prepare(self.loaders.train, self.loaders.val)
@@ -107,40 +116,30 @@ class Trainer:
 
     def run(self):
         """Go through the epochs that are still to come, and write the summary."""
-        state = self.records.load_state()
+        training, accelerator, state = self.recipe.training, self.accelerator, self.records.load_state()
         if state is not None:
             self.history = state["history"]
             self.model.load_state_dict(state["model"])
         if len(set(gather_object([len(self.history)]))) > 1:
             raise RunError(f"not all processes see the state in {self.records.path}; put it where all machines can")
-        if self.accelerator.is_main_process:
+        if accelerator.is_main_process:
             self.records.restore(self.history)
         first = 0
-        plan = (("dense", self.recipe.training.epochs_dense, Objective), ("gated", self.recipe.training.epochs, Gated))
-        for name, epochs, kind in plan:
+        for name, epochs, kind in (("dense", training.epochs_dense, Objective), ("gated", training.epochs, Gated)):
             if len(self.history) < first + epochs:
-                stage = self._begin(name, first, epochs, kind)
+                accelerator.free_memory()
+                for parameter in self.trainable:
+                    parameter.requires_grad_(True)  # the stage before may have frozen some
+                objective = kind(self.model, self.recipe, self.budget, self.objects)
+                stage = Stage(name, first, epochs, self.loaders.steps, objective, accelerator, self.mixup)
                 if len(self.history) > first:
                     stage.load_state_dict(state)
                 for epoch in range(len(self.history), stage.last):
                     self._epoch(stage, epoch)
             first += epochs
-        if self.accelerator.is_main_process:
+        if accelerator.is_main_process:
             self.records.save_model(self.model)
             self.records.finish(self._summary())
-
-    def _begin(self, name: str, first: int, epochs: int, kind: type[Objective]) -> Stage:
-        self.accelerator.free_memory()
-        for parameter in self.trainable:
-            parameter.requires_grad_(True)  # the stage before may have frozen some
-        objective, steps = self._objective(kind), self.loaders.steps
-        return Stage(name, first, epochs, steps, objective, self.recipe.training, self.accelerator, self.mixup)
-
-    def _objective(self, kind: type[Objective]) -> Objective:
-        try:
-            return kind(self.model, self.recipe, self.budget, self.objects)
-        except ValueError as error:
-            raise RecipeError(str(error)) from error
 
     def _epoch(self, stage: Stage, epoch: int):
         """Train and evaluate for an epoch, and make both durable."""
@@ -201,14 +200,14 @@ class Trainer:
                 bar.update(pictures)
         lr = max(group["lr"] for group in stage.optimizer.param_groups)
         means = {f"train_{name}": _mean(seen, name) for name in seen[-1]}
-        curve = [_mean(part, "loss") for part in _parts(seen, CURVE)]
-        return {"lr": lr, **means, "curve": curve}
+        count = min(CURVE, len(seen))  # runs of steps, of nearly equal length
+        edges = itertools.pairwise(round(i * len(seen) / count) for i in range(count + 1))
+        return {"lr": lr, **means, "curve": [_mean(seen[a:b], "loss") for a, b in edges]}
 
     def _failure(self, stage: Stage, epoch: int, step: int, seen: dict[str, float], batch) -> RunError:
         """Return the error of a run whose loss or gradient is no number any more."""
         names = self.loaders.names("train", batch.indices)
-        finite = batch.images.flatten(1).isfinite().all(1).tolist()
-        bad = [name for name, ok in zip(names, finite, strict=True) if not ok]
+        bad = list(itertools.compress(names, (~batch.images.flatten(1).isfinite().all(1)).tolist()))
         what = ", ".join(f"{name} is {value}" for name, value in seen.items() if not math.isfinite(value))
         where = f"step {step + 1} of epoch {epoch + 1} ({stage.name})"
         if self.accelerator.is_main_process:
@@ -221,23 +220,12 @@ class Trainer:
             "train with other settings (a smaller lr or clip) in another folder"
         )
 
-    def _check_batches(self):
-        processes = self.accelerator.num_processes
-        for name, loader in (("batch", self.loaders.train), ("val_n", self.loaders.val)):
-            if loader.batch_size % processes:
-                raise RecipeError(
-                    f"{name}: a batch of {loader.batch_size} pictures cannot be split over {processes} processes; "
-                    "choose a multiple"
-                )
-
     def _summary(self) -> dict[str, Any]:
-        last, dense = self.history[-1], [line for line in self.history if line["stage"] == "dense"]
+        last = self.history[-1]
+        dense = next((line for line in reversed(self.history) if line["stage"] == "dense"), {})
         summary = {name.removeprefix("val_"): value for name, value in last.items() if name.startswith("val_")}
-        for name in ("accuracy", "miou"):
-            if dense and f"val_{name}" in dense[-1]:
-                summary[f"dense_{name}"] = dense[-1][f"val_{name}"]
-        summary |= {"dense_macs": self.budget.dense, "threshold": self.model.threshold}
-        summary["classes"] = self.loaders.classes
+        summary |= {f"dense_{name}": dense[f"val_{name}"] for name in ("accuracy", "miou") if f"val_{name}" in dense}
+        summary |= {"dense_macs": self.budget.dense, "threshold": self.model.threshold, "classes": self.loaders.classes}
         summary["parameters"] = sum(p.numel() for p in self.model.parameters())
         return summary | {"trained_epochs": len(self.history), "seconds": sum(line["seconds"] for line in self.history)}
 
@@ -257,12 +245,4 @@ def _accelerator(recipe: Recipe, folder: Path, tensorboard: bool) -> Accelerator
 
 
 def _mean(seen: list[dict[str, float]], name: str) -> float:
-    values = [scalars[name] for scalars in seen if name in scalars]
-    return math.fsum(values) / len(values)
-
-
-def _parts(values: list, count: int) -> list[list]:
-    """Return a list in `count` runs of nearly equal length, or one of each value."""
-    count = min(count, len(values))
-    edges = [round(i * len(values) / count) for i in range(count + 1)]
-    return [values[a:b] for a, b in itertools.pairwise(edges)]
+    return fmean(scalars[name] for scalars in seen if name in scalars)

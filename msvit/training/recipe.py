@@ -235,15 +235,13 @@ def find(name: str) -> Setting:
 def parse(name: str, text: str) -> Any:
     """Return the value that was typed for a setting, read by the setting's type."""
     field = find(name).field
-    kind = _kind(field)
-    if kind is str:
-        value = text
-    elif kind is dict:
+    kind, value = _kind(field), text
+    if kind is dict:
         pairs = [pair.partition("=") for pair in re.findall(r"(?:\[[^]]*]|[^\s,])+", text)]
         if bad := next((key + equals + value for key, equals, value in pairs if not (key and value)), None):
             raise RecipeError(f"{name}={text!r}: {bad!r} is no name=value; write it as sigma=0.1 layers=[3,6]")
         value = {key: _literal(value) for key, _, value in pairs}
-    else:
+    elif kind is not str:
         value = _literal(text)
     return checked(field, value)
 
@@ -285,7 +283,7 @@ def checked(field: dataclasses.Field, value: Any) -> Any:
     if kind is dict and good:
         good = all(isinstance(k, str) and isinstance(v, str | int | float | list | None) for k, v in value.items())
     if not good:
-        name, kind_of = field.metadata["flat"] or field.name, f" ({type(value).__name__})"
-        kind_of = "" if type(value) in (kind, str) else kind_of
+        name = field.metadata["flat"] or field.name
+        kind_of = "" if type(value) in (kind, str) else f" ({type(value).__name__})"
         raise RecipeError(f"{name}={value!r}{kind_of}: expected {expected(field)}{hint(value, choices)}")
     return dict(value) if kind is dict else value

@@ -1,20 +1,19 @@
 """Runs on disk: what a run leaves in its folder, written so that no crash can spoil it, and all runs as one table.
 
-    settings.json      the recipe
-    environment.json   versions, device and commit, once for each start
-    metrics.jsonl      a line per epoch
-    state/             what the next epoch needs, until the run is finished; a file's name holds the hash of its bytes
-    dense/             the backbone after stage one, a folder for MSViT.from_pretrained
-    gate_loss.safetensors      what the gate loss has learned: the priors of GBaS
-    summary.json       the result; its presence says that the run is finished
-    config.json, model.safetensors      the trained model, so that the folder itself is one for from_pretrained
-
-Every file appears under its name only when all of its bytes are on the disk.
+settings.json      the recipe
+environment.json   versions, device and commit, once for each start
+metrics.jsonl      a line per epoch
+state/             what the next epoch needs, until the run is finished; a file's name holds the hash of its bytes
+dense/             the backbone after stage one, a folder for MSViT.from_pretrained
+gate_loss.safetensors      what the gate loss has learned: the priors of GBaS
+summary.json       the result; its presence says that the run is finished
+config.json, model.safetensors      the trained model, so that the folder itself is one for from_pretrained
 """
 
 import contextlib
 import io
 import json
+import os
 import pickle
 import shutil
 import tempfile
@@ -27,7 +26,7 @@ from typing import Any
 import pandas as pd
 import torch
 
-from .files import RunError, RunWarning, append_line, digest, locked, read_json, write_whole
+from .files import RunError, RunWarning, digest, locked, read_json, write_whole
 from .recipe import Recipe, RecipeError
 
 TIMINGS = ("seconds", "pictures_per_s")  # of a line of metrics: all that two equal runs may differ in
@@ -96,8 +95,10 @@ class RunFolder:
 
     def append(self, line: dict[str, Any]):
         """Add a line of metrics, on the disk when this returns."""
-        with self._writing("metrics.jsonl"):
-            append_line(self.path / "metrics.jsonl", line)
+        with self._writing("metrics.jsonl"), open(self.path / "metrics.jsonl", "ab") as file:
+            file.write((json.dumps(line) + "\n").encode())
+            file.flush()
+            os.fsync(file.fileno())
 
     def restore(self, history: list[dict[str, Any]]):
         """Make the metrics those of the state, should a crash have torn them or have come between the two."""

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ..data.seeds import hashed
 from .objectives import Objective
-from .recipe import TrainingSettings
 
 
 class Stage:
@@ -34,11 +33,11 @@ class Stage:
         epochs: int,
         steps: int,
         objective: Objective,
-        settings: TrainingSettings,
         accelerator: Accelerator,
         mixup: Mixup | None = None,
     ):
         self.name, self.first, self.last, self.objective = name, first, first + epochs, objective
+        settings = objective.recipe.training
         self.settings, self.accelerator, self.mixup = settings, accelerator, mixup
         self.updates = math.ceil(steps / settings.accumulate)  # in an epoch
         optimizer = create_optimizer_v2(objective.groups(), settings.optimizer, lr=settings.lr)

@@ -260,15 +260,18 @@ def run_all(page, address: str):
         if any(kernel["connections"] and kernel["execution_state"] == "idle" for kernel in kernels):
             break
         page.wait_for_timeout(200)
+    else:
+        raise TimeoutError(f"no kernel was connected and idle after {PATIENCE / 1000:.0f} s: {kernels}")
     page.locator(".lm-MenuBar-itemLabel:text-is('Run')").click()
     page.locator("li.lm-Menu-item[data-command='runmenu:run-all']").click()
     accept = page.locator(".jp-Dialog .jp-mod-accept")
-    for _ in range(20):  # JupyterLab asks which kernel if its own part of the connection comes late
+    for _ in range(PATIENCE // 200):  # JupyterLab asks which kernel if its own part of the connection comes late
         if re.search(r"[\d*]", page.locator(".jp-CodeCell .jp-InputPrompt").first.inner_text()):
             return
         if accept.count():
             accept.click()
         page.wait_for_timeout(200)
+    raise TimeoutError(f"no cell had begun {PATIENCE / 1000:.0f} s after Run All Cells")
 
 
 def test_jupyterlab(page, serve, workspace):

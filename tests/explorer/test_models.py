@@ -96,7 +96,7 @@ def test_a_run_of_segmentation_can_be_chosen(tmp_path):
     assert row.images["Prediction"].value != before
     explorer.save_png.click()
     numbers = json.loads(next((tmp_path / "out").glob("*.json")).read_text())
-    assert numbers[0]["accuracy"] == pytest.approx(row.state.score.accuracy)
+    assert numbers[0]["accuracy"] == pytest.approx(row.state.score["accuracy"])
 
 
 @pytest.mark.parametrize(("name", "settings"), [("random", {"rate": 0.4}), ("centre", {}), ("entropy", {"bits": 4.0})])

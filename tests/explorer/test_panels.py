@@ -86,7 +86,7 @@ def test_the_error_panel_shows_what_is_wrong_and_leaves_ignored_pixels_alone(seg
     assert np.array_equal((shown == panels.WRONG).all(2), wrong)
     assert {tuple(c) for c in shown[:16].reshape(-1, 3).tolist()} <= {panels.IGNORED_FILL, panels.IGNORED_HATCH}
     assert (shown == panels.NEAR_EDGE).all(2).any()
-    assert state.score.accuracy == pytest.approx(1 - wrong.sum() / (truth != IGNORE).sum())
+    assert state.score["accuracy"] == pytest.approx(1 - wrong.sum() / (truth != IGNORE).sum())
     blank = run_gate(segmenter, gated.picture._replace(labels=np.full_like(truth, IGNORE)))
     assert json.dumps(run_backbone(blank, 0.5).numbers(), allow_nan=False)
     assert export.as_png([run_backbone(blank, 0.5)])

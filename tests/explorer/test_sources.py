@@ -71,7 +71,7 @@ def test_label_maps_of_a_folder_go_with_their_pictures(tmp_path):
     with pytest.raises(PictureError, match=r"a.png holds the values \[7\]"):
         source.picture("val/images/a.jpg", (30, 30))
     Image.fromarray(np.zeros((40, 30), np.uint8)).save(path)
-    with pytest.raises(PictureError, match="a.png is 30 x 40 px, its picture val/images/a.jpg 40 x 30"):
+    with pytest.raises(PictureError, match=r"a.png has shape \(40, 30\), its picture val/images/a.jpg is \(30, 40\)"):
         source.picture("val/images/a.jpg", (30, 30))
     path.write_bytes(b"torn")
     with pytest.raises(PictureError, match="a.png, the label map of val/images/a.jpg, cannot be read"):
