@@ -20,7 +20,7 @@ from ..core.sampling import straight_through
 from ..core.tokens import Tokens
 from ..gating.gate import Gate
 from ..gating.rules import Rule
-from ..reducers.base import check_backbone, check_lossless
+from ..reducers.base import check_lossless, check_same_backbone
 from .calibrate import calibrate
 from .heads import ClassificationHead
 from .hub import load_folder, save_folder
@@ -106,7 +106,7 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
             )
         in_interval("margin", margin, "[0, 0.5]")
         if reducer is not None:
-            check_backbone(reducer, vit)
+            check_same_backbone(reducer, vit)
         self.vit, self.scale, self.margin, self.reducer = vit, scale, margin, reducer
         self.gate = gate if gate is not None else Gate(patch * scale, vit.patch_embed.proj.in_channels)
         self.coarse_embed = None if share_embedding else backbone.copy_embedding(vit)

@@ -148,7 +148,7 @@ def check_lossless(reducer: Reducer | None):
         )
 
 
-def check_backbone(reducer: Reducer, vit: nn.Module):
+def check_same_backbone(reducer: Reducer, vit: nn.Module):
     """Raise a ValueError if a reducer was built for another kind of backbone."""
     own = (reducer.prefix, reducer.width, reducer.depth)
     if own != (found := (vit.num_prefix_tokens, vit.embed_dim, len(vit.blocks))):

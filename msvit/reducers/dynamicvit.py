@@ -35,7 +35,7 @@ class Predictor(nn.Module):
         local, rest = self.local(x).chunk(2, 1)
         kept = kept.to(rest.dtype)[:, None]
         mean = layout.sum(rest * kept) / layout.sum(kept).clamp(min=1e-6)
-        out = self.out(torch.cat([local, mean[layout.picture]], 1)).float()
+        out = self.out(torch.cat([local, mean.index_select(0, layout.picture)], 1)).float()
         return out[:, 0] - out[:, 1]
 
 
