@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -83,3 +88,35 @@ def test_compiled_layers_go_the_compiler_s_way(tiny_vit):
         expected = model(images)
         model.compile_blocks()
         torch.testing.assert_close(model(images), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_it_is_off_unless_asked_for_and_agrees_when_on(used, tiny_vit):
+    """A library that changed its numbers unasked would surprise people."""
+    images = torch.randn(2, 3, 64, 64)
+    plain = msvit.MSViT(tiny_vit).eval()
+    fast = msvit.MSViT(tiny_vit, gate=plain.gate, fast_cpu=True).eval()
+    with torch.no_grad():
+        expected = plain(images)
+        assert not used
+        found = fast(images)
+    assert used
+    assert (found - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("code", ["del mkldnn._linear_pointwise", "torch.backends.mkldnn.is_available = lambda: False"])
+def test_without_the_operator_layers_go_the_usual_way(code):
+    """In a fresh interpreter whose PyTorch lacks it, as one of tomorrow may: nothing breaks, nothing changes."""
+    script = f"""
+import types, torch
+mkldnn = types.SimpleNamespace(_linear_pointwise=torch.ops.mkldnn._linear_pointwise)
+torch.ops.mkldnn = mkldnn
+{code}
+from msvit.core import fast_linear
+assert not fast_linear.AVAILABLE
+layer, x = torch.nn.Linear(8, 4), torch.randn(3, 8)
+with fast_linear.fast_linear():
+    assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
