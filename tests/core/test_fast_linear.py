@@ -103,6 +103,7 @@ def test_it_is_off_unless_asked_for_and_agrees_when_on(used, tiny_vit):
     assert (found - expected).abs().max() <= 1e-5
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("code", ["del mkldnn._linear_pointwise", "torch.backends.mkldnn.is_available = lambda: False"])
 def test_without_the_operator_layers_go_the_usual_way(code):
     """In a fresh interpreter whose PyTorch lacks it, as one of tomorrow may: nothing breaks, nothing changes."""
