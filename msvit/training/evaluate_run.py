@@ -13,10 +13,9 @@ from ..gating.gate import Gate
 from ..models.msvit import MSViT
 from .budget import Budget, choose_gate
 from .build import load_data
-from .files import RunError
 from .objectives import Gated, Objective
 from .recipe import RecipeError
-from .runs import read
+from .runs import read_finished
 
 
 def evaluate_run(
@@ -33,9 +32,7 @@ def evaluate_run(
         threshold: Or set it outright.
         changes: Settings of the run's recipe to change first, as `data` or `gating`.
     """
-    run = read(folder)
-    if run.summary is None:
-        raise RunError(f"{folder} is not finished and has no model yet; train on with the command that began it")
+    run = read_finished(folder)
     recipe, model = run.recipe.replace(**changes), MSViT.from_pretrained(folder, fast_cpu=True)
     loaders = load_data(recipe.data, recipe.training.seed, model)
     if len(loaders.classes) != model.num_classes:

@@ -194,6 +194,14 @@ def read(folder: str | Path) -> Run:
     return Run(folder, recipe, metrics, read_json(summary) if summary.exists() else None)
 
 
+def read_finished(folder: str | Path) -> Run:
+    """Return a run that has its model, or raise a `RunError` that says how to go on."""
+    run = read(folder)
+    if run.summary is None:
+        raise RunError(f"{folder} is not finished and has no model yet; train on with the command that began it")
+    return run
+
+
 def load(folder: str | Path = "runs") -> pd.DataFrame:
     """Return all runs under a folder as a table, one row each: name, status, settings, and the results.
 
