@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple, get_args
 
 from ..checks import in_interval, one_of
-from ..training.recipe import RecipeError, setting
+from ..training.settings import RecipeError, setting
 
 
 class BenchMethod(NamedTuple):

@@ -23,6 +23,8 @@ from ..reducers.base import Teacher
 from .budget import Budget
 from .recipe import Recipe
 
+TRIMS = {"margin": "trimmed", "batch": "levelled", "none": "masked"}  # the execution of a training step
+
 
 class StepOutput(NamedTuple):
     """What a training step computes.
@@ -148,8 +150,8 @@ class Gated(Objective):
             self.loss = make_loss(gating.loss, grid=budget.grid, target=budget.rate, **gating.loss_settings)
             pull = 1 / math.prod(budget.grid) if model.head.dense else 1.0
             self.weight = self.loss.weight * pull if gating.loss_weight is None else gating.loss_weight
-            if gating.control:
-                self.controller = BudgetController(budget.rate)
+            if gating.control != "none":
+                self.controller = BudgetController(budget.rate, gating.control == "projection")
 
     def parts(self) -> list[tuple[nn.Module, float, float]]:
         training, parts = self.recipe.training, super().parts()
@@ -202,7 +204,7 @@ class Gated(Objective):
         return StepOutput(loss, scalars, gate_error)
 
     def predict(self, model: MSViT, images: Tensor, indices: Tensor) -> Result:
-        execution = "masked" if model.training and not self.recipe.gating.trim else None
+        execution = TRIMS[self.recipe.gating.trim] if model.training else None
         mask = None
         if self.recipe.gating.by == "oracle":
             where = self.objects["train" if model.training else "val"]

@@ -25,7 +25,7 @@ from msvit.training.build import build, fit_head, load_data
 from msvit.training.evaluate_run import evaluate_run
 from msvit.training.files import RunError
 from msvit.training.loop import Trainer, train
-from msvit.training.objectives import Gated, Objective
+from msvit.training.objectives import TRIMS, Gated, Objective
 from msvit.training.recipe import Recipe, RecipeError
 from msvit.training.stage import Stage
 
@@ -232,9 +232,9 @@ def test_watch_sees_each_epoch_and_may_stop_the_run(tmp_path):
         {"gating": "oracle"},
         {"gating": "entropy"},
         {"gating": "fine", "reducer": "dynamicvit", "reducer_settings": {"keep": 0.5}},
-        {"loss": "l0", "trim": False, "distill": 1.0, "layer_decay": 0.8},
+        {"loss": "l0", "trim": "none", "distill": 1.0, "layer_decay": 0.8},
         {"mixup": 0.5, "cutmix": 0.5, "smoothing": 0.1, "ema": 0.9, "accumulate": 3, "schedule": "poly"},
-        {"precision": "bf16", "budget": "coarse", "control": False, "calibrate": True, "temperature_end": 0.1},
+        {"precision": "bf16", "budget": "coarse", "control": "none", "calibrate": True, "temperature_end": 0.1},
         {"holdout": 0.25, "val_n": 1, "optimizer": "sgd", "drop_path": 0.2, "clip": 0.0},
     ],
     ids=lambda s: "-".join(map(str, s)),
@@ -447,7 +447,7 @@ def test_a_trimmed_step_costs_less_and_gives_the_masked_loss():
     """The loss of the untrimmed step exactly, on shorter sequences."""
     recipe = Recipe(gate_lr=1e-3)
     this = objective(recipe).train()
-    masked = Gated(copy.deepcopy(this.model), recipe.replace(trim=False), this.budget).train()
+    masked = Gated(copy.deepcopy(this.model), recipe.replace(trim="none"), this.budget).train()
     images, targets = torch.randn(8, 3, 64, 64), torch.arange(8)
     with torch.no_grad():
         this.model.gate.mlp[-1].bias += 2.0
@@ -461,7 +461,7 @@ def test_a_trimmed_step_costs_less_and_gives_the_masked_loss():
     for objective_ in (this, masked):
         torch.manual_seed(3)
         model = objective_.model
-        execution = None if objective_.recipe.gating.trim else "masked"
+        execution = TRIMS[objective_.recipe.gating.trim]
         lengths.append(max(model.tokenize(images, model.decide(images), execution).layout.lengths))
     assert lengths[0] < lengths[1] == 65 + 16
 
