@@ -57,6 +57,18 @@ def tome(x, size, keys, given, prefix, r, order):
     return mean_by_size(x, size, [[i] + [g for g in merged if merged[g] == i] for i in stay])
 
 
+def pitome(x, size, keys, given, prefix, keep, margin):
+    patches = range(prefix, len(x))
+
+    def energy(i):
+        cosines = [cosine(keys[i], keys[j]) for j in patches]
+        return sum(c if c >= margin else math.exp(c - margin) - 1 for c in cosines) / len(patches)
+
+    order = sorted(patches, key=energy, reverse=True)[: 2 * math.floor(len(patches) - len(patches) * keep)]
+    into = {i: max(order[1::2], key=lambda j: cosine(keys[i], keys[j])) for i in order[::2]}
+    return mean_by_size(x, size, [[i] + [g for g in into if into[g] == i] for i in range(len(x)) if i not in into])
+
+
 def evit(x, size, keys, given, prefix, keep):
     ranked = sorted(range(prefix, len(x)), key=lambda j: -float(given[j]))
     left = math.ceil(keep * len(ranked))
@@ -88,6 +100,7 @@ CASES = [
     ("tome", {"r": 9, "order": "picture"}, lambda layer, *now: tome(*now, 9, "picture")),
     ("tome", {"r": [7, 0, 5], "prop_attn": False}, lambda layer, *now: tome(*now, [7, 0, 5][layer], "published")),
     ("tome", {"r": 30}, lambda layer, *now: tome(*now, 30, "published")),
+    ("pitome", {"keep": 0.7}, lambda layer, *now: pitome(*now, 0.7, 0.9 - 0.3 * layer)),
     ("evit", {"keep": 0.55, "layers": [0, 1, 2]}, lambda layer, *now: evit(*now, 0.55)),
 ]
 

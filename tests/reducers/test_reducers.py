@@ -32,6 +32,7 @@ NEUTRAL = [
     ("grid", {"stride": 1, "layers": [0, 1, 2]}),
     ("evit", {"keep": 1.0}),
     ("tome", {"r": 0}),
+    ("pitome", {"keep": 1.0}),
 ]
 REDUCING = [
     ("dynamicvit", {"keep": 0.6}),
@@ -48,6 +49,7 @@ REDUCING = [
     ("tome", {"r": 9}),
     ("tome", {"r": [4, 0, 9], "prop_attn": False}),
     ("tome", {"r": 6, "inflect": -1.0, "order": "picture"}),
+    ("pitome", {"keep": 0.8}),
 ]
 SIZE, GRID = (64, 64), (4, 4)
 
@@ -140,7 +142,7 @@ def test_macs_are_the_count_to_the_last_unit(make_vit, name, settings):
     # Pictures of unequal lengths are clustered in one padded batch; the pictures' own share is what counts for them.
     mask = torch.rand(3, *GRID) < torch.tensor([0.1, 0.5, 0.8])[:, None, None]
     total = counted(lambda: results.append(model.run(images, mask)))
-    if name in ("tome", "token_pooling"):
+    if name in ("tome", "pitome", "token_pooling"):
         assert 1 <= total / results[1].macs.sum().item() <= 1.1
     else:
         assert total == results[1].macs.sum().item()
@@ -372,7 +374,7 @@ def test_the_gate_learns_through_a_merge(make_vit):
     assert (merging.abs() > 0).all()
 
 
-@pytest.mark.parametrize(("name", "settings"), REDUCING[-5:], ids=str)
+@pytest.mark.parametrize(("name", "settings"), REDUCING[-6:], ids=str)
 def test_bfloat16_takes_the_same_numbers_of_tokens(make_vit, name, settings):
     model = shake(built(make_vit(reg_tokens=1), name, settings))
     images, mask = torch.randn(3, 3, *SIZE), torch.rand(3, *GRID) < 0.4
@@ -475,7 +477,7 @@ def test_dense_tasks_are_served_by_methods_that_lose_nothing(tiny_vit):
 
 
 class TestBadInput:
-    @pytest.mark.parametrize("name", ["dynamicvit", "token_pooling", "power_bert", "random_pruning", "evit"])
+    @pytest.mark.parametrize("name", ["dynamicvit", "token_pooling", "power_bert", "random_pruning", "evit", "pitome"])
     @pytest.mark.parametrize("keep", [0, -0.5, 1.5, [0.7, 0.7, 2.0], "0.7"])
     def test_keep_ratio(self, tiny_vit, name, keep):
         with pytest.raises(ValueError, match=r"keep"):
