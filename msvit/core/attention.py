@@ -141,19 +141,30 @@ def attend_watched(
         if not learned:
             out.append(part.unpad((a @ v_).transpose(1, 2)))
         a = a.detach() if count is None else a.detach() * (count > 0)[:, None, :, None]
-        received.append(part.unpad(a.float().sum(2).mean(1)))
+        received.append(part.unpad(_wide(a).sum(2).mean(1)))
     return attend(layout, q, k, v, weight) if learned else torch.cat(out), torch.cat(received)
 
 
-@torch.no_grad()
 def attention_of_first(layout: Layout, q: Tensor, k: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Return the share of attention that each picture's first row (the class token) gives to each row, `[T]`."""
+    """Return the share of attention that each picture's first row (the class token) gives to each row, `[T]`.
+
+    The mean over the heads. It carries its gradient, by the weights too, hidden keys' cut as in `WeightedAttention`.
+    """
     shares = []
     for part, q_, k_, w_ in _groups(layout, q, k, weight):
-        first = q_[part.ends[:-1]][:, :, None]
-        a, _ = _shares(part, first, part.pad(k_).transpose(1, 2), w_)
-        shares.append(part.unpad(a.float().mean(1)[:, 0]))
+        first, keys = q_[part.ends[:-1]][:, :, None], part.pad(k_).permute(0, 2, 3, 1)
+        s = _wide((first * first.shape[-1] ** -0.5) @ keys)
+        w = part.pad(torch.ones_like(k_[:, 0, 0]) if w_ is None else w_).to(s.dtype)[:, None, None]
+        e = (s - s.detach().masked_fill(w <= 0, -torch.inf).amax(-1, keepdim=True)).clamp(max=10).exp()
+        most = WeightedAttention.MOST * (w * e).sum(-1, keepdim=True).detach()
+        a = w * torch.where(w > 0, e, e.minimum(most))
+        shares.append(part.unpad((a / a.sum(-1, keepdim=True)).mean(1)[:, 0]))
     return torch.cat(shares)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return float64 as it is, and all else in float32."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _groups(layout: Layout, *rows: Tensor | None):
@@ -170,7 +181,7 @@ def _shares(layout: Layout, q: Tensor, k: Tensor, weight: Tensor | None) -> tupl
     s = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if weight is None and layout.uniform:
         return s.softmax(-1), None
-    rows = layout.picture.new_ones(len(layout.picture)).float() if weight is None else weight.float()
+    rows = layout.picture.new_ones(len(layout.picture)).float() if weight is None else _wide(weight)
     count = layout.pad(rows)
     return (s + count.log()[:, None, None].to(s.dtype)).softmax(-1), count
 

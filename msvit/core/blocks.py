@@ -84,7 +84,8 @@ def run_blocks(
             tokens = _watched(watch, layer, tokens, reducer.before_block(layer, tokens))
             n = tokens.active_counts()
         attended = n
-        x, seen = _attention(block, tokens, reducer.needs if acts else None, steps)
+        weight = tokens.weight if reducer is None or reducer.proportional else tokens.activity
+        x, seen = _attention(block, tokens, weight, reducer.needs if acts else None, steps)
         tokens = replace(tokens, x=x)
         if acts:
             tokens = _watched(watch, layer, tokens, reducer.after_attention(layer, tokens, seen))
@@ -101,9 +102,15 @@ def _watched(watch: Watch | None, layer: int, before: Tokens, after: Tokens) -> 
     return after
 
 
-def _attention(block: nn.Module, tokens: Tokens, needs: str | None, steps: Steps) -> tuple[Tensor, Tensor | None]:
-    """Return the rows after attention, and what a reducer needs of it; queries, keys and values go before the MLP."""
-    layout, weight = tokens.layout, tokens.weight
+def _attention(
+    block: nn.Module, tokens: Tokens, weight: Tensor | None, needs: str | None, steps: Steps
+) -> tuple[Tensor, Tensor | None]:
+    """Return the rows after attention, and what a reducer needs of it; queries, keys and values go before the MLP.
+
+    Args:
+        weight: How much each row counts as a key, `[T]`; None if all count once.
+    """
+    layout = tokens.layout
     normed, q, k, v = steps.before_attention(block, tokens.x)
     if needs == "received":
         heads, seen = attend_watched(layout, q, k, v, weight)

@@ -9,6 +9,7 @@ from ..checks import known_settings, one_of
 from .base import Reducer
 from .dynamicvit import DynamicViT
 from .evit import EViT
+from .pitome import PiToMe
 from .pruning import GridPooling, PowerBert, RandomPruning
 from .token_pooling import TokenPooling
 from .tome import ToMe
@@ -51,6 +52,7 @@ METHODS = {
     "random_pruning": Method("reducer", "baseline: tokens at random", tasks=CLASSES),
     "evit": Method("reducer", "Liang et al. 2022", cost="one more query at its layers", tasks=FUSED),
     "tome": Method("reducer", "Bolya et al. 2023", cost="similarities in every block"),
+    "pitome": Method("reducer", "Tran et al. 2024", cost="similarities of all pairs in every block"),
 }
 REDUCERS = {
     "dynamicvit": DynamicViT,
@@ -60,6 +62,7 @@ REDUCERS = {
     "random_pruning": RandomPruning,
     "evit": EViT,
     "tome": ToMe,
+    "pitome": PiToMe,
 }
 
 

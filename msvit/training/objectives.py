@@ -179,6 +179,8 @@ class Gated(Objective):
         if self.learned:
             first, last = self.recipe.gating.temperature, self.recipe.gating.temperature_end
             self.model.gate.temperature = first * (last / first) ** progress
+        if self.model.reducer is not None:
+            self.model.reducer.begin(progress)
 
     def update(self, gate_error: float):
         self.controller.correct(self.model.gate.mlp[-1].bias, gate_error)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from msvit.core import attention as layouts
-from msvit.core.attention import Layout, WeightedAttention, attend, by_rows
+from msvit.core.attention import Layout, WeightedAttention, attend, attention_of_first, by_rows
 
 
 def by_loops(layout, q, k, v, weight):
@@ -41,6 +41,28 @@ def test_gradients_of_weighted_attention_zero_weights_included(unbounded):
     q, k, v = torch.randn(3, 2, 2, 5, 3, dtype=torch.float64).requires_grad_().unbind(0)
     weight = torch.tensor([[1.0, 0, 1, 0, 1], [1, 1, 0, 0, 0]], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(WeightedAttention.apply, (q, k, v, weight))
+
+
+@pytest.mark.parametrize("lengths", [[5, 5], [3, 6, 1]])
+def test_gradients_of_what_the_first_gives_zero_weights_included(lengths, unbounded):
+    layout = Layout(lengths, torch.device("cpu"))
+    q, k = torch.randn(2, sum(lengths), 2, 3, dtype=torch.float64).requires_grad_().unbind(0)
+    weight = torch.randint(0, 2, (sum(lengths),)).double().index_fill(0, layout.ends[:-1], 1.0).requires_grad_()
+    assert torch.autograd.gradcheck(lambda *rows: attention_of_first(layout, *rows), (q, k))
+    assert torch.autograd.gradcheck(lambda *rows: attention_of_first(layout, *rows), (q, k, weight))
+
+
+def test_what_the_first_gives_is_cut_as_attention_is():
+    """It is attention on values that are one for a key and zero for the others, and so are its gradients."""
+    q, k = torch.randn(2, 1, 1, 6, 4, dtype=torch.float64).mul(2)
+    weight = torch.tensor([1.0, 0, 1, 0, 1, 0], dtype=torch.float64, requires_grad=True)
+    out = WeightedAttention.apply(q, k, torch.eye(6, dtype=torch.float64)[None, None], weight[None])[0, 0, 0]
+    given = attention_of_first(Layout([6], q.device), q[0].transpose(0, 1), k[0].transpose(0, 1), weight)
+    torch.testing.assert_close(given, out)
+    assert ((q[0, 0, 0] @ k[0, 0].T / 2).exp()[1::2] > (q[0, 0, 0] @ k[0, 0, ::2].T / 2).exp().sum()).any()
+    for i in range(6):
+        pair = [torch.autograd.grad(x[i], weight, retain_graph=True)[0] for x in (given, out)]
+        torch.testing.assert_close(*pair)
 
 
 def test_a_hidden_key_counts_for_no_more_than_it_could(unbounded):

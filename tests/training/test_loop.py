@@ -338,6 +338,18 @@ def test_the_temperature_moves_geometrically():
     assert found == pytest.approx([1.0, 0.5, 0.25])
 
 
+def test_a_reducer_knows_how_much_of_the_stage_is_over():
+    settings = {"keep": 0.5, "layers": [1], "warmup": 0.2, "ramp_end": 0.6}
+    this = objective(Recipe(gating="fine", reducer="evit", reducer_settings=settings)).train()
+    images, fine, found = torch.randn(2, 3, 64, 64), torch.zeros(4, 4, dtype=torch.bool), []
+    for progress in (0.1, 0.4, 0.8):
+        this.begin(progress)
+        found.append(this.model.run(images, fine).counts[1, 1].tolist())
+    assert found == [[65] * 2, [1 + 48 + 1] * 2, [1 + 32 + 1] * 2]
+    this.begin(0.0)
+    assert this.eval().model.run(images, fine).counts[1, 1].tolist() == [34] * 2
+
+
 def test_evaluation_is_a_plain_loop_over_pictures():
     recipe = Recipe(val_n=30, train_n=64, batch=8)
     model = build(recipe, None)
