@@ -41,12 +41,15 @@ class Reducer(nn.Module):
             token receives), "class" (`[T]`, the attention that the class token gives) or "keys" (`[T, D]`, their mean
             over the heads). Only the layers in `layers` compute it.
         needs_teacher: Whether `loss` compares with the dense backbone.
+        of_entered: Whether `count` and `counts` are asked by how many tokens entered the first block, in place of how
+            many came to theirs.
     """
 
     lossless: bool = True
     adaptive: bool = False
     needs: str | None = None
     needs_teacher: bool = False
+    of_entered: bool = False
 
     def __init__(self, vit: nn.Module, layers: Sequence[int] | None = None):
         super().__init__()
@@ -58,6 +61,10 @@ class Reducer(nn.Module):
         if len(set(layers)) < len(layers):
             raise ValueError(f"layers={layers} names a block twice; a reducer acts once in a block")
         self.layers = tuple(sorted(layers))
+
+    def enter(self, tokens: Tokens) -> Tokens:
+        """Return the tokens that enter the first block."""
+        return tokens
 
     def before_block(self, layer: int, tokens: Tokens) -> Tokens:
         """Return the tokens that enter a block."""
