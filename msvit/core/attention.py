@@ -115,6 +115,37 @@ def attend(layout: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | Non
     return queries.unpad(out.transpose(1, 2))
 
 
+def attend_by_policy(layout: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, policy: Tensor) -> Tensor:
+    """Attend within each picture as DynamicViT does while training: rows of weight zero still see themselves.
+
+        A_ij = (e_ij + eps / n) / (sum_k e_ik + eps),   e_ij = exp(s_ij - max_k s_ik) (w_j + (1 - w_j) [i = j])
+
+    The maximum is over all n keys of a picture, dropped ones included, and carries gradient; eps = 1e-6.
+
+    Args:
+        weight: w `[T]`, the policy times a gate's activity.
+        policy: `[T]`. The tangent of what it keeps and the gate hides is cut as that of `WeightedAttention`.
+    """
+    q, k, v = (layout.pad(rows).transpose(1, 2) for rows in (q, k, v))
+    s = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    s = s.to(torch.promote_types(s.dtype, torch.float32))
+    n = torch.tensor(layout.lengths, dtype=s.dtype, device=s.device)[:, None, None, None]
+    if not layout.uniform:
+        s = s.masked_fill(torch.arange(s.shape[-1], device=s.device) >= n, -torch.inf)
+    w = layout.pad(weight)[:, None, None]
+    seen = w + (1 - w) * torch.eye(s.shape[-1], dtype=w.dtype, device=s.device)
+    e = (s - s.max(-1, keepdim=True).values).exp()
+    hidden = layout.pad((policy > 0.5) & (weight < 0.5))[:, None, None]
+    if hidden.any():
+        with torch.no_grad():
+            u = e / ((e * seen).sum(-1, keepdim=True) + 1e-6)
+            cut = (WeightedAttention.MOST / u).clamp(max=1).masked_fill(~hidden, 1)
+        seen = seen.detach() + cut * (seen - seen.detach())
+    e = e * seen
+    a = (e + 1e-6 / n) / (e.sum(-1, keepdim=True) + 1e-6)  # the padding has values of zero
+    return layout.unpad((a.to(v.dtype) @ v).transpose(1, 2))
+
+
 def _attend_each(queries: Layout, layout: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None) -> Tensor:
     """Attend picture by picture, on views. On a CPU this beats padding, and does no more than the counted MACs."""
     bias, out = None if weight is None else weight.to(q.dtype).log(), []

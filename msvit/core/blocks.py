@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backbone
-from .attention import Layout, attend, attend_watched, attention_of_first, by_rows
+from .attention import Layout, attend, attend_by_policy, attend_watched, attention_of_first, by_rows
 from .tokens import Tokens
 
 
@@ -78,6 +78,8 @@ def run_blocks(
     """Take tokens from before the first block to after the last norm."""
     prefix = vit.num_prefix_tokens
     stages, counts, n = [_stage(None, tokens, prefix)], [], tokens.active_counts()
+    if reducer is not None:
+        tokens = reducer.enter(tokens)
     for layer, block in enumerate(vit.blocks):
         acts = reducer is not None and layer in reducer.layers
         if acts:
@@ -114,6 +116,8 @@ def _attention(
     normed, q, k, v = steps.before_attention(block, tokens.x)
     if needs == "received":
         heads, seen = attend_watched(layout, q, k, v, weight)
+    elif tokens.policy is not None:
+        heads, seen = attend_by_policy(layout, q, k, v, weight, tokens.policy), None
     else:
         heads, seen = attend(layout, q, k, v, weight), None
     if needs == "class":

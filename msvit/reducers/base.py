@@ -43,6 +43,8 @@ class Reducer(nn.Module):
             (`[T, D]`, their mean over the heads). Only the layers in `layers` compute it.
         proportional: Whether a token of size s counts s times as a key.
         needs_teacher: Whether `loss` compares with the dense backbone.
+        of_entered: Whether `count` and `counts` are asked by how many tokens entered the first block, in place of how
+            many came to theirs.
     """
 
     lossless: bool = True
@@ -50,6 +52,7 @@ class Reducer(nn.Module):
     needs: str | None = None
     proportional: bool = True
     needs_teacher: bool = False
+    of_entered: bool = False
 
     def __init__(self, vit: nn.Module, layers: Sequence[int] | None = None):
         super().__init__()
@@ -64,6 +67,10 @@ class Reducer(nn.Module):
 
     def begin(self, progress: float):
         """Prepare a training step; `progress` is the share of the stage that is over."""
+
+    def enter(self, tokens: Tokens) -> Tokens:
+        """Return the tokens that enter the first block."""
+        return tokens
 
     def before_block(self, layer: int, tokens: Tokens) -> Tokens:
         """Return the tokens that enter a block."""

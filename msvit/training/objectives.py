@@ -70,8 +70,12 @@ class Objective(nn.Module):
                 made = param_groups_layer_decay(part, layer_decay=self.recipe.training.layer_decay, **settings)
             else:
                 made = param_groups_weight_decay(part, **settings)
-            groups += [group | {"lr": rate} for group in made]
+            groups += [group | {"lr": rate, "freeze": self.frozen(part)} for group in made]
         return groups
+
+    def frozen(self, part: nn.Module) -> int:
+        """Return for how many epochs of the stage a part that trains stays as it is at first."""
+        return 0
 
     def priors(self) -> dict[str, Tensor]:
         """Return what the gate loss has learned, for the records."""
@@ -154,15 +158,19 @@ class Gated(Objective):
                 self.controller = BudgetController(budget.rate, gating.control == "projection")
 
     def parts(self) -> list[tuple[nn.Module, float, float]]:
-        training, parts = self.recipe.training, super().parts()
+        training = self.recipe.training
+        parts = [(part, rate * training.lr_scale, decay) for part, rate, decay in super().parts()]
         if self.model.coarse_embed is not None:
-            parts.append((self.model.coarse_embed, training.lr, training.weight_decay))
+            parts.append((self.model.coarse_embed, training.lr * training.lr_scale, training.weight_decay))
         if self.learned:
             parts.append((self.model.gate, training.gate_lr, training.weight_decay))
             parts.append((self.loss, training.prior_lr, 0.0))
         if self.model.reducer is not None:
             parts.append((self.model.reducer, training.reducer_lr, training.weight_decay))
         return parts
+
+    def frozen(self, part: nn.Module) -> int:
+        return self.recipe.training.freeze if part in (self.model.vit, self.model.head) else 0
 
     def train(self, mode: bool = True) -> "Gated":
         super().train(mode)

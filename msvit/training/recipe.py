@@ -60,6 +60,8 @@ class TrainingSettings(Checked):
     epochs: int = setting(5, "epochs of the gate and the backbone together", "[0, inf)")
     optimizer: str = setting("adamw", "timm's name of the optimizer")
     lr: float = setting(1e-3, "peak learning rate of the backbone; 0 = frozen", "[0, inf)")
+    lr_scale: float = setting(1.0, "factor on lr, the backbone's, in stage two", "[0, inf)")
+    freeze: int = setting(0, "first epochs of stage two in which backbone and head stay as they are", "[0, inf)")
     gate_lr: float = setting(1e-3, "peak learning rate of the gate; 0 = frozen", "[0, inf)")
     reducer_lr: float = setting(1e-3, "peak learning rate of a reducer's own layers; 0 = frozen", "[0, inf)")
     prior_lr: float = setting(1e-2, "peak learning rate of the gate loss's priors; 0 = frozen", "[0, inf)")
@@ -172,8 +174,12 @@ class Recipe:
                 "the force that all gates share out of the gradient, and this loss has no other; say loss='none' for "
                 "that, or control='none' or 'bias' for this loss"
             )
-        if training.epochs and not (training.lr or (gating.learned and training.gate_lr)):
-            raise RecipeError(f"lr=0 and gate_lr={training.gate_lr:g} with gating={gating.by!r} leave nothing to train")
+        gate, rate = gating.learned and training.gate_lr, training.lr * training.lr_scale
+        if training.epochs and not (gate or (rate and (self.reducer.name or not training.freeze))):
+            still = f"freeze={training.freeze}" if rate else "lr * lr_scale = 0"
+            raise RecipeError(
+                f"{still} and gate_lr={training.gate_lr:g} with gating={gating.by!r} leave nothing to train"
+            )
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:

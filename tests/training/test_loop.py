@@ -24,7 +24,7 @@ from msvit.training.budget import Budget
 from msvit.training.build import build, fit_head, load_data
 from msvit.training.evaluate_run import evaluate_run
 from msvit.training.files import RunError
-from msvit.training.loop import Trainer, train
+from msvit.training.loop import Trainer, _accelerator, train
 from msvit.training.objectives import TRIMS, Gated, Objective
 from msvit.training.recipe import Recipe, RecipeError
 from msvit.training.stage import Stage
@@ -299,6 +299,36 @@ def test_parts_have_their_own_rates_and_matrices_alone_decay():
     frozen = objective(Recipe(lr=0.0))
     assert not [p for group in frozen.groups() for p in group["params"] if p is frozen.model.vit.pos_embed]
     assert not frozen.model.vit.pos_embed.requires_grad
+
+
+def test_stage_two_may_have_another_rate_of_the_backbone():
+    this = objective(Recipe(lr=1e-3, lr_scale=0.01, share_embedding=False))
+    rate = {id(p): group["lr"] for group in this.groups() for p in group["params"]}
+    for part in (this.model.vit, this.model.coarse_embed):
+        assert {rate[id(p)] for p in part.parameters()} == {1e-5}
+    assert {rate[id(p)] for p in this.model.gate.parameters()} == {1e-3}
+    dense = objective(Recipe(lr=1e-3, lr_scale=0.01, freeze=2), Objective).groups()
+    assert {(group["lr"], group["freeze"]) for group in dense} == {(1e-3, 0)}
+
+
+@pytest.mark.parametrize("settings", [{"optimizer": "sgd", "warmup": 0.0}, {"accumulate": 3}], ids=str)
+@pytest.mark.long
+def test_a_frozen_backbone_stays_as_it_is(tmp_path, settings):
+    """In the first epoch of stage two only the gate and the predictors move; no weight decay either."""
+    recipe = SMALL.replace(freeze=1, reducer="dynamicvit", weight_decay=10.0, **settings)
+    trainer = Trainer(recipe, runs.RunFolder(tmp_path), _accelerator(recipe, tmp_path, False), False, None)
+    stage = Stage(
+        "gated", 0, 2, trainer.loaders.steps, Gated(trainer.model, recipe, trainer.budget), trainer.accelerator
+    )
+    states = [copy.deepcopy(trainer.model.state_dict())]
+    for epoch in range(2):
+        trainer._train(stage, epoch)
+        states.append(copy.deepcopy(trainer.model.state_dict()))
+    assert len(stage.optimizer.param_groups) == len(stage.objective.groups())
+    for name, _ in trainer.model.named_parameters():
+        frozen = name.startswith("vit.")
+        assert torch.equal(states[0][name], states[1][name]) == frozen, name
+        assert not torch.equal(states[1][name], states[2][name]), name
 
 
 def test_lower_blocks_have_smaller_rates():

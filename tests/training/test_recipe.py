@@ -45,6 +45,9 @@ def test_a_recipe_survives_json_and_is_frozen():
         ({"epochs": 0, "epochs_dense": 0}, r"train nothing"),
         ({"lr": 0.0, "gate_lr": 0.0}, r"leave nothing to train"),
         ({"lr": 0.0, "gating": "random"}, r"leave nothing to train"),
+        ({"lr_scale": 0.0, "gate_lr": 0.0}, r"lr \* lr_scale = 0 .* leave nothing to train"),
+        ({"freeze": 2, "gating": "random"}, r"freeze=2 and .* gating='random' leave nothing to train"),
+        ({"freeze": -1}, r"freeze=-1: expected a whole number in \[0, inf\)"),
     ],
 )
 def test_what_cannot_be_is_refused(settings, words):
