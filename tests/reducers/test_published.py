@@ -112,7 +112,7 @@ def test_evit_gradients(name, training, dtype):
     if training:
         tokens = replace(tokens, activity=torch.ones(len(tokens.x), dtype=dtype, requires_grad=True))
     logits = pooled_logits(vit, run_blocks(vit, tokens, model.reducer).final)
-    loss = F.cross_entropy(logits, torch.tensor(peers.labels()))
+    loss = F.cross_entropy(logits, peers.labels())
     loss.backward()
     assert deviation(logits, peers.output(case, "logits")) <= peers.TOLERANCE[dtype]
     assert abs(loss.item() - case["loss"]) <= peers.TOLERANCE[dtype]
