@@ -93,6 +93,12 @@ class GatingSettings(Checked):
         "macs", "what target is a share of: dense MACs, or coarse regions", choices=("macs", "coarse")
     )
     target: float = setting(0.58, "the budget: gate, priors and masks are held to it", "(0, 1)")
+    start: str = setting(
+        "none",
+        "what the gate learns alone before the joint stage: nothing, or which regions lose detail or have entropy",
+        choices=("none", "detail", "entropy"),
+        flat="gate_start",
+    )
     control: str = setting(
         "projection",
         "what holds the gate at the budget while it trains, beside its loss",
