@@ -37,7 +37,7 @@ from .objectives import Gated, Objective
 from .recipe import Recipe, RecipeError
 from .runs import Run, RunFolder, read
 from .stage import Stage
-from .warm_start import warm_start
+from .teach_gate import teach_gate
 
 CURVE = 50  # points of an epoch's loss curve that are kept
 Watch = Callable[[dict[str, Any]], None] | None  # what is called with a line of metrics
@@ -149,7 +149,7 @@ class Trainer:
         gating, training = self.recipe.gating, self.recipe.training
         known = takes_over_gate(self.recipe.model, self.records.path.parent)
         if gating.start != "none" and gating.learned and training.gate_lr and not known:
-            warm_start(self.model, self.loaders, self.budget.rate, gating.start, training.seed)
+            teach_gate(self.model, self.loaders, self.budget.rate, gating.start, training.seed)
 
     def _epoch(self, stage: Stage, epoch: int):
         """Train and evaluate for an epoch, and make both durable."""

@@ -95,12 +95,12 @@ class GatingSettings(Checked):
     target: float = setting(0.58, "the budget: gate, priors and masks are held to it", "(0, 1)")
     start: str = setting(
         "none",
-        "what the gate learns alone before the joint stage: nothing, or which regions lose detail or have entropy",
-        choices=("none", "detail", "entropy"),
+        "what the gate learns alone before the joint stage",
+        choices=("none", "detail", "entropy", "utility"),
         flat="gate_start",
     )
     control: str = setting(
-        "projection",
+        "none",
         "what holds the gate at the budget while it trains, beside its loss",
         choices=("none", "bias", "projection"),
     )

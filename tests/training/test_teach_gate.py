@@ -10,7 +10,7 @@ from msvit.data.loaders import make_loaders
 from msvit.training.build import build, takes_over_gate
 from msvit.training.loop import train
 from msvit.training.recipe import Recipe
-from msvit.training.warm_start import SCORES, SLOPE, detail, warm_start
+from msvit.training.teach_gate import SCORES, SLOPE, detail, teach_gate
 
 SMALL = Recipe(data="scenes:middle", train_n=256, val_n=64, batch=64, epochs_dense=1, epochs=1)
 
@@ -42,7 +42,7 @@ def test_detail_is_what_averaging_throws_away():
 @pytest.mark.parametrize("rate", [0.3, 0.7])
 def test_the_gate_follows_the_score_at_the_rate(loaders, by, rate):
     model = new_model()
-    warm_start(model, loaders, rate, by, seed=0)
+    teach_gate(model, loaders, rate, by, seed=0)
     images = next(iter(loaders.val)).images  # not the ones that it learned from
     with torch.no_grad():
         scores = model.eval().decide(images).scores.flatten()
@@ -58,7 +58,7 @@ def test_it_is_the_same_every_time_and_touches_the_gate_alone(loaders):
     for _ in range(2):
         model = new_model()
         torch.rand(3)  # whatever else was drawn
-        warm_start(model, loaders, 0.5, "detail", seed=3)
+        teach_gate(model, loaders, 0.5, "detail", seed=3)
         states.append(model.state_dict())
     for name, value in before.items():
         assert torch.equal(states[0][name], states[1][name])
@@ -69,7 +69,7 @@ def test_it_is_the_same_every_time_and_touches_the_gate_alone(loaders):
 def test_only_a_gate_that_is_new_is_started(tmp_path, monkeypatch):
     """A gate that another run has trained is taken over as it is."""
     calls = []
-    monkeypatch.setattr("msvit.training.loop.warm_start", lambda *details: calls.append(details))
+    monkeypatch.setattr("msvit.training.loop.teach_gate", lambda *details: calls.append(details))
     recipe = SMALL.replace(gate_start="detail")
     first = train(recipe, tmp_path / "first", progress=False)
     assert len(calls) == 1
