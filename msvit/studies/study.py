@@ -15,7 +15,7 @@ from ..reducers.registry import REDUCERS
 from ..training import runs
 from ..training.build import build
 from ..training.loop import train
-from ..training.recipe import GATINGS, MEAN_LOSSES, Recipe
+from ..training.recipe import GATINGS, MEAN_LOSSES, Recipe, parse
 
 # What each part of the method is replaced by when it is switched off.
 PARTS: dict[str, dict[str, Any]] = {
@@ -110,6 +110,15 @@ def reducer_rows(names: Iterable[str], base: Recipe) -> list[StudyRow]:
         changes = ({} if gate else {"gating": "fine"}) | {"reducer": reducer, "reducer_settings": own}
         rows.append(StudyRow(name.replace("gate+", f"{FULL} + "), changes))
     return rows
+
+
+def typed_rows(texts: Iterable[str]) -> list[StudyRow]:
+    """Return a row for each text of settings, as in "control=bias gate_lr=1e-2", which is its name too."""
+    pairs = ([part.partition("=") for part in text.split()] for text in texts)
+    return [
+        StudyRow(text, {name: parse(name, value) for name, _, value in row})
+        for text, row in zip(texts, pairs, strict=True)
+    ]
 
 
 def without(parts: list[str]) -> StudyRow:

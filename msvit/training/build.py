@@ -21,6 +21,7 @@ from ..models.hub import describe_backbone, read_args
 from ..models.msvit import MSViT
 from ..reducers.registry import make_reducer
 from .recipe import DataSettings, ModelSettings, Recipe, RecipeError
+from .runs import read
 
 TINY = "vit_mini_patch8_64"
 
@@ -56,6 +57,19 @@ def build(recipe: Recipe, runs: Path) -> MSViT:
         return model
     except (ValueError, TypeError) as error:
         raise RecipeError(str(error)) from error
+
+
+def takes_over_gate(settings: ModelSettings, runs: Path) -> bool:
+    """Return whether the gate that a model begins with has been trained, by a run before this one."""
+    if settings.gate:
+        return True
+    path = _path(settings.name, runs)
+    if path.name == "dense" and (path.parent / "settings.json").is_file():
+        return False  # stage one of a run
+    if (path / "settings.json").is_file():
+        recipe = read(path).recipe
+        return bool(recipe.training.epochs and recipe.gating.learned)
+    return path.is_dir()
 
 
 def fit_head(model: MSViT, classes: list[str], task: str, settings: ModelSettings):
@@ -103,9 +117,13 @@ def _create(settings: ModelSettings, size: int, name: str, pretrained: bool = Fa
         ) from error
 
 
+def _path(name: str, runs: Path) -> Path:
+    return runs / name.removeprefix("run:") if name.startswith("run:") else Path(name)
+
+
 def _saved(name: str, runs: Path) -> MSViT:
     """Return the model of a run beside this one ("run:NAME"), of a folder, or of a hub id."""
-    path = runs / name.removeprefix("run:") if name.startswith("run:") else Path(name)
+    path = _path(name, runs)
     if not path.is_dir() and (name.startswith(("run:", ".", "/")) or name.count("/") != 1):
         near = closest(name, ["tiny", *timm.list_models(module=["vision_transformer", "deit"])], 3)
         hint = f"did you mean {', '.join(near)}?" if near else "see timm.list_models('*vit*')"

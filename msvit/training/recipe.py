@@ -95,8 +95,14 @@ class GatingSettings(Checked):
         "macs", "what target is a share of: dense MACs, or coarse regions", choices=("macs", "coarse")
     )
     target: float = setting(0.58, "the budget: gate, priors and masks are held to it", "(0, 1)")
+    start: str = setting(
+        "none",
+        "what the gate learns alone before the joint stage",
+        choices=("none", "detail", "entropy", "utility"),
+        flat="gate_start",
+    )
     control: str = setting(
-        "projection",
+        "none",
         "what holds the gate at the budget while it trains, beside its loss",
         choices=("none", "bias", "projection"),
     )
