@@ -25,7 +25,8 @@ def method_of(run: pd.Series) -> str:
     if run["gating"] == "fine":
         return run["reducer"] or "dense, trained on"
     if run["gating"] != "learned":
-        return f"{run['gating']} mask{after}"
+        kind = {"quota": "quota", "pattern": f"pattern {run['loss']}"}
+        return kind.get(run["gating"], f"{run['gating']} mask") + after
     words = [f"MSViT {run['loss']}"]
     off = {"trim": "untrimmed", "control": "no control", "share_embedding": "own embedding"}
     words += [text for name, text in off.items() if not run[name]]

@@ -26,7 +26,8 @@ def setting(default: Any, about: str, within: str = "", choices: tuple[str, ...]
     return dataclasses.field(**make, metadata={"about": about, "within": within, "choices": choices, "flat": flat})
 
 
-GATINGS = ("learned", "fine", "coarse", "centre", "border", "checkerboard", "random", "entropy", "oracle")
+LEARNED = ("learned", "quota", "pattern")  # who trains, and rules that do not
+GATINGS = (*LEARNED, "fine", "coarse", "centre", "border", "checkerboard", "random", "entropy", "oracle")
 
 
 class _Checked:
@@ -104,7 +105,7 @@ class TrainingSettings(_Checked):
 class GatingSettings(_Checked):
     """Gate: who decides, what it costs, and what shapes it."""
 
-    by: str = setting("learned", "who decides: the gate, or a rule in its place", choices=GATINGS, flat="gating")
+    by: str = setting("learned", "who decides: the gate, or what stands in its place", choices=GATINGS, flat="gating")
     loss: str = setting("gbas", "the gate loss: gbas, bas, l0, ratio or none")
     loss_weight: float | None = setting(
         None, "weight of the gate loss; none = the loss's own, segmentation: over the regions", "[0, inf)"
@@ -123,7 +124,12 @@ class GatingSettings(_Checked):
 
     @property
     def learned(self) -> bool:
-        return self.by == "learned"
+        return self.by in LEARNED
+
+    @property
+    def shaped(self) -> bool:
+        """Whether gate loss and controller apply: a quota keeps to its budget without."""
+        return self.learned and self.by != "quota"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,10 +200,11 @@ class Recipe:
 
     @property
     def method(self) -> str:
-        """What saves tokens: nothing ("dense"), the gate by its loss, or the rule in its place."""
+        """What saves tokens: nothing ("dense"), the gate by its loss, or what decides in its place."""
         if not self.training.epochs:
             return "dense"
-        return self.gating.loss if self.gating.learned else self.gating.by
+        by, loss = self.gating.by, self.gating.loss
+        return {"learned": loss, "pattern": f"pattern-{loss}"}.get(by, by)
 
     @property
     def run_name(self) -> str:
