@@ -128,7 +128,8 @@ def relaxed_quota(scores: Tensor, count: Tensor, temperature: Tensor | float) ->
 def one_class(labels: Tensor, patch: int) -> Tensor:
     """Return which regions of label maps `[B, h patch, w patch]` have pixels of one class alone, bool `[B, h, w]`.
 
-    Ignored pixels are of no class: beside one class they do not count, and a region of nothing else has one too.
+    Ignored pixels are of no class: beside one class they do not count, and a region of nothing else has one too. (The
+    authors' own code takes them for one more class.)
     """
     cells = patchify(labels[:, None].long(), patch)
     known, largest = cells != IGNORE, torch.iinfo(torch.int64).max
