@@ -81,7 +81,7 @@ class Case:
     @cached_property
     def trained(self) -> MSViT:
         """A copy in training mode and float32, whose gate makes TRAINING_SHARE of the regions coarse."""
-        if self.model.reducer is not None or not isinstance(self.model.gate, Gate):
+        if self.model.reducer is not None or type(self.model.gate) is not Gate:
             raise Unavailable("training steps are timed with a gate, and without a reducer")
         model = copy.deepcopy(self.model).float().train().requires_grad_(True)
         _set_noisy_share(model.gate, self.images.float(), TRAINING_SHARE)

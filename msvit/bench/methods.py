@@ -16,6 +16,7 @@ from ..core.blocks import before_attention
 from ..core.fast_linear import AVAILABLE, fast_linear
 from ..core.macs import embedding_macs, gate_macs, vit_macs
 from ..core.tokens import Tokens
+from ..gating.learned import Quota
 from ..gating.rules import make_rule
 from ..models.msvit import MSViT, Result
 from ..reducers.registry import REDUCERS, make_reducer
@@ -89,6 +90,13 @@ def run_packed_compiled(case: Case) -> PreparedMethod:
     prepared = run_model(case, model)
     model.compile_blocks()
     return prepared
+
+
+def run_fine(case: Case) -> PreparedMethod:
+    """Prepare the packed model with all regions fine."""
+    if isinstance(case.model.gate, Quota):
+        raise Unavailable("a quota has no threshold that makes all regions fine")
+    return run_model(case, case.variant(case.model.gate, threshold=1.0))
 
 
 def run_masked(case: Case) -> PreparedMethod:
@@ -181,7 +189,7 @@ PREPARE: dict[str, Callable[[Case], PreparedMethod]] = {
     "dense-compiled": partial(run_dense, compiled=True),
     "packed": lambda case: run_model(case, case.model),
     "packed-compiled": run_packed_compiled,
-    "fine": lambda case: run_model(case, case.variant(case.model.gate, threshold=1.0)),
+    "fine": run_fine,
     "masked": run_masked,
     **{name: partial(run_reducer, name) for name in REDUCERS},
     "gate": run_tokenizer,

@@ -18,6 +18,7 @@ from timm.models import get_model_args
 from torch import nn
 
 from ..gating.gate import Gate
+from ..gating.learned import GATES
 from ..gating.rules import make_rule
 from ..reducers.registry import make_reducer
 from . import zoo  # noqa: F401 (registers its backbones with timm, so that their folders load)
@@ -126,12 +127,10 @@ def _structure(model: nn.Module) -> dict[str, str]:
 def save_folder(model: nn.Module, folder: Path):
     """Write the config and the weights."""
     gate, reducer = model.gate, model.reducer
-    if type(gate) is Gate:
-        described = {"patch": gate.patch, "channels": gate.channels, "width": gate.mlp[0].out_features}
-    elif (described := getattr(gate, "settings", None)) is None:
+    if (described := getattr(gate, "settings", None)) is None:
         raise ValueError(
-            f"the gate is a {type(gate).__name__}; only msvit.Gate and what msvit.make_rule makes can be built "
-            "again from a config"
+            f"the gate is a {type(gate).__name__}; only those of msvit.gating and what msvit.make_rule makes can be "
+            "built again from a config"
         )
     if reducer is not None and getattr(reducer, "settings", None) is None:
         raise ValueError(
@@ -179,14 +178,21 @@ def _assemble(cls: type[nn.Module], config: Mapping[str, Any], **options: Any) -
     """Return the model of a config, with new weights."""
     backbone = config["backbone"]
     vit = timm.create_model(backbone["name"], pretrained=False, **read_args(backbone["args"]))
-    gate = (make_rule if "name" in config["gate"] else Gate)(**config["gate"])
-    parts = {name: config[name] for name in ("scale", "margin", "share_embedding")} | {"gate": gate}
+    parts = {name: config[name] for name in ("scale", "margin", "share_embedding")}
+    parts["gate"] = _make_gate(**config["gate"])
     if "reducer" in config:
         settings = dict(config["reducer"])
         parts["reducer"] = make_reducer(settings.pop("name"), vit, **settings)
     if (head := config.get("head", config.get("segmenter"))) is not None:  # its name until version 0.1
         parts["head"] = SegmentationHead(vit, **head)
     return cls(vit, **parts, **options)
+
+
+def _make_gate(name: str | None = None, **settings: Any) -> nn.Module:
+    """Return what decides, by the settings that were saved; those of a plain gate have no name."""
+    if name is None:
+        return Gate(**settings)
+    return GATES[name](**settings) if name in GATES else make_rule(name, **settings)
 
 
 def _fetch(model_id: str, name: str, download: dict) -> Path:

@@ -16,9 +16,9 @@ from ..core.blocks import Steps, TokenStage, run_blocks
 from ..core.candidates import Candidates, spread
 from ..core.fast_linear import fast_linear
 from ..core.macs import encoder_macs, gate_macs, token_counts
-from ..core.sampling import straight_through
 from ..core.tokens import Tokens
 from ..gating.gate import Gate
+from ..gating.learned import Quota
 from ..gating.rules import Rule
 from ..reducers.base import check_lossless, check_same_backbone
 from .calibrate import calibrate
@@ -74,7 +74,7 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
     Args:
         vit: The backbone; it is used as it is, not copied.
         scale: Fine patches along the side of a coarse one.
-        gate: A trained gate, or a rule of `msvit.make_rule`; None makes a new gate.
+        gate: A trained gate, one of `gating.learned`, or a rule of `msvit.make_rule`; None makes a new gate.
         margin: An inactive token stays in a trimmed sequence if its soft activity is at least this; 0 keeps them all.
         reducer: What drops or merges tokens inside the network, after the gate; from `msvit.make_reducer`.
         share_embedding: Coarse patches go through the backbone's own embedding; False gives them a copy of it that
@@ -129,6 +129,8 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
 
     @threshold.setter
     def threshold(self, value: float):
+        if isinstance(self.gate, Quota):
+            raise ValueError("a quota has no threshold: set model.gate.rate, or calibrate the model to a budget")
         if not 0 <= value <= 1:
             raise ValueError(
                 f"threshold={value}: m lies in [0, 1]; 0 makes every region coarse, 1 makes every one fine"
@@ -213,8 +215,7 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
                 m = m.maximum(spread(blocks, grid))
             return Gating(None, soft, m, blocks)
         scores = self.gate(images)
-        soft = self.gate.soften(scores)
-        return Gating(scores, soft, straight_through(soft, 0.5 if self.training else self.cut))
+        return Gating(scores, *self.gate.decide(scores, self.cut))
 
     def tokenize(self, images: Tensor, gating: Gating, execution: str | None = None) -> Tokens:
         """Return the tokens that an execution needs, embedded, before the first block."""
@@ -268,11 +269,13 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
     def calibrate(self, loader, macs: float = 0.6) -> float:
         """Set the threshold so that the mean MACs over a loader meet that share of dense: one model, many budgets.
 
+        Of a quota it sets the rate.
+
         Only the gate runs, unless a reducer's counts depend on the picture. The loader yields pictures, or tuples that
         begin with them, all of one size.
 
         Returns:
-            The share that the threshold reaches; a share below all-coarse or above all-fine cannot be met.
+            The share that is reached; a share below all-coarse or above all-fine cannot be met.
         """
         return calibrate(self, loader, macs)
 

@@ -24,11 +24,12 @@ def method_of(run: pd.Series) -> str:
     after = f" + {run['reducer']}" if run["reducer"] else ""
     if run["gating"] == "fine":
         return run["reducer"] or "dense, trained on"
-    if run["gating"] != "learned":
-        return f"{run['gating']} mask{after}"
-    words = [f"MSViT {run['loss']}" + ("" if run["control"] == "none" else f" + {run['control']}")]
+    if run["gating"] not in ("learned", "pattern"):
+        return (run["gating"] if run["gating"] == "quota" else f"{run['gating']} mask") + after
+    who = "MSViT" if run["gating"] == "learned" else "pattern"
+    words = [f"{who} {run['loss']}" + ("" if run["control"] == "none" else f" + {run['control']}")]
     if run["loss"] == "none" and run["control"] != "none":
-        words = [f"MSViT, controller only ({run['control']})"]
+        words = [f"{who}, controller only ({run['control']})"]
     words += [{"none": "untrimmed", "batch": "trimmed by batch"}[run["trim"]]] if run["trim"] != "margin" else []
     words += [] if run["share_embedding"] else ["own embedding"]
     return ", ".join(words) + after

@@ -15,7 +15,7 @@ from ..reducers.registry import REDUCERS
 from ..training import runs
 from ..training.build import build
 from ..training.loop import train
-from ..training.recipe import GATINGS, MEAN_LOSSES, Recipe, parse
+from ..training.recipe import GATINGS, LEARNED, MEAN_LOSSES, Recipe, parse
 
 # What each part of the method is replaced by when it is switched off.
 PARTS: dict[str, dict[str, Any]] = {
@@ -26,7 +26,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "share_embedding": {"share_embedding": False},
     "calibrate": {"calibrate": False},
 }
-MASKS = tuple(name for name in GATINGS if name not in ("learned", "fine"))
+MASKS = tuple(name for name in GATINGS if name not in (*LEARNED, "fine"))
 FULL = "MSViT"
 SUMMARY_COLUMNS = {  # of runs, and their titles with the units
     "accuracy": "accuracy (%)",

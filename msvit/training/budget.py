@@ -1,14 +1,17 @@
 """What a recipe's target means for a model, and the rule in the gate's place that is held to it."""
 
+import math
+
 import numpy as np
 import torch
 
 from ..data.loaders import Loaders
+from ..gating.learned import Quota
 from ..gating.rules import make_rule
 from ..models.msvit import MSViT
-from .recipe import GatingSettings, Recipe, RecipeError
+from .recipe import LEARNED, GatingSettings, Recipe, RecipeError
 
-BUDGETED = ("learned", "centre", "border", "random", "entropy")  # who decides and is held to the target
+BUDGETED = (*LEARNED, "centre", "border", "random", "entropy")  # who decides and is held to the target
 
 
 class Budget:
@@ -49,10 +52,13 @@ class Budget:
 
 
 def choose_gate(model: MSViT, recipe: Recipe, loaders: Loaders) -> Budget:
-    """Put a rule in the gate's place if the recipe says so, and hold it to the budget as far as a rule can be."""
+    """Put a rule in the gate's place if the recipe says so; hold it, or a quota, to the budget as far as can be."""
     gating = recipe.gating if recipe.training.epochs else None
-    if gating is None or gating.by in ("learned", "oracle"):
-        return Budget(model, loaders.size, gating)
+    if gating is None or gating.learned or gating.by == "oracle":
+        budget = Budget(model, loaders.size, gating)
+        if gating is not None and isinstance(model.gate, Quota):
+            model.gate.rate = int((budget.shares - budget.macs).abs().argmin()) / math.prod(budget.grid)
+        return budget
     device = model.cut.device
     model.gate = make_rule("fine")  # costs what every rule costs, nothing
     budget = Budget(model, loaders.size, gating)

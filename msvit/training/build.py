@@ -15,7 +15,8 @@ from ..checks import closest
 from ..data.holdout import hold_out
 from ..data.loaders import Loaders, make_loaders
 from ..data.segmentation import make_seg_loaders
-from ..gating.gate import Gate
+from ..gating.gate import Decider, Gate
+from ..gating.learned import GATES, Pattern, Quota
 from ..models.heads import SegmentationHead
 from ..models.hub import describe_backbone, read_args
 from ..models.msvit import MSViT
@@ -44,10 +45,7 @@ def build(recipe: Recipe, runs: Path) -> MSViT:
         vit.load_state_dict(checkpoint_filter_fn(start.vit.state_dict(), vit))
     if settings.checkpoint:
         _load_checkpoint(vit, Path(settings.checkpoint))
-    if settings.gate:
-        gate = _saved(settings.gate, runs).gate
-    elif type(gate) is not Gate or gate.patch != settings.scale * vit.patch_embed.patch_size[0]:
-        gate = None  # a rule, or one for another scale
+    gate = _choose_gate(recipe, vit, _saved(settings.gate, runs).gate if settings.gate else gate)
     try:
         reducer = make_reducer(recipe.reducer.name, vit, **recipe.reducer.settings) if recipe.reducer.name else None
         model = MSViT(vit, settings.scale, gate, recipe.gating.margin, reducer, settings.share_embedding, fast_cpu=True)
@@ -70,6 +68,27 @@ def takes_over_gate(settings: ModelSettings, runs: Path) -> bool:
         recipe = read(path).recipe
         return bool(recipe.training.epochs and recipe.gating.learned)
     return path.is_dir()
+
+
+def _choose_gate(recipe: Recipe, vit: nn.Module, found: nn.Module | None) -> Decider | None:
+    """Return the gate that was found, if it is of the kind that the recipe trains, or a new one; None: the model's."""
+    segments = recipe.data.task == "segment"
+    kind, patch = GATES.get(recipe.gating.by, Gate), recipe.model.scale * vit.patch_embed.patch_size[0]
+    grid = (recipe.data.size // patch,) * 2
+    if type(found) is kind and (recipe.model.gate or found.patch == patch) and getattr(found, "grid", grid) == grid:
+        if kind is Quota:
+            found.supervised = segments
+        return found
+    if recipe.model.gate and recipe.gating.learned:
+        raise RecipeError(
+            f"gate={recipe.model.gate!r} has {type(found).__name__}({found.extra_repr()}), but "
+            f"gating={recipe.gating.by!r} trains a {kind.__name__} for {grid[0]} x {grid[1]} regions"
+        )
+    if kind is Pattern:
+        return Pattern(grid, patch)
+    if kind is Quota:
+        return Quota(patch, vit.patch_embed.proj.in_channels, supervised=segments)
+    return None
 
 
 def fit_head(model: MSViT, classes: list[str], task: str, settings: ModelSettings):

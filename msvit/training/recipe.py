@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, Self
 from ..checks import hint
 from .settings import Checked, RecipeError, parsed, setting
 
-GATINGS = ("learned", "fine", "coarse", "centre", "border", "checkerboard", "random", "entropy", "oracle")
+LEARNED = ("learned", "quota", "pattern")  # who trains, and rules that do not
+GATINGS = (*LEARNED, "fine", "coarse", "centre", "border", "checkerboard", "random", "entropy", "oracle")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,7 @@ class TrainingSettings(Checked):
 class GatingSettings(Checked):
     """Gate: who decides, what it costs, and what shapes it."""
 
-    by: str = setting("learned", "who decides: the gate, or a rule in its place", choices=GATINGS, flat="gating")
+    by: str = setting("learned", "who decides: the gate, or what stands in its place", choices=GATINGS, flat="gating")
     loss: str = setting("gbas", "the gate loss: gbas, bas, l0, ratio or none")
     loss_weight: float | None = setting(
         None, "weight of the gate loss; none = the loss's own, segmentation: over the regions", "[0, inf)"
@@ -118,14 +119,22 @@ class GatingSettings(Checked):
 
     @property
     def learned(self) -> bool:
-        return self.by == "learned"
+        return self.by in LEARNED
+
+    @property
+    def shaped(self) -> bool:
+        """Whether gate loss and controller apply: a quota keeps to its budget without."""
+        return self.learned and self.by != "quota"
 
     @property
     def method(self) -> str:
         """The rule; or the gate's loss and controller, whose names mean one algorithm each."""
-        if not self.learned or self.control == "none":
-            return self.loss if self.learned else self.by
-        return f"controller-{self.control}" if self.loss == "none" else f"{self.loss}+{self.control}"
+        if not self.shaped:
+            return self.by
+        name = self.loss if self.control == "none" else f"{self.loss}+{self.control}"
+        if self.loss == "none" and self.control != "none":
+            name = f"controller-{self.control}"
+        return name if self.by == "learned" else f"{self.by}-{name}"
 
 
 @dataclasses.dataclass(frozen=True)

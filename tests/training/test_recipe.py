@@ -40,7 +40,7 @@ def test_a_recipe_survives_json_and_is_frozen():
         ({"lr": None}, r"lr=None \(NoneType\): expected a number"),
         ({"lr": -1e-3}, r"lr=-0.001: expected a number in \[0, inf\)"),
         ({"ema": 1.0}, r"ema=1.0: expected a number in \[0, 1\)"),
-        ({"gating": "lerned"}, r"gating='lerned': expected learned or fine .*; the nearest is 'learned'"),
+        ({"gating": "lerned"}, r"gating='lerned': expected learned or quota .* fine .*; the nearest is 'learned'"),
         ({"loss_settings": {"sigma": {"a": 1}}}, r"loss_settings=.*expected name=value pairs"),
         ({"epochs": 0, "epochs_dense": 0}, r"train nothing"),
         ({"lr": 0.0, "gate_lr": 0.0}, r"leave nothing to train"),
