@@ -21,7 +21,7 @@ from ..core.fast_linear import fast_linear
 from ..core.tokens import Tokens
 from ..data.loaders import SCENES
 from ..data.scenes import DIFFICULTIES, Scenes
-from ..gating.rules import Rule
+from ..gating.base import Rule
 from ..models.msvit import MSViT
 from ..training.files import RunError
 from ..training.recipe import Recipe

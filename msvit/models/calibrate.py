@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..checks import inside
 from ..core.candidates import spread
-from ..gating.rules import Rule
+from ..gating.base import Rule
 
 
 def nearest_to_budget(candidates: Sequence[Any], cost: Callable[[Any], float], budget: float) -> Any:

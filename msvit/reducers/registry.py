@@ -35,7 +35,10 @@ class Method(NamedTuple):
 CLASSES, FUSED = "classification", "classification; dense only with one label for all fused pixels"
 METHODS = {
     "gate": Method("gate", "MSViT, Havtorn et al. 2023", "gate, priors of GBaS", "an MLP on each coarse patch"),
-    "entropy": Method("rule", "APT, Choudhury et al. 2025", cost="a histogram of each coarse patch"),
+    "entropy": Method("rule", "APT's threshold alone, Choudhury et al. 2025", cost="a histogram of each coarse patch"),
+    "apt": Method(
+        "rule", "APT, Choudhury et al. 2025", "its path of full-resolution patches", "a histogram, that path"
+    ),
     "fine": Method("rule", "the dense model"),
     "coarse": Method("rule", "the dense model at half resolution"),
     "centre": Method("rule", "baseline: fine in the middle"),

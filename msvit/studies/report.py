@@ -14,7 +14,7 @@ import pandas as pd
 
 from .. import plots
 from ..training.recipe import FIELDS
-from .study import SUMMARY_COLUMNS, finished, summarise
+from .study import SUMMARY_COLUMNS, finished, mask_label, summarise
 
 
 def method_of(run: pd.Series) -> str:
@@ -25,10 +25,11 @@ def method_of(run: pd.Series) -> str:
     if run["gating"] == "fine":
         return run["reducer"] or "dense, trained on"
     if run["gating"] != "learned":
-        return f"{run['gating']} mask{after}"
+        return f"{mask_label(run['gating'])}{after}"
     words = [f"MSViT {run['loss']}"]
-    off = {"trim": "untrimmed", "control": "no control", "share_embedding": "own embedding"}
+    off = {"trim": "untrimmed", "control": "no control"}
     words += [text for name, text in off.items() if not run[name]]
+    words += {"shared": [], "own": ["own embedding"], "apt": ["APT's path"]}[run["coarse_embed"]]
     return ", ".join(words) + after
 
 

@@ -23,7 +23,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "trim": {"trim": False},
     "learned_gate": {"gating": "random"},
     "pretrained_dense": {},  # the row trains from scratch, for as many epochs in all
-    "share_embedding": {"share_embedding": False},
+    "share_embedding": {"coarse_embed": "own"},
     "budget_control": {"control": False, "calibrate": False},
 }
 MASKS = tuple(name for name in GATINGS if name not in ("learned", "fine"))
@@ -76,12 +76,17 @@ def ablation(
         never = [] if switches["gbas"] else ["gbas"]
         rows += [without([*never, name]) for name in PARTS if name not in never]
     rows += [StudyRow(f"{FULL}, {loss}", {"loss": loss}) for loss in losses if loss != "gbas"]
-    rows += [StudyRow(f"{name} mask", {"gating": name}) for name in masks]
+    rows += [StudyRow(mask_label(name), {"gating": name}) for name in masks]
     rows += reducers
     different: dict[str, StudyRow] = {}
     for row in rows:
         different.setdefault(repr((sorted(row.changes.items()), row.dense)), row)
     return list(different.values())
+
+
+def mask_label(name: str) -> str:
+    """Return what tables call decisions that are not learned; APT is more than its decisions."""
+    return "APT" if name == "apt" else f"{name} mask"
 
 
 def reducer_rows(names: Iterable[str], base: Recipe) -> list[StudyRow]:

@@ -49,7 +49,8 @@ def build(recipe: Recipe, runs: Path) -> MSViT:
         gate = None  # a rule, or one for another scale
     try:
         reducer = make_reducer(recipe.reducer.name, vit, **recipe.reducer.settings) if recipe.reducer.name else None
-        model = MSViT(vit, settings.scale, gate, recipe.gating.margin, reducer, settings.share_embedding, fast_cpu=True)
+        embed = "apt" if recipe.gating.by == "apt" else settings.coarse_embed
+        model = MSViT(vit, settings.scale, gate, recipe.gating.margin, reducer, embed, fast_cpu=True)
         if recipe.data.task == "segment" and start is not None and start.head.dense:
             model.set_head(SegmentationHead(vit, **start.head.settings))
             model.head.load_state_dict(start.head.state_dict())

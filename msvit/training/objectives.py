@@ -154,7 +154,8 @@ class Gated(Objective):
     def parts(self) -> list[tuple[nn.Module, float, float]]:
         training, parts = self.recipe.training, super().parts()
         if self.model.coarse_embed is not None:
-            parts.append((self.model.coarse_embed, training.lr, training.weight_decay))
+            rate = training.lr if training.coarse_lr is None else training.coarse_lr
+            parts.append((self.model.coarse_embed, rate, training.weight_decay))
         if self.learned:
             parts.append((self.model.gate, training.gate_lr, training.weight_decay))
             parts.append((self.loss, training.prior_lr, 0.0))

@@ -26,7 +26,7 @@ def setting(default: Any, about: str, within: str = "", choices: tuple[str, ...]
     return dataclasses.field(**make, metadata={"about": about, "within": within, "choices": choices, "flat": flat})
 
 
-GATINGS = ("learned", "fine", "coarse", "centre", "border", "checkerboard", "random", "entropy", "oracle")
+GATINGS = ("learned", "fine", "coarse", "centre", "border", "checkerboard", "random", "entropy", "apt", "oracle")
 
 
 class _Checked:
@@ -66,7 +66,7 @@ class ModelSettings(_Checked):
     pretrained: bool = setting(False, "start a timm model from its published weights")
     gate: str = setting("", "folder or hub id of the run whose trained gate is taken over")
     scale: int = setting(2, "a coarse patch is scale x scale fine ones", "[2, inf)")
-    share_embedding: bool = setting(True, "coarse patches go through the same embedding as fine ones")
+    coarse_embed: str = setting("shared", "how coarse patches are embedded", choices=("shared", "own", "apt"))
     drop_path: float = setting(0.0, "stochastic depth of the last block", "[0, 1)")
     decoder: str = setting("linear", "segmentation: what labels the tokens", choices=("linear", "mask"))
     scatter: str = setting("after", "segmentation: fine grid after or before the decoder", choices=("after", "before"))
@@ -82,6 +82,7 @@ class TrainingSettings(_Checked):
     optimizer: str = setting("adamw", "timm's name of the optimizer")
     lr: float = setting(1e-3, "peak learning rate of the backbone; 0 = frozen", "[0, inf)")
     gate_lr: float = setting(1e-3, "peak learning rate of the gate; 0 = frozen", "[0, inf)")
+    coarse_lr: float | None = setting(None, "of what embeds coarse patches alone; none = lr", "[0, inf)")
     reducer_lr: float = setting(1e-3, "peak learning rate of a reducer's own layers; 0 = frozen", "[0, inf)")
     prior_lr: float = setting(1e-2, "peak learning rate of the gate loss's priors; 0 = frozen", "[0, inf)")
     weight_decay: float = setting(0.05, "of the matrices of backbone and gate", "[0, inf)")
@@ -105,6 +106,7 @@ class GatingSettings(_Checked):
     """Gate: who decides, what it costs, and what shapes it."""
 
     by: str = setting("learned", "who decides: the gate, or a rule in its place", choices=GATINGS, flat="gating")
+    rule_settings: dict = setting({}, "settings of entropy or apt, as in thresholds=[6.0,4.0]")
     loss: str = setting("gbas", "the gate loss: gbas, bas, l0, ratio or none")
     loss_weight: float | None = setting(
         None, "weight of the gate loss; none = the loss's own, segmentation: over the regions", "[0, inf)"
@@ -171,12 +173,21 @@ class Recipe:
         foreign = ("mixup", "cutmix", "distill") if task == "segment" else ("short", "sliding")
         if wrong := [name for name in foreign if flat[name]]:
             raise RecipeError(f"{wrong[0]}={flat[wrong[0]]!r} is not for task={task!r}; leave it at 0")
-        if training.epochs and not (training.lr or (gating.learned and training.gate_lr)):
+        if gating.rule_settings and gating.by not in ("entropy", "apt"):
+            raise RecipeError(f"rule_settings are for gating=entropy or apt; gating={gating.by!r} has none")
+        apt, embed = gating.by == "apt", self.model.coarse_embed
+        if apt and embed == "own":
+            raise RecipeError("gating='apt' embeds coarse patches as APT does; leave coarse_embed at shared or apt")
+        trained = (training.lr, gating.learned and training.gate_lr, (apt or embed != "shared") and training.coarse_lr)
+        if training.epochs and not any(trained):
             raise RecipeError(f"lr=0 and gate_lr={training.gate_lr:g} with gating={gating.by!r} leave nothing to train")
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
         """Return the recipe of a mapping; a name that does not exist is refused, with the nearest that does."""
+        settings = dict(settings)
+        if "share_embedding" in settings:  # until version 0.1
+            settings["coarse_embed"] = "shared" if settings.pop("share_embedding") else "own"
         return cls(**settings)
 
     def to_dict(self) -> dict[str, Any]:
