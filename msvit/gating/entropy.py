@@ -90,6 +90,8 @@ def grey_bins(pictures: Tensor, bins: str) -> Tensor:
     Pictures of one channel, or others than three, are grey in equal parts.
     """
     count, span, weights = BINS[bins]
+    if bins != "rounded":
+        pictures = pictures.clamp(0, 1)
     if bins == "loader":  # which sees pictures of 8 bits; normalising and back has moved them a little
         pictures = (255 * pictures).round() / 255
     channels = pictures.shape[1]

@@ -166,6 +166,13 @@ def test_normalised_pictures_are_the_same_pictures():
     assert torch.equal(plain.blocks, again.blocks)
 
 
+@pytest.mark.parametrize("bins", ["loader", "batched"])
+def test_pixels_are_clamped_each_for_itself(bins):
+    images = 3 * torch.rand(2, 3, 8, 8) - 1
+    assert torch.equal(grey_bins(images, bins), grey_bins(images.clamp(0, 1), bins))
+    assert not torch.equal(grey_bins(images, "rounded"), grey_bins(images.clamp(0, 1), "rounded"))
+
+
 def test_scores_keep_double_precision():
     images = pictures().double()
     assert Entropy(**PLAIN).score(images, (4, 4)).regions.dtype == torch.float64
