@@ -105,7 +105,8 @@ def run_masked(case: Case) -> PreparedMethod:
         raise Unavailable("the run's reducer acts on active tokens only, which masked execution does not save")
     model, vit = case.model, case.vit
     entering = torch.full((case.batch,), vit.num_prefix_tokens + case.regions * (1 + model.scale**2))
-    macs = vit_macs(vit, entering).sum().item() + case.batch * gate_macs(model.gate, case.regions)
+    once = gate_macs(model.gate, case.regions) + model.path_macs(case.regions)
+    macs = vit_macs(vit, entering).sum().item() + case.batch * once
     work = _inference(partial(model.run, execution="masked"), case.images)
     return PreparedMethod(work, macs + case.once_macs, tokens=case.result.tokens.double().mean().item())
 
@@ -123,7 +124,8 @@ def run_reducer(name: str, case: Case) -> PreparedMethod:
 def run_tokenizer(case: Case) -> PreparedMethod:
     """Prepare all that comes before the first block: decisions, pixels, embeddings, positions."""
     model, images = case.model, case.images
-    macs = case.batch * gate_macs(model.gate, case.regions) + _embedding_macs(case)
+    path = case.model.path_macs(case.result.coarse.sum().item())
+    macs = case.batch * gate_macs(model.gate, case.regions) + _embedding_macs(case) + path
     return PreparedMethod(_inference(lambda: model.tokenize(images, model.decide(images)), fast=True), macs)
 
 

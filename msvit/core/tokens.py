@@ -88,13 +88,15 @@ def patchify(images: Tensor, patch: int) -> Tensor:
     return cut.permute(0, 2, 4, 1, 3, 5).reshape(b, h * w, c * patch * patch)
 
 
-def shrink(images: Tensor, scale: int) -> Tensor:
+def shrink(images: Tensor, scale: int, middle: bool = False) -> Tensor:
     """Return the means over scale x scale pixels of `[..., H, W]`; rows and columns left over at the end are not seen.
 
-    Sums of rows, then of columns, are many times as fast on a CPU as F.avg_pool2d.
+    With `middle`, over the middle 2 x 2 of them: bilinear interpolation without antialias, for even scales. Sums of
+    rows, then of columns, are many times as fast on a CPU as F.avg_pool2d.
     """
     if scale == 1:
         return images
     height, width = (side // scale * scale for side in images.shape[-2:])
-    rows = sum(images[..., i:height:scale, :width] for i in range(scale))
-    return sum(rows[..., i::scale] for i in range(scale)) / scale**2
+    taps = (scale // 2 - 1, scale // 2) if middle else range(scale)
+    rows = sum(images[..., i:height:scale, :width] for i in taps)
+    return sum(rows[..., i::scale] for i in taps) / len(taps) ** 2

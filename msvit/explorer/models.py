@@ -21,8 +21,8 @@ from ..core.fast_linear import fast_linear
 from ..core.tokens import Tokens
 from ..data.loaders import SCENES
 from ..data.scenes import DIFFICULTIES, Scenes
+from ..gating.base import Rule
 from ..gating.learned import Quota
-from ..gating.rules import Rule
 from ..models.msvit import MSViT
 from ..training.files import RunError
 from ..training.recipe import Recipe

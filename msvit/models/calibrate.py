@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..checks import inside
 from ..core.candidates import spread
+from ..gating.base import Rule
 from ..gating.learned import Quota
-from ..gating.rules import Rule
 
 
 def nearest_to_budget(candidates: Sequence[Any], cost: Callable[[Any], float], budget: float) -> Any:

@@ -17,11 +17,13 @@ from safetensors.torch import load_file, save_file
 from timm.models import get_model_args
 from torch import nn
 
+from ..gating.entropy import earlier_settings
 from ..gating.gate import Gate
 from ..gating.learned import GATES
 from ..gating.rules import make_rule
 from ..reducers.registry import make_reducer
 from . import zoo  # noqa: F401 (registers its backbones with timm, so that their folders load)
+from .coarse import name_of
 from .heads import SegmentationHead
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -142,7 +144,7 @@ def save_folder(model: nn.Module, folder: Path):
         "scale": model.scale,
         "margin": model.margin,
         "gate": described,
-        "share_embedding": model.coarse_embed is None,
+        "coarse_embed": name_of(model.coarse_embed),
     }
     if reducer is not None:
         config["reducer"] = reducer.settings
@@ -178,8 +180,9 @@ def _assemble(cls: type[nn.Module], config: Mapping[str, Any], **options: Any) -
     """Return the model of a config, with new weights."""
     backbone = config["backbone"]
     vit = timm.create_model(backbone["name"], pretrained=False, **read_args(backbone["args"]))
-    parts = {name: config[name] for name in ("scale", "margin", "share_embedding")}
-    parts["gate"] = _make_gate(**config["gate"])
+    gate = _make_gate(**_today(config["gate"]))
+    embed = config.get("coarse_embed") or ("shared" if config["share_embedding"] else "own")  # until version 0.1
+    parts = {"scale": config["scale"], "margin": config["margin"], "gate": gate, "coarse_embed": embed}
     if "reducer" in config:
         settings = dict(config["reducer"])
         parts["reducer"] = make_reducer(settings.pop("name"), vit, **settings)
@@ -193,6 +196,17 @@ def _make_gate(name: str | None = None, **settings: Any) -> nn.Module:
     if name is None:
         return Gate(**settings)
     return GATES[name](**settings) if name in GATES else make_rule(name, **settings)
+
+
+def _today(gate: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a gate's settings; those of an entropy rule had other names until version 0.1."""
+    return earlier_settings(**gate) if gate.get("name") == "entropy" and "thresholds" not in gate else gate
+
+
+def rename_decoder(model: nn.Module, state: dict, prefix: str, *rest):
+    """Rename a decoder's weights: until version 0.1 it stood beside the backbone."""
+    for key in [key for key in state if key.startswith(f"{prefix}decoder.")]:
+        state[f"{prefix}head.{key.removeprefix(prefix)}"] = state.pop(key)
 
 
 def _fetch(model_id: str, name: str, download: dict) -> Path:

@@ -43,7 +43,10 @@ METHODS = {
         "an MLP on each coarse patch",
     ),
     "pattern": Method("gate", "baseline: a static pattern that is learned", "a score per position, priors of GBaS"),
-    "entropy": Method("rule", "APT, Choudhury et al. 2025", cost="a histogram of each coarse patch"),
+    "entropy": Method("rule", "APT's threshold alone, Choudhury et al. 2025", cost="a histogram of each coarse patch"),
+    "apt": Method(
+        "rule", "APT, Choudhury et al. 2025", "its path of full-resolution patches", "a histogram, that path"
+    ),
     "fine": Method("rule", "the dense model"),
     "coarse": Method("rule", "the dense model at half resolution"),
     "centre": Method("rule", "baseline: fine in the middle"),

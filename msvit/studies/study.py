@@ -23,7 +23,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "trim": {"trim": "none"},
     "learned_gate": {"gating": "random"},
     "pretrained_dense": {},  # the row trains from scratch, for as many epochs in all
-    "share_embedding": {"share_embedding": False},
+    "share_embedding": {"coarse_embed": "own"},
     "calibrate": {"calibrate": False},
 }
 MASKS = tuple(name for name in GATINGS if name not in (*LEARNED, "fine"))
@@ -87,12 +87,17 @@ def ablation(
             and not (control == "projection" and loss in MEAN_LOSSES)
             and (loss != "gbas" or switches["gbas"])
         ]
-    rows += [StudyRow(f"{name} mask", {"gating": name}) for name in masks]
+    rows += [StudyRow(mask_label(name), {"gating": name}) for name in masks]
     rows += reducers
     different: dict[str, StudyRow] = {}
     for row in rows:
         different.setdefault(repr((sorted(row.changes.items()), row.dense)), row)
     return list(different.values())
+
+
+def mask_label(name: str) -> str:
+    """Return what tables call who decides in the gate's place; APT is more than a mask, and a quota learns."""
+    return {"apt": "APT", "quota": "quota"}.get(name, f"{name} mask")
 
 
 def reducer_rows(names: Iterable[str], base: Recipe) -> list[StudyRow]:

@@ -11,7 +11,7 @@ from ..gating.rules import make_rule
 from ..models.msvit import MSViT
 from .recipe import LEARNED, GatingSettings, Recipe, RecipeError
 
-BUDGETED = (*LEARNED, "centre", "border", "random", "entropy")  # who decides and is held to the target
+BUDGETED = (*LEARNED, "centre", "border", "random", "entropy", "apt")  # who decides and is held to the target
 
 
 class Budget:
@@ -66,9 +66,13 @@ def choose_gate(model: MSViT, recipe: Recipe, loaders: Loaders) -> Budget:
         "centre": {"rate": budget.rate},
         "border": {"rate": budget.rate},
         "random": {"rate": budget.rate, "seed": recipe.training.seed},
-        "entropy": {"mean": loaders.mean, "std": loaders.std},
+        "entropy": {"mean": loaders.mean, "std": loaders.std} | gating.rule_settings,
     }
-    model.gate = make_rule(gating.by, **settings.get(gating.by, {})).to(device)
-    if gating.by == "entropy":
+    name = "entropy" if gating.by == "apt" else gating.by
+    try:
+        model.gate = make_rule(name, **settings.get(name, {})).to(device)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    if name == "entropy" and gating.calibrate:  # otherwise it keeps its own thresholds
         model.calibrate(loaders.first_pictures(), budget.macs)
     return budget

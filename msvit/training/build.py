@@ -17,6 +17,7 @@ from ..data.loaders import Loaders, make_loaders
 from ..data.segmentation import make_seg_loaders
 from ..gating.gate import Decider, Gate
 from ..gating.learned import GATES, Pattern, Quota
+from ..models.coarse import name_of
 from ..models.heads import SegmentationHead
 from ..models.hub import describe_backbone, read_args
 from ..models.msvit import MSViT
@@ -48,7 +49,10 @@ def build(recipe: Recipe, runs: Path) -> MSViT:
     gate = _choose_gate(recipe, vit, _saved(settings.gate, runs).gate if settings.gate else gate)
     try:
         reducer = make_reducer(recipe.reducer.name, vit, **recipe.reducer.settings) if recipe.reducer.name else None
-        model = MSViT(vit, settings.scale, gate, recipe.gating.margin, reducer, settings.share_embedding, fast_cpu=True)
+        embed = "apt" if recipe.gating.by == "apt" else settings.coarse_embed
+        model = MSViT(vit, settings.scale, gate, recipe.gating.margin, reducer, embed, fast_cpu=True)
+        if start is not None and name_of(start.coarse_embed) == embed != "shared":
+            model.coarse_embed.load_state_dict(start.coarse_embed.state_dict())
         if recipe.data.task == "segment" and start is not None and start.head.dense:
             model.set_head(SegmentationHead(vit, **start.head.settings))
             model.head.load_state_dict(start.head.state_dict())

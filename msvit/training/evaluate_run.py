@@ -10,6 +10,7 @@ from ..evaluation.evaluate import evaluate
 from ..evaluation.predictions import object_finder
 from ..evaluation.reconstruction import reconstruction_errors
 from ..gating.learned import GATES
+from ..models.coarse import name_of
 from ..models.msvit import MSViT
 from .budget import Budget, choose_gate
 from .build import load_data
@@ -45,6 +46,8 @@ def evaluate_run(
         by = recipe.gating.by
         if recipe.gating.learned and type(model.gate) is not GATES[by]:
             raise RecipeError(f"gating={by!r}: {folder} was trained with {run.recipe.gating.by!r} and has no such gate")
+        if recipe.gating.by == "apt" and name_of(model.coarse_embed) != "apt":
+            raise RecipeError(f"gating='apt': {folder} was trained without APT's path; its rule alone is 'entropy'")
         budget = choose_gate(model, recipe, loaders)
     else:
         budget = Budget(model, loaders.size, recipe.gating if recipe.training.epochs else None)

@@ -166,7 +166,8 @@ class Gated(Objective):
         training = self.recipe.training
         parts = [(part, rate * training.lr_scale, decay) for part, rate, decay in super().parts()]
         if self.model.coarse_embed is not None:
-            parts.append((self.model.coarse_embed, training.lr * training.lr_scale, training.weight_decay))
+            rate = training.lr * training.lr_scale if training.coarse_lr is None else training.coarse_lr
+            parts.append((self.model.coarse_embed, rate, training.weight_decay))
         if self.learned:
             parts.append((self.model.gate, training.gate_lr, training.weight_decay))
         if self.loss is not None:

@@ -14,7 +14,7 @@ from ..checks import hint
 from .settings import Checked, RecipeError, parsed, setting
 
 LEARNED = ("learned", "quota", "pattern")  # who trains, and rules that do not
-GATINGS = (*LEARNED, "fine", "coarse", "centre", "border", "checkerboard", "random", "entropy", "oracle")
+GATINGS = (*LEARNED, "fine", "coarse", "centre", "border", "checkerboard", "random", "entropy", "apt", "oracle")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ModelSettings(Checked):
     pretrained: bool = setting(False, "start a timm model from its published weights")
     gate: str = setting("", "folder or hub id of the run whose trained gate is taken over")
     scale: int = setting(2, "a coarse patch is scale x scale fine ones", "[2, inf)")
-    share_embedding: bool = setting(True, "coarse patches go through the same embedding as fine ones")
+    coarse_embed: str = setting("shared", "how coarse patches are embedded", choices=("shared", "own", "apt"))
     drop_path: float = setting(0.0, "stochastic depth of the last block", "[0, 1)")
     decoder: str = setting("linear", "segmentation: what labels the tokens", choices=("linear", "mask"))
     scatter: str = setting("after", "segmentation: fine grid after or before the decoder", choices=("after", "before"))
@@ -64,6 +64,7 @@ class TrainingSettings(Checked):
     lr_scale: float = setting(1.0, "factor on lr, the backbone's, in stage two", "[0, inf)")
     freeze: int = setting(0, "first epochs of stage two in which backbone and head stay as they are", "[0, inf)")
     gate_lr: float = setting(1e-3, "peak learning rate of the gate; 0 = frozen", "[0, inf)")
+    coarse_lr: float | None = setting(None, "of what embeds coarse patches alone; none = lr", "[0, inf)")
     reducer_lr: float = setting(1e-3, "peak learning rate of a reducer's own layers; 0 = frozen", "[0, inf)")
     prior_lr: float = setting(1e-2, "peak learning rate of the gate loss's priors; 0 = frozen", "[0, inf)")
     weight_decay: float = setting(0.05, "of the matrices of backbone and gate", "[0, inf)")
@@ -87,6 +88,7 @@ class GatingSettings(Checked):
     """Gate: who decides, what it costs, and what shapes it."""
 
     by: str = setting("learned", "who decides: the gate, or what stands in its place", choices=GATINGS, flat="gating")
+    rule_settings: dict = setting({}, "settings of entropy or apt, as in thresholds=[6.0,4.0]")
     loss: str = setting("gbas", "the gate loss: gbas, bas, l0, ratio or none")
     loss_weight: float | None = setting(
         None, "weight of the gate loss; none = the loss's own, segmentation: over the regions", "[0, inf)"
@@ -189,8 +191,14 @@ class Recipe:
                 "the force that all gates share out of the gradient, and this loss has no other; say loss='none' for "
                 "that, or control='none' or 'bias' for this loss"
             )
-        gate, rate = gating.learned and training.gate_lr, training.lr * training.lr_scale
-        if training.epochs and not (gate or (rate and (self.reducer.name or not training.freeze))):
+        if gating.rule_settings and gating.by not in ("entropy", "apt"):
+            raise RecipeError(f"rule_settings are for gating=entropy or apt; gating={gating.by!r} has none")
+        apt, embed = gating.by == "apt", self.model.coarse_embed
+        if apt and embed == "own":
+            raise RecipeError("gating='apt' embeds coarse patches as APT does; leave coarse_embed at shared or apt")
+        rate = training.lr * training.lr_scale
+        others = (gating.learned and training.gate_lr, (apt or embed != "shared") and training.coarse_lr)
+        if training.epochs and not (any(others) or (rate and (self.reducer.name or not training.freeze))):
             still = f"freeze={training.freeze}" if rate else "lr * lr_scale = 0"
             raise RecipeError(
                 f"{still} and gate_lr={training.gate_lr:g} with gating={gating.by!r} leave nothing to train"
@@ -231,8 +239,10 @@ class Recipe:
 
 
 def _renewed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return settings of version 0.1, where trim and control were true or false, by the names of today."""
+    """Return settings of version 0.1, where three were true or false, by the names of today."""
     settings, trim, control = dict(settings), settings.get("trim"), settings.get("control")
+    if "share_embedding" in settings:
+        settings["coarse_embed"] = "shared" if settings.pop("share_embedding") else "own"
     if isinstance(trim, bool):
         settings["trim"] = "margin" if trim else "none"
     if isinstance(control, bool):

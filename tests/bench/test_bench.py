@@ -118,6 +118,14 @@ def test_every_closed_form_is_the_count():
             assert (prepared.macs is None) == without, name
 
 
+def test_closed_forms_have_the_path_of_apt():
+    case = make_case()
+    case.model.coarse_embed = MSViT(case.vit, coarse_embed="apt").coarse_embed
+    for name in ("packed", "masked", "gate"):
+        prepared = PREPARE[name](case)
+        assert prepared.macs == timing.counted_macs(prepared.work), name
+
+
 def test_masked_execution_counts_all_candidates():
     tokens = 1 + 16 + 64
     block = 12 * tokens * 64**2 + 2 * tokens**2 * 64

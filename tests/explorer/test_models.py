@@ -101,7 +101,9 @@ def test_a_run_of_segmentation_can_be_chosen(tmp_path):
     assert numbers[0]["accuracy"] == pytest.approx(row.state.score["accuracy"])
 
 
-@pytest.mark.parametrize(("name", "settings"), [("random", {"rate": 0.4}), ("centre", {}), ("entropy", {"bits": 4.0})])
+@pytest.mark.parametrize(
+    ("name", "settings"), [("random", {"rate": 0.4}), ("centre", {}), ("entropy", {"thresholds": [4.0]})]
+)
 def test_a_rule_that_replaces_the_gate(name, settings, tmp_path):
     model = mini_model()
     model.gate = make_rule(name, **settings)
@@ -142,7 +144,7 @@ def test_what_learns_in_the_gates_place_is_shown_as_it_decides(gate):
 
 def test_three_scales_are_refused_with_a_reason(tmp_path):
     model = mini_model()
-    model.gate = make_rule("entropy", scales=3)
+    model.gate = make_rule("entropy", thresholds=[6.0, 4.0])
     with pytest.raises(ModelError, match="mine has a rule of three scales"):
         LoadedModel.of("mine", model)
     model.save_pretrained(tmp_path / "three")

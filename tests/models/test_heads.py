@@ -285,7 +285,9 @@ def test_windows(make_vit):
 @pytest.mark.parametrize(("decoder", "scatter"), FORMS)
 @torch.no_grad()
 def test_saves_and_loads(tmp_path, decoder, scatter):
-    classifier = msvit.MSViT(timm.create_model("vit_mini_patch8_64"), share_embedding=scatter == "after")
+    classifier = msvit.MSViT(
+        timm.create_model("vit_mini_patch8_64"), coarse_embed="shared" if scatter == "after" else "own"
+    )
     model = segmenting(classifier, K, decoder, scatter).eval()
     if scatter == "before":
         model.coarse_embed[0].bias.add_(1)

@@ -336,7 +336,7 @@ class TestBadInput:
 def test_an_embedding_of_their_own_for_coarse_patches(tmp_path):
     """It starts as a copy of the shared one, and is then a parameter of its own, in all executions and on disk."""
     vit = shake(timm.create_model("vit_mini_patch8_64"))
-    shared, own = msvit.MSViT(vit).eval(), msvit.MSViT(vit, share_embedding=False).eval()
+    shared, own = msvit.MSViT(vit).eval(), msvit.MSViT(vit, coarse_embed="own").eval()
     images, mask = torch.randn(3, 3, 64, 64), torch.rand(3, 4, 4) < 0.5
     same, copied = shared.run(images, mask), own.run(images, mask)
     assert (same.logits - copied.logits).abs().max() <= 1e-5

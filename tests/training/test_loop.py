@@ -233,6 +233,8 @@ def test_watch_sees_each_epoch_and_may_stop_the_run(tmp_path):
         {"gating": "entropy"},
         {"gating": "quota", "precision": "bf16", "ema": 0.9, "distill": 1.0, "temperature_end": 0.1},
         {"gating": "pattern", "loss": "bas", "ema": 0.9, "reducer": "tome", "target": 0.5},
+        {"gating": "apt", "coarse_lr": 1e-2, "rule_settings": {"thresholds": [5.5, 5.0]}},
+        {"coarse_embed": "apt", "lr": 0.0},
         {"gating": "fine", "reducer": "dynamicvit", "reducer_settings": {"keep": 0.5}},
         {"loss": "l0", "trim": "none", "distill": 1.0, "layer_decay": 0.8},
         {"mixup": 0.5, "cutmix": 0.5, "smoothing": 0.1, "ema": 0.9, "accumulate": 3, "schedule": "poly"},

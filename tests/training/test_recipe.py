@@ -48,6 +48,10 @@ def test_a_recipe_survives_json_and_is_frozen():
         ({"lr_scale": 0.0, "gate_lr": 0.0}, r"lr \* lr_scale = 0 .* leave nothing to train"),
         ({"freeze": 2, "gating": "random"}, r"freeze=2 and .* gating='random' leave nothing to train"),
         ({"freeze": -1}, r"freeze=-1: expected a whole number in \[0, inf\)"),
+        ({"lr": 0.0, "gating": "apt"}, r"leave nothing to train"),
+        ({"lr": 0.0, "gating": "entropy", "coarse_lr": 1e-3}, r"leave nothing to train"),
+        ({"gating": "apt", "coarse_embed": "own"}, r"gating='apt' embeds .* leave coarse_embed at shared or apt"),
+        ({"rule_settings": {"thresholds": [5.0]}}, r"rule_settings are for .* gating='learned' has none"),
     ],
 )
 def test_what_cannot_be_is_refused(settings, words):
@@ -76,6 +80,17 @@ def test_settings_of_version_0_1_are_read_as_what_they_were():
 )
 def test_a_name_for_each_algorithm(settings, name):
     assert Recipe(**settings).method == name
+
+
+def test_settings_of_earlier_versions_are_read():
+    for shared, name in ((True, "shared"), (False, "own")):
+        earlier = {k: v for k, v in Recipe().to_dict().items() if k != "coarse_embed"} | {"share_embedding": shared}
+        assert Recipe.from_dict(earlier) == Recipe(coarse_embed=name)
+
+
+def test_what_embeds_coarse_patches_may_train_alone():
+    assert Recipe(lr=0.0, gating="apt", coarse_lr=1e-3).training.coarse_lr == 1e-3
+    assert Recipe(lr=0.0, gating="entropy", coarse_embed="apt", coarse_lr=1e-3).model.coarse_embed == "apt"
 
 
 def test_replace_checks_too():
