@@ -141,7 +141,7 @@ def attend_watched(
         if not learned:
             out.append(part.unpad((a @ v_).transpose(1, 2)))
         a = a.detach() if count is None else a.detach() * (count > 0)[:, None, :, None]
-        received.append(part.unpad(a.float().sum(2).mean(1)))
+        received.append(part.unpad((a if a.dtype == torch.float64 else a.float()).sum(2).mean(1)))
     return attend(layout, q, k, v, weight) if learned else torch.cat(out), torch.cat(received)
 
 
@@ -172,7 +172,8 @@ def _shares(layout: Layout, q: Tensor, k: Tensor, weight: Tensor | None) -> tupl
         return s.softmax(-1), None
     rows = layout.picture.new_ones(len(layout.picture)).float() if weight is None else weight.float()
     count = layout.pad(rows)
-    return (s + count.log()[:, None, None].to(s.dtype)).softmax(-1), count
+    log = count.to(torch.promote_types(count.dtype, s.dtype)).log()
+    return (s + log[:, None, None].to(s.dtype)).softmax(-1), count
 
 
 class WeightedAttention(torch.autograd.Function):

@@ -169,9 +169,9 @@ class MaskTransformer(nn.Module):
         z = Norm(blocks([x W_dec + b, c])),   p_i = z_i W_patch,   q_k = z_(n + k) W_classes
         mask_ik = LayerNorm_k( p_i / |p_i| . q_k / |q_k| )
 
-    The weight says how often a token counts as a key, as in the backbone; a class embedding counts once. Parameters have
-    the names that they have in Segmenter's checkpoints, behind "decoder." there too: what is under "decoder." of one
-    loads into a `SegmentationHead` as it is. Their model has the backbone's width and number of heads.
+    The weight says how often a token counts as a key, as in the backbone; a class embedding counts once. It is as wide
+    as the backbone and has as many heads. Parameters have the names that they have in Segmenter's checkpoints: what
+    begins with "decoder." there loads into a `SegmentationHead` as it is.
 
     Args:
         eps: Of the norms in the blocks, 1e-5 in Segmenter.

@@ -295,7 +295,7 @@ def test_attention_that_is_watched_is_attention(weighted):
                             received[j] += e[j - first] / sum(e) / 2
                         if i == first:
                             given[j] += e[j - first] / sum(e) / 2
-        torch.testing.assert_close(seen, received.float(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(seen, received, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(attention_of_first(layout, q, k, weight), given.float(), rtol=1e-5, atol=1e-6)
 
 
