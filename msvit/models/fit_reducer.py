@@ -57,5 +57,6 @@ def _macs(vit: nn.Module, reducer: Reducer, entering: torch.Tensor, images: torc
     model = MSViT(vit, gate=make_rule("fine"), reducer=reducer).eval()
     if images is None:
         scenes = Scenes(2, vit.patch_embed.img_size)
-        images = torch.stack([scenes[i][0] for i in range(2)])
+        grey = torch.stack([scenes[i][0] for i in range(2)]).mean(1, keepdim=True)
+        images = grey.expand(-1, vit.patch_embed.proj.in_channels, -1, -1)
     return model.run(images.to(model.cut.device)).macs.mean().item()

@@ -51,7 +51,9 @@ class ALGM(Reducer):
     ):
         super().__init__(vit, sorted({0, len(vit.blocks) // 3}) if layers is None else layers)
         if isinstance(threshold, bool | str) or not threshold >= -1:
-            raise ValueError(f"threshold={threshold!r}: a cosine from which tokens merge, such as 0.88; over 1, none do")
+            raise ValueError(
+                f"threshold={threshold!r}: a cosine from which tokens merge, such as 0.88; over 1, none do"
+            )
         if not isinstance(window, int) or window < 2:
             raise ValueError(f"window={window!r}: a window is a whole number of fine patches wide; use 2, 3, 4 …")
         one_of("global_threshold", global_threshold, ("same", "picture"))
@@ -111,7 +113,7 @@ def window_similarities(tokens: Tokens, window: int) -> tuple[Tensor, Tensor]:
 def most_similar(tokens: Tokens, prefix: int) -> tuple[Tensor, Tensor]:
     """Return the cosine of each token with even number and its most similar one with odd number, and that one's row.
 
-    Both `[T]`. Prefix tokens and those with odd numbers have -inf, as have all where there is nothing to be paired with.
+    Both `[T]`. Prefix tokens and those with odd numbers have -inf, and so has everything that finds no partner.
     """
     layout, unit = tokens.layout, _unit(tokens)
     best, partner = unit.new_full((len(unit),), -torch.inf), torch.arange(len(unit), device=unit.device)

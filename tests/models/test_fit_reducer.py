@@ -17,13 +17,20 @@ def test_the_model_that_runs_costs_what_was_asked(name, share, tiny_vit):
     model = MSViT(vit, gate=make_rule("fine"), reducer=fitted).eval()
     found = model.run(images).macs / model.dense_macs(vit.patch_embed.img_size)
     rough = {"tome": 0.05, "grid": 0.25, "strided_convolution": 0.25}  # whole tokens in every block, and whole blocks
-    assert (found.mean() - share).abs() <= rough.get(name, 0.02)
+    found = found.mean() if name == "algm" else found  # which merges as much as a picture allows
+    assert (found - share).abs().max() <= rough.get(name, 0.02)
 
 
 def test_the_other_settings_stay(tiny_vit):
     settings = fit_reducer("token_pooling", tiny_vit, 0.7, method="kmedoids")
     assert settings["method"] == "kmedoids"
     assert 0 < settings["keep"] < 1
+
+
+def test_without_pictures_there_are_scenes(make_vit):
+    vit = make_vit(in_chans=1)
+    first, second = (fit_reducer("algm", vit, share)["threshold"] for share in (0.6, 0.8))
+    assert -1 <= first < second <= 1
 
 
 def test_rows_of_methods():
