@@ -157,7 +157,7 @@ def check_lossless(reducer: Reducer | None):
     if reducer is not None and not reducer.lossless:
         raise ValueError(
             f"{type(reducer).__name__} drops tokens, so that some pixels have none, and a dense task must label them "
-            "all; use a method that merges (token_pooling, tome, grid) or the gate alone"
+            "all; use a method that merges (token_pooling, tome, algm, grid) or the gate alone"
         )
 
 

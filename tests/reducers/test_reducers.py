@@ -408,7 +408,17 @@ def test_reconstruction_errors_are_reported(make_vit):
     assert not model.reducer._forward_hooks
 
 
-@pytest.mark.parametrize(("name", "settings"), [REDUCING[0], REDUCING[2], ("tome", {"r": 3})], ids=str)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        REDUCING[0],
+        REDUCING[2],
+        ("tome", {"r": 3}),
+        ("strided_convolution", {"layers": [1]}),
+        ("algm", {"threshold": 0.3}),
+    ],
+    ids=str,
+)
 @torch.no_grad()
 def test_saves_and_loads(tmp_path, name, settings):
     vit = timm.create_model("vit_mini_patch8_64")
