@@ -54,9 +54,19 @@ def state(prefix: str) -> dict[str, Tensor]:
         return {key.removeprefix(f"{prefix}/"): file.get_tensor(key) for key in found}
 
 
+def labels() -> list[int]:
+    """Return the pictures' labels."""
+    return _reference()["labels"]
+
+
 def images(dtype: torch.dtype) -> Tensor:
     """Return the pictures of the cases with a backbone."""
     return tensor("images", dtype)
+
+
+def labels() -> Tensor:
+    """Return the pictures' classes."""
+    return torch.tensor(_reference()["labels"])
 
 
 def backbone(name: str, dtype: torch.dtype) -> nn.Module:

@@ -138,6 +138,17 @@ def choose_trimmed(active: Tensor, soft: Tensor, margin: float) -> tuple[Tensor,
     return choose_active(active | (soft.detach() >= margin))
 
 
+def choose_levelled(active: Tensor, soft: Tensor) -> tuple[Tensor, list[int]]:
+    """Choose as many candidates for every picture as the batch's longest has active ones: MSViT's adaptive trimming.
+
+    The room that a shorter picture has is filled with its inactive candidates `[B, N]` nearest to the decision, those
+    of the largest soft activity.
+    """
+    most = int(active.sum(1).max())
+    chosen = (soft.detach() + 2 * active).topk(most, dim=1).indices  # whatever is active comes before what is not
+    return choose_active(torch.zeros_like(active).scatter(1, chosen, True))
+
+
 def enlarge(regions: Tensor, scale: int) -> Tensor:
     """Return `[..., h, w]` with every region repeated for its scale x scale patches."""
     return regions.repeat_interleave(scale, -2).repeat_interleave(scale, -1)

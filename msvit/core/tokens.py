@@ -22,6 +22,8 @@ class Tokens:
         size: `[T]`, how many times a token counts as a key (ToMe's proportional attention); None if all count once.
         other: As `where`, if every region were decided the other way; -1 where that token was trimmed. Only dense tasks
             ask for it, while a gate learns.
+        entered: How many were active in each picture before the first block; None if no reducer asks.
+        policy: `[T]`, the part of the activity that is DynamicViT's while it trains, see `attend_by_policy`.
     """
 
     x: Tensor
@@ -31,6 +33,8 @@ class Tokens:
     layout: Layout
     size: Tensor | None = None
     other: Tensor | None = None
+    entered: list[int] | None = None
+    policy: Tensor | None = None
 
     @property
     def weight(self) -> Tensor | None:
@@ -65,6 +69,7 @@ class Tokens:
             size=None if self.size is None else self.size[rows],
             where=moved[self.where],
             other=None if self.other is None else moved[self.other],
+            policy=None if self.policy is None else self.policy[rows],
             layout=Layout(lengths, rows.device),
         )
 

@@ -63,9 +63,10 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
     The gate decides for each coarse patch (`scale` x `scale` fine ones) whether it becomes one token or scale² of them.
     Every parameter of the backbone stays where timm put it.
 
-    Three executions compute the same function of the same decisions: "masked" runs all candidates and hides the
-    inactive ones in attention, "trimmed" drops most of these (the default while training), "packed" runs the active
-    tokens alone, each picture at its own length (the default in evaluation).
+    All executions compute the same function of the same decisions: "masked" runs all candidates and hides the
+    inactive ones in attention, "trimmed" drops most of these (the default while training), "levelled" drops what is
+    beyond the batch's longest picture (the trimming of the paper), "packed" runs the active tokens alone, each picture
+    at its own length (the default in evaluation).
 
     With a dense head, pictures of any size are padded with the mean colour at bottom and right, and what is predicted
     there is cut off again; masks and gates are those of the padded picture, see `grid`.
@@ -174,7 +175,7 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
             images: `[B, c, H, W]`, normalised as the backbone wants them; both sides multiples of the coarse patch
                 unless the head is dense.
             mask: Decisions instead of the gate's: bool `[B, h, w]` or `[h, w]`, True = coarse.
-            execution: "masked", "trimmed" or "packed"; None means trimmed while training and packed in evaluation.
+            execution: One of the four above; None means trimmed while training and packed in evaluation.
             check: Look for NaN and infinite pixels (costs a pass over the pictures).
         """
         self.check(images, finite=check)

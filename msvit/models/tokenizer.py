@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from ..core import backbone
 from ..core.attention import Layout
-from ..core.candidates import Candidates, choose_active, choose_trimmed
+from ..core.candidates import Candidates, choose_active, choose_levelled, choose_trimmed
 from ..core.tokens import Tokens
 
-EXECUTIONS = ("masked", "trimmed", "packed")
+EXECUTIONS = ("masked", "trimmed", "levelled", "packed")
 
 
 class Gating(NamedTuple):
@@ -71,9 +71,11 @@ def _choose(
         return choose_active(active)
     if execution == "masked":
         return torch.arange(active.numel(), device=active.device), [active.shape[1]] * len(active)
+    soft = candidates.activity(gating.soft.detach(), gating.blocks)
+    if execution == "levelled":
+        return choose_levelled(active, soft)
     # Inactive tokens are there for their gradient.
-    margin = margin if gating.decisions.requires_grad else 1.0
-    return choose_trimmed(active, candidates.activity(gating.soft.detach(), gating.blocks), margin)
+    return choose_trimmed(active, soft, margin if gating.decisions.requires_grad else 1.0)
 
 
 def _embed(vit: VisionTransformer, pixels: Tensor, coarse: Tensor, coarse_embed: nn.Module | None) -> Tensor:

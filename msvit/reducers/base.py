@@ -2,7 +2,8 @@
 
 A reducer acts on `Tokens` at some blocks: before the block, or between its attention and its MLP. All rows of all
 pictures stand in one matrix and the `Layout` knows the pictures, so everything here works for pictures of different
-lengths. Rows keep their order: the prefix tokens of a picture come first, then its patches as the picture has them.
+lengths. The prefix tokens of a picture come first, then its patches: as the picture has them, unless the reducer says
+that its order is another.
 """
 
 from collections.abc import Sequence
@@ -38,15 +39,20 @@ class Reducer(nn.Module):
         lossless: Whether every pixel still has a token afterwards, as dense tasks need.
         adaptive: Whether how many tokens are left depends on the picture, and so do the MACs.
         needs: What of the block's attention `reduce` is given as `seen`: None, "received" (`[T]`, the attention that a
-            token receives), "class" (`[T]`, the attention that the class token gives) or "keys" (`[T, D]`, their mean
-            over the heads). Only the layers in `layers` compute it.
+            token receives), "class" (`[T]`, the attention that the class token gives, with its gradient) or "keys"
+            (`[T, D]`, their mean over the heads). Only the layers in `layers` compute it.
+        proportional: Whether a token of size s counts s times as a key.
         needs_teacher: Whether `loss` compares with the dense backbone.
+        of_entered: Whether `count` and `counts` are asked by how many tokens entered the first block, in place of how
+            many came to theirs.
     """
 
     lossless: bool = True
     adaptive: bool = False
     needs: str | None = None
+    proportional: bool = True
     needs_teacher: bool = False
+    of_entered: bool = False
 
     def __init__(self, vit: nn.Module, layers: Sequence[int] | None = None):
         super().__init__()
@@ -58,6 +64,13 @@ class Reducer(nn.Module):
         if len(set(layers)) < len(layers):
             raise ValueError(f"layers={layers} names a block twice; a reducer acts once in a block")
         self.layers = tuple(sorted(layers))
+
+    def begin(self, progress: float):
+        """Prepare a training step; `progress` is the share of the stage that is over."""
+
+    def enter(self, tokens: Tokens) -> Tokens:
+        """Return the tokens that enter the first block."""
+        return tokens
 
     def before_block(self, layer: int, tokens: Tokens) -> Tokens:
         """Return the tokens that enter a block."""

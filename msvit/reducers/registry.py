@@ -10,6 +10,7 @@ from .algm import ALGM
 from .base import Reducer
 from .dynamicvit import DynamicViT
 from .evit import EViT
+from .pitome import PiToMe
 from .pruning import GridPooling, ImportanceSampling, PowerBert, RandomPruning, StridedConvolution
 from .token_pooling import TokenPooling
 from .tome import ToMe
@@ -59,6 +60,7 @@ METHODS = {
     "evit": Method("reducer", "Liang et al. 2022", cost="one more query at its layers", tasks=FUSED),
     "tome": Method("reducer", "Bolya et al. 2023", cost="similarities in every block"),
     "algm": Method("reducer", "ALGM, Norouzi et al. 2024", cost="similarities at its layers"),
+    "pitome": Method("reducer", "Tran et al. 2024", cost="similarities of all pairs in every block"),
 }
 REDUCERS = {
     "dynamicvit": DynamicViT,
@@ -71,6 +73,7 @@ REDUCERS = {
     "evit": EViT,
     "tome": ToMe,
     "algm": ALGM,
+    "pitome": PiToMe,
 }
 
 

@@ -26,9 +26,11 @@ def method_of(run: pd.Series) -> str:
         return run["reducer"] or "dense, trained on"
     if run["gating"] != "learned":
         return f"{run['gating']} mask{after}"
-    words = [f"MSViT {run['loss']}"]
-    off = {"trim": "untrimmed", "control": "no control", "share_embedding": "own embedding"}
-    words += [text for name, text in off.items() if not run[name]]
+    words = [f"MSViT {run['loss']}" + ("" if run["control"] == "none" else f" + {run['control']}")]
+    if run["loss"] == "none" and run["control"] != "none":
+        words = [f"MSViT, controller only ({run['control']})"]
+    words += [{"none": "untrimmed", "batch": "trimmed by batch"}[run["trim"]]] if run["trim"] != "margin" else []
+    words += [] if run["share_embedding"] else ["own embedding"]
     return ", ".join(words) + after
 
 

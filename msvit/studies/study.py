@@ -15,16 +15,16 @@ from ..reducers.registry import REDUCERS
 from ..training import runs
 from ..training.build import build
 from ..training.loop import train
-from ..training.recipe import GATINGS, Recipe
+from ..training.recipe import GATINGS, MEAN_LOSSES, Recipe
 
 # What each part of the method is replaced by when it is switched off.
 PARTS: dict[str, dict[str, Any]] = {
     "gbas": {"loss": "l0"},
-    "trim": {"trim": False},
+    "trim": {"trim": "none"},
     "learned_gate": {"gating": "random"},
     "pretrained_dense": {},  # the row trains from scratch, for as many epochs in all
     "share_embedding": {"share_embedding": False},
-    "budget_control": {"control": False, "calibrate": False},
+    "calibrate": {"calibrate": False},
 }
 MASKS = tuple(name for name in GATINGS if name not in ("learned", "fine"))
 FULL = "MSViT"
@@ -56,10 +56,11 @@ def ablation(
     masks: Iterable[str],
     one_by_one: bool = False,
     reducers: Iterable[StudyRow] = (),
+    controllers: Iterable[str] = (),
 ) -> list[StudyRow]:
     """Return the rows of the ablation: the full method, the method without what is switched off, other losses, masks.
 
-    With `gbas` off no row is trained with GBaS.
+    With `gbas` off no row is trained with GBaS: L0 stands in its place, and nothing else differs.
 
     Args:
         switches: Which parts are on, by the names of PARTS.
@@ -67,6 +68,7 @@ def ablation(
         masks: Decisions that are not learned, at the same MACs.
         one_by_one: Add a row for each part left out alone.
         reducers: The rows of `reducer_rows`.
+        controllers: "bias" and "projection": a row for each alone, and beside each loss that is another method with it.
     """
     off = [name for name in PARTS if not switches[name]]
     rows = [StudyRow(FULL, {})] if switches["gbas"] else []
@@ -76,6 +78,15 @@ def ablation(
         never = [] if switches["gbas"] else ["gbas"]
         rows += [without([*never, name]) for name in PARTS if name not in never]
     rows += [StudyRow(f"{FULL}, {loss}", {"loss": loss}) for loss in losses if loss != "gbas"]
+    for control in controllers:
+        rows.append(StudyRow(f"{FULL}, controller only ({control})", {"loss": "none", "control": control}))
+        rows += [
+            StudyRow(f"{FULL}, {loss} + {control}", {"loss": loss, "control": control})
+            for loss in losses
+            if loss != "none"
+            and not (control == "projection" and loss in MEAN_LOSSES)
+            and (loss != "gbas" or switches["gbas"])
+        ]
     rows += [StudyRow(f"{name} mask", {"gating": name}) for name in masks]
     rows += reducers
     different: dict[str, StudyRow] = {}

@@ -23,6 +23,8 @@ from ..reducers.base import Teacher
 from .budget import Budget
 from .recipe import Recipe
 
+TRIMS = {"margin": "trimmed", "batch": "levelled", "none": "masked"}  # the execution of a training step
+
 
 class StepOutput(NamedTuple):
     """What a training step computes.
@@ -68,8 +70,12 @@ class Objective(nn.Module):
                 made = param_groups_layer_decay(part, layer_decay=self.recipe.training.layer_decay, **settings)
             else:
                 made = param_groups_weight_decay(part, **settings)
-            groups += [group | {"lr": rate} for group in made]
+            groups += [group | {"lr": rate, "freeze": self.frozen(part)} for group in made]
         return groups
+
+    def frozen(self, part: nn.Module) -> int:
+        """Return for how many epochs of the stage a part that trains stays as it is at first."""
+        return 0
 
     def priors(self) -> dict[str, Tensor]:
         """Return what the gate loss has learned, for the records."""
@@ -148,19 +154,23 @@ class Gated(Objective):
             self.loss = make_loss(gating.loss, grid=budget.grid, target=budget.rate, **gating.loss_settings)
             pull = 1 / math.prod(budget.grid) if model.head.dense else 1.0
             self.weight = self.loss.weight * pull if gating.loss_weight is None else gating.loss_weight
-            if gating.control:
-                self.controller = BudgetController(budget.rate)
+            if gating.control != "none":
+                self.controller = BudgetController(budget.rate, gating.control == "projection")
 
     def parts(self) -> list[tuple[nn.Module, float, float]]:
-        training, parts = self.recipe.training, super().parts()
+        training = self.recipe.training
+        parts = [(part, rate * training.lr_scale, decay) for part, rate, decay in super().parts()]
         if self.model.coarse_embed is not None:
-            parts.append((self.model.coarse_embed, training.lr, training.weight_decay))
+            parts.append((self.model.coarse_embed, training.lr * training.lr_scale, training.weight_decay))
         if self.learned:
             parts.append((self.model.gate, training.gate_lr, training.weight_decay))
             parts.append((self.loss, training.prior_lr, 0.0))
         if self.model.reducer is not None:
             parts.append((self.model.reducer, training.reducer_lr, training.weight_decay))
         return parts
+
+    def frozen(self, part: nn.Module) -> int:
+        return self.recipe.training.freeze if part in (self.model.vit, self.model.head) else 0
 
     def train(self, mode: bool = True) -> "Gated":
         super().train(mode)
@@ -177,6 +187,8 @@ class Gated(Objective):
         if self.learned:
             first, last = self.recipe.gating.temperature, self.recipe.gating.temperature_end
             self.model.gate.temperature = first * (last / first) ** progress
+        if self.model.reducer is not None:
+            self.model.reducer.begin(progress)
 
     def update(self, gate_error: float):
         self.controller.correct(self.model.gate.mlp[-1].bias, gate_error)
@@ -202,7 +214,7 @@ class Gated(Objective):
         return StepOutput(loss, scalars, gate_error)
 
     def predict(self, model: MSViT, images: Tensor, indices: Tensor) -> Result:
-        execution = "masked" if model.training and not self.recipe.gating.trim else None
+        execution = TRIMS[self.recipe.gating.trim] if model.training else None
         mask = None
         if self.recipe.gating.by == "oracle":
             where = self.objects["train" if model.training else "val"]

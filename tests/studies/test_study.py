@@ -22,7 +22,7 @@ def labels(**settings):
 def test_rows_of_an_ablation():
     assert labels() == ["MSViT", "random mask"]
     assert labels(trim=False) == ["MSViT", "without trim", "random mask"]
-    assert labels(trim=False, budget_control=False)[1] == "without trim, budget control"
+    assert labels(trim=False, calibrate=False)[1] == "without trim, calibrate"
     assert labels(losses=["gbas", "l0", "bas"], masks=[]) == ["MSViT", "MSViT, l0", "MSViT, bas"]
     every = labels(one_by_one=True, masks=[])
     assert every == ["MSViT", *(f"without {part.replace('_', ' ')}" for part in study.PARTS)]
@@ -113,7 +113,7 @@ def write_run(folder, **settings):
 def test_a_report_reads_finished_runs_and_is_the_same_every_time(tmp_path):
     for seed in (0, 1):
         write_run(tmp_path / "runs", seed=seed)
-        write_run(tmp_path / "runs", seed=seed, loss="l0", trim=False)
+        write_run(tmp_path / "runs", seed=seed, loss="l0", control="none", trim="none")
     killed = write_run(tmp_path / "runs", seed=9, loss="bas")
     (killed / "summary.json").unlink()
     pages = []
