@@ -125,7 +125,7 @@ def load_case(settings: BenchSettings, cases: Sequence[CaseSettings], device: to
     share, fits = macs / model.dense_macs(images.shape[-2:]), {}
     for name in (name for name in settings.methods() if name in REDUCERS):
         with suppress(ValueError):  # one that this backbone cannot have; its line in the table says so
-            fits[name] = fit_reducer(name, model.vit, share)
+            fits[name] = fit_reducer(name, model.vit, share, images=images[:8])
     cut, dtype = model.cut.clone(), getattr(torch, settings.dtype)
     model.to(device, dtype).requires_grad_(False)
     model.cut = cut.to(device)  # bfloat16 could not tell thresholds apart

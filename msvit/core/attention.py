@@ -214,7 +214,8 @@ def _shares(layout: Layout, q: Tensor, k: Tensor, weight: Tensor | None) -> tupl
         return s.softmax(-1), None
     rows = layout.picture.new_ones(len(layout.picture)).float() if weight is None else _wide(weight)
     count = layout.pad(rows)
-    return (s + count.log()[:, None, None].to(s.dtype)).softmax(-1), count
+    log = count.to(torch.promote_types(count.dtype, s.dtype)).log()
+    return (s + log[:, None, None].to(s.dtype)).softmax(-1), count
 
 
 class WeightedAttention(torch.autograd.Function):

@@ -132,12 +132,25 @@ class Keeping(Reducer):
         if bad := [k for k in shares if isinstance(k, str | bool) or not 0 < k <= 1]:
             raise ValueError(f"keep={bad[0]!r}: a keep ratio is a share in (0, 1], such as 0.7; 1 keeps every token")
         self.keep = dict(zip(self.layers, shares, strict=True))
+        self.numbers: dict[int, int] | None = None
+
+    def keep_numbers(self, name: str, numbers: Sequence[int] | None):
+        """Keep so many patch tokens at each layer in place of a share, unless `numbers`, a setting's, is None."""
+        if numbers is None:
+            return
+        if len(numbers) != len(self.layers):
+            raise ValueError(f"{name}={numbers}: one number for each of the layers {list(self.layers)}")
+        if bad := [n for n in numbers if not isinstance(n, int) or not 1 <= n <= self.patches]:
+            raise ValueError(f"{name}={numbers}: {bad[0]!r} of {self.patches} patch tokens; use 1 to {self.patches}")
+        self.numbers = dict(zip(self.layers, numbers, strict=True))
 
     def count(self, layer: int, tokens: Tensor) -> Tensor:
         return self.prefix + self.kept(layer, tokens - self.prefix)
 
     def kept(self, layer: int, patches: Tensor) -> Tensor:
         """Return how many patch tokens are left of so many."""
+        if self.numbers is not None:
+            return patches.clamp(max=self.numbers[layer])
         return (patches * self.keep[layer] + 0.5).floor().long().clamp(min=1).minimum(patches)
 
     def top(self, layer: int, tokens: Tokens, scores: Tensor) -> Tokens:
@@ -157,7 +170,7 @@ def check_lossless(reducer: Reducer | None):
     if reducer is not None and not reducer.lossless:
         raise ValueError(
             f"{type(reducer).__name__} drops tokens, so that some pixels have none, and a dense task must label them "
-            "all; use a method that merges (token_pooling, tome, grid) or the gate alone"
+            "all; use a method that merges (token_pooling, tome, algm, grid) or the gate alone"
         )
 
 

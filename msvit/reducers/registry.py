@@ -6,11 +6,12 @@ from typing import NamedTuple
 from torch import nn
 
 from ..checks import known_settings, one_of
+from .algm import ALGM
 from .base import Reducer
 from .dynamicvit import DynamicViT
 from .evit import EViT
 from .pitome import PiToMe
-from .pruning import GridPooling, PowerBert, RandomPruning
+from .pruning import GridPooling, ImportanceSampling, PowerBert, RandomPruning, StridedConvolution
 from .token_pooling import TokenPooling
 from .tome import ToMe
 
@@ -59,9 +60,16 @@ METHODS = {
         "reducer", "PoWER-BERT, Goyal et al. 2020", cost="unfused attention at its layers", tasks=CLASSES
     ),
     "grid": Method("reducer", "baseline: strided average"),
+    "strided_convolution": Method(
+        "reducer", "baseline of Marin et al. 2021", "a convolution at its layers", "a matrix for each token there"
+    ),
     "random_pruning": Method("reducer", "baseline: tokens at random", tasks=CLASSES),
+    "importance_sampling": Method(
+        "reducer", "baseline of Marin et al. 2021", cost="unfused attention at its layers", tasks=CLASSES
+    ),
     "evit": Method("reducer", "Liang et al. 2022", cost="one more query at its layers", tasks=FUSED),
     "tome": Method("reducer", "Bolya et al. 2023", cost="similarities in every block"),
+    "algm": Method("reducer", "ALGM, Norouzi et al. 2024", cost="similarities at its layers"),
     "pitome": Method("reducer", "Tran et al. 2024", cost="similarities of all pairs in every block"),
 }
 REDUCERS = {
@@ -69,9 +77,12 @@ REDUCERS = {
     "token_pooling": TokenPooling,
     "power_bert": PowerBert,
     "grid": GridPooling,
+    "strided_convolution": StridedConvolution,
     "random_pruning": RandomPruning,
+    "importance_sampling": ImportanceSampling,
     "evit": EViT,
     "tome": ToMe,
+    "algm": ALGM,
     "pitome": PiToMe,
 }
 

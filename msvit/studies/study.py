@@ -38,8 +38,8 @@ SUMMARY_COLUMNS = {  # of runs, and their titles with the units
     "pictures_per_s": "pictures/s",
     "seconds": "training (s)",
 }
-# Reducers alone, and after the gate. How many tokens a grid leaves is not known beforehand: no gate can budget for it.
-REDUCER_METHODS = (*REDUCERS, *(f"gate+{name}" for name in REDUCERS if name != "grid"))
+# Reducers alone, and after the gate. How many tokens some leave is not known beforehand: no gate can budget for them.
+REDUCER_METHODS = (*REDUCERS, *(f"gate+{name}" for name, reducer in REDUCERS.items() if not reducer.adaptive))
 
 
 class StudyRow(NamedTuple):

@@ -106,7 +106,7 @@ def fit_head(model: MSViT, classes: list[str], task: str, settings: ModelSetting
         model.vit.attn_pool.requires_grad_(False)  # like the classifier, it has nothing to do
     wanted = {"classes": classes, "decoder": settings.decoder, "scatter": settings.scatter}
     try:
-        if not model.head.dense or model.head.settings != wanted:
+        if not model.head.dense or not wanted.items() <= model.head.settings.items():
             model.set_head(SegmentationHead(model.vit, **wanted))
     except ValueError as error:
         raise RecipeError(str(error)) from error

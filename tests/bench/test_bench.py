@@ -180,7 +180,8 @@ def test_reducers_are_matched_to_the_packed_model():
     wanted = case.result.macs.mean().item()
     for name in REDUCERS:
         # A grid has as many settings as there are blocks, here three.
-        assert PREPARE[name](case).macs / 4 == pytest.approx(wanted, rel=0.08 if name == "grid" else 0.02), name
+        rough = name in ("grid", "strided_convolution")
+        assert PREPARE[name](case).macs / 4 == pytest.approx(wanted, rel=0.08 if rough else 0.02), name
 
 
 def test_peak_memory_is_what_tensors_take():

@@ -30,6 +30,10 @@ NEUTRAL = [
     ("power_bert", {"keep": 1.0}),
     ("random_pruning", {"keep": 1.0}),
     ("grid", {"stride": 1, "layers": [0, 1, 2]}),
+    ("strided_convolution", {"stride": 1, "layers": [0, 1, 2]}),
+    ("importance_sampling", {"keep": 1.0}),
+    ("power_bert", {"tokens": [64, 64, 64]}),
+    ("algm", {"threshold": 1.1, "layers": [0, 1, 2]}),
     ("evit", {"keep": 1.0}),
     ("tome", {"r": 0}),
     ("pitome", {"keep": 1.0}),
@@ -45,6 +49,12 @@ REDUCING = [
     ("grid", {"stride": 2}),
     ("grid", {"stride": 2, "layers": [0, 2]}),
     ("evit", {"keep": 0.6}),
+    ("power_bert", {"tokens": [40, 30, 12]}),
+    ("importance_sampling", {"keep": 0.6}),
+    ("strided_convolution", {"stride": 2}),
+    ("strided_convolution", {"stride": 2, "layers": [0, 1]}),
+    ("algm", {"threshold": 0.2}),
+    ("algm", {"threshold": 0.3, "layers": [0, 1, 2], "global_threshold": "picture"}),
     ("evit", {"keep": 0.6, "fuse": False}),
     ("tome", {"r": 9}),
     ("tome", {"r": [4, 0, 9], "prop_attn": False}),
@@ -100,6 +110,7 @@ def test_a_neutral_setting_is_plain_timm(make_vit, name, settings, variant):
 def test_a_neutral_setting_is_plain_timm_with_a_distillation_token(name, settings):
     vit = shake(timm.create_model("deit_tiny_distilled_patch16_224", num_classes=7, depth=4, img_size=96))
     settings = {**settings, "layers": [0, 1, 2, 3]} if name == "grid" else settings
+    settings = {"tokens": [36, 36, 36]} if "tokens" in settings else settings
     images = torch.randn(2, 3, 96, 96)
     assert (built(vit, name, settings, make_rule("fine"))(images) - vit(images)).abs().max() <= 1e-5
 
@@ -146,7 +157,7 @@ def test_macs_are_the_count_to_the_last_unit(make_vit, name, settings):
         assert 1 <= total / results[1].macs.sum().item() <= 1.1
     else:
         assert total == results[1].macs.sum().item()
-    if name not in ("grid",) and settings.get("threshold") is None:
+    if not model.adaptive:
         closed = model.macs_of(mask.sum((1, 2)), SIZE)
         assert torch.equal(closed - gate_macs(model.gate, 16), results[1].macs)
 
@@ -447,7 +458,17 @@ def test_reconstruction_errors_are_reported(make_vit):
     assert not model.reducer._forward_hooks
 
 
-@pytest.mark.parametrize(("name", "settings"), [REDUCING[0], REDUCING[2], ("tome", {"r": 3})], ids=str)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        REDUCING[0],
+        REDUCING[2],
+        ("tome", {"r": 3}),
+        ("strided_convolution", {"layers": [1]}),
+        ("algm", {"threshold": 0.3}),
+    ],
+    ids=str,
+)
 @torch.no_grad()
 def test_saves_and_loads(tmp_path, name, settings):
     vit = timm.create_model("vit_mini_patch8_64")
@@ -478,7 +499,10 @@ def test_dense_tasks_are_served_by_methods_that_lose_nothing(tiny_vit):
 
 
 class TestBadInput:
-    @pytest.mark.parametrize("name", ["dynamicvit", "token_pooling", "power_bert", "random_pruning", "evit", "pitome"])
+    @pytest.mark.parametrize(
+        "name",
+        ["dynamicvit", "token_pooling", "power_bert", "random_pruning", "importance_sampling", "evit", "pitome"],
+    )
     @pytest.mark.parametrize("keep", [0, -0.5, 1.5, [0.7, 0.7, 2.0], "0.7"])
     def test_keep_ratio(self, tiny_vit, name, keep):
         with pytest.raises(ValueError, match=r"keep"):
@@ -488,10 +512,11 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"2 ratios for 3 layers"):
             make_reducer("evit", tiny_vit, keep=[0.7, 0.5])
 
-    @pytest.mark.parametrize("clusters", [[65, 2, 2], [0, 2, 2], [1.5, 2, 2], [8, 8]])
-    def test_more_clusters_than_tokens(self, tiny_vit, clusters):
-        with pytest.raises(ValueError, match=r"clusters=.*(64|layers)"):
-            make_reducer("token_pooling", tiny_vit, clusters=clusters)
+    @pytest.mark.parametrize(("name", "setting"), [("token_pooling", "clusters"), ("power_bert", "tokens")])
+    @pytest.mark.parametrize("numbers", [[65, 2, 2], [0, 2, 2], [1.5, 2, 2], [8, 8]])
+    def test_more_clusters_than_tokens(self, tiny_vit, name, setting, numbers):
+        with pytest.raises(ValueError, match=rf"{setting}=.*(64|layers)"):
+            make_reducer(name, tiny_vit, **{setting: numbers})
 
     @pytest.mark.parametrize("layers", [[3], [-1], [0, 7], [1.0]])
     @pytest.mark.parametrize("name", REDUCERS)
@@ -519,6 +544,11 @@ class TestBadInput:
             ("tome", {"order": "pictures"}, "nearest is 'picture'"),
             ("evit", {"warmup": 0.5, "ramp_end": 0.3}, r"ramp_end=0.3 lies outside \[0.5, 1\]"),
             ("grid", {"stride": 0}, "stride=0"),
+            ("strided_convolution", {"stride": 1.5}, "stride=1.5"),
+            ("algm", {"threshold": float("nan")}, "threshold=nan"),
+            ("algm", {"threshold": "high"}, "threshold='high'"),
+            ("algm", {"window": 1}, "window=1"),
+            ("algm", {"global_threshold": "own"}, "'own' is not known. There are: same, picture"),
             ("token_pooling", {"method": "means"}, "kmeans, kmedoids"),
             ("token_pooling", {"iterations": 0}, "iterations=0"),
             ("dynamicvit", {"threshold": 1.0}, "threshold=1.0"),
