@@ -5,9 +5,8 @@ from collections.abc import Mapping
 import pandas as pd
 from matplotlib import colormaps
 from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
 from .style import COLOURS, GREY, PICTURE_GRID, PictureStyle, style
@@ -102,19 +101,17 @@ def fronts(table: pd.DataFrame) -> Figure:
         spread = points["accuracy"].std().loc[mean.index].fillna(0) * 100
         x, y = mean["macs"] / unit, mean["accuracy"] * 100
         axes.errorbar(x, y, spread, linewidth=1, markersize=6, capsize=2, label=series, **style(index))
-        _name_points(axes, mean.index, x, y, style(index)["color"])
+        look = {"ha": "center", "fontsize": 7, "color": style(index)["color"]}
+        for point, *place in zip(mean.index, x, y, strict=True):
+            axes.annotate(point, place, (0, -12 if index % 2 else 6), textcoords="offset points", **look)
     axes.set(xscale="log", xlabel=f"{name} per picture, gate and reducer included", ylabel="accuracy (%)")
     axes.margins(x=0.2, y=0.12)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
-    axes.grid(alpha=0.3, which="both")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     return figure
-
-
-def _name_points(axes: Axes, names: pd.Index, x: pd.Series, y: pd.Series, colour: str):
-    for name, *place in zip(names, x, y, strict=True):
-        axes.annotate(name, place, (0, 6), textcoords="offset points", ha="center", fontsize=7, color=colour)
 
 
 def stage_maps(images: Tensor, stages: Mapping[str, Tensor], drawing: PictureStyle) -> Figure:
@@ -133,7 +130,7 @@ def stage_maps(images: Tensor, stages: Mapping[str, Tensor], drawing: PictureSty
             there = tokens.repeat_interleave(side, 0).repeat_interleave(side, 1)[..., None].numpy()
             axes.imshow(drawing.pixels(image) * there + 1 - there, interpolation="nearest")
             axes.set_xlabel(f"{tokens.sum():.0f} patch tokens", fontsize=8)
-        shown = row[-1].imshow(share.mean(0), vmin=0, vmax=1, cmap="cividis")
+        shown = row[-1].imshow(share.mean(0).numpy(), vmin=0, vmax=1, cmap="cividis")
         row[-1].set_xlabel(f"mean {share.sum((1, 2)).mean():.1f}", fontsize=8)
         row[0].set_ylabel(name, fontsize=9)
     grid[0, -1].set_title(f"mean over {len(share)}", fontsize=8)
