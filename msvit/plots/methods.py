@@ -11,6 +11,9 @@ from torch import Tensor
 
 from .style import COLOURS, GREY, PICTURE_GRID, PictureStyle, style
 
+# Where the names of a front's points stand, in turns, so that those of neighbours do not meet: offset and alignment.
+BESIDE = (((0, 6), "center"), ((0, -12), "center"), ((6, -3), "left"), ((-6, -3), "right"))
+
 
 def cost_shares(table: pd.DataFrame) -> Figure:
     """Draw which part of the network the MACs go to, and the share of attention's products by the picture's side.
@@ -101,9 +104,10 @@ def fronts(table: pd.DataFrame) -> Figure:
         spread = points["accuracy"].std().loc[mean.index].fillna(0) * 100
         x, y = mean["macs"] / unit, mean["accuracy"] * 100
         axes.errorbar(x, y, spread, linewidth=1, markersize=6, capsize=2, label=series, **style(index))
-        look = {"ha": "center", "fontsize": 7, "color": style(index)["color"]}
+        offset, side = BESIDE[index % len(BESIDE)]
+        look = {"ha": side, "fontsize": 7, "color": style(index)["color"], "textcoords": "offset points"}
         for point, *place in zip(mean.index, x, y, strict=True):
-            axes.annotate(point, place, (0, -12 if index % 2 else 6), textcoords="offset points", **look)
+            axes.annotate(point, place, offset, **look)
     axes.set(xscale="log", xlabel=f"{name} per picture, gate and reducer included", ylabel="accuracy (%)")
     axes.margins(x=0.2, y=0.12)
     axes.xaxis.set_major_formatter("{x:g}")
