@@ -8,6 +8,7 @@ export OMP_WAIT_POLICY ?= passive
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 NBVAL := $(if $(NOTEBOOKS),tests notebooks --nbval-lax --nbval-current-env --nbval-cell-timeout=1800)
 INSTALL = $(@D)/bin/python -m pip install --disable-pip-version-check --no-input -c $(LOCK) -e '.[all]'
+WORKERS := -n auto --maxprocesses 4 --dist loadfile
 CORE := $(addprefix tests/,core gating reducers models data evaluation training)
 
 .DEFAULT_GOAL := help
@@ -61,10 +62,10 @@ ablation: .venv/.installed ## train the method with and without its parts, and c
 
 test: .venv/.installed ## run the tests (minutes)
 	@echo "Running the tests and every notebook: ten minutes or so on two cores"
-	$(RUN) pytest $(NBVAL) $(ARGS)
+	$(RUN) pytest $(NBVAL) $(WORKERS) $(ARGS)
 
 test-fast: .venv/.installed ## run the tests that take under two minutes, without notebooks and browser
-	$(RUN) pytest -m 'not (slow or notebook or browser or long)' $(ARGS)
+	$(RUN) pytest -m 'not (slow or notebook or browser or long)' $(WORKERS) $(ARGS)
 
 test-oldest: .venv-oldest/.installed ## run the core's tests with the oldest versions that pyproject.toml admits
 	@echo "Running the core's tests in .venv-oldest: several minutes on two cores"

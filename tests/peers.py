@@ -59,6 +59,11 @@ def images(dtype: torch.dtype) -> Tensor:
     return tensor("images", dtype)
 
 
+def labels() -> Tensor:
+    """Return the pictures' classes."""
+    return torch.tensor(_reference()["labels"])
+
+
 def backbone(name: str, dtype: torch.dtype) -> nn.Module:
     """Return "vit" or "teacher", in evaluation mode; what the teacher does not have is as in "vit"."""
     settings = {key: value for key, value in _reference()["backbones"][name].items() if key != "note"}

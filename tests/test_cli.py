@@ -128,7 +128,7 @@ def test_mistakes_are_said_in_a_line(capsys, monkeypatch, tmp_path, words, code,
     ("words", "said"),
     [
         (["train", "--target", "1.5"], r"target=1.5: expected a number in (0, 1)"),
-        (["train", "--trim", "maybe"], r"trim='maybe': expected true or false"),
+        (["train", "--trim", "maybe"], r"trim='maybe': expected margin or batch or none"),
         (["train", "--gating", "lerned"], r"the nearest is 'learned'"),
         (["train", "--loss-settings", "sigma"], r"'sigma' is no name=value"),
         (["trian"], "invalid choice: 'trian'"),
@@ -148,7 +148,7 @@ def test_typed_values_become_settings():
         [
             "train",
             "--trim",
-            "false",
+            "none",
             "--pretrained",
             "--loss-weight",
             "none",
@@ -158,7 +158,7 @@ def test_typed_values_become_settings():
         ]
     )
     settings = Recipe.from_dict(cli._settings(arguments))
-    assert settings == Recipe(trim=False, pretrained=True, loss_settings={"sigma": 0.2, "prior": "beta"})
+    assert settings == Recipe(trim="none", pretrained=True, loss_settings={"sigma": 0.2, "prior": "beta"})
 
 
 def test_interrupted_says_how_to_go_on(capsys, monkeypatch, tmp_path):

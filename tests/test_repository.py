@@ -18,6 +18,7 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = PROJECT["project"]["optional-dependencies"]
+WORKERS = "-n auto --maxprocesses 4 --dist loadfile"
 LINES = 300  # a file of the package that grows beyond is two ideas
 FOREIGN = {
     "names a package index": re.compile("pypi" + r"\.org|python" + r"hosted|--(?:extra-)?index-" + r"url\b"),
@@ -233,7 +234,7 @@ def test_make_installs_once_with_the_lock_and_in_one_call(bench):
     assert done.returncode == 0, done.stderr
     assert log.count("pip install") == 1, "torch and torchvision must come from one call"
     assert "-c constraints.txt -e .[all]" in log
-    assert log.splitlines()[-1] == "-m pytest -k gate"
+    assert log.splitlines()[-1] == f"-m pytest {WORKERS} -k gate"
     assert "pip install" not in bench("test")[1]
 
 
@@ -241,7 +242,7 @@ def test_make_installs_once_with_the_lock_and_in_one_call(bench):
 def test_make_test_fast_leaves_out_what_takes_long(bench):
     done, log = bench("test-fast", "ARGS=-x")
     assert done.returncode == 0, done.stderr
-    assert log.splitlines()[-1] == "-m pytest -m not (slow or notebook or browser or long) -x"
+    assert log.splitlines()[-1] == f"-m pytest -m not (slow or notebook or browser or long) {WORKERS} -x"
 
 
 @needs_make

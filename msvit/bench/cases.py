@@ -81,7 +81,7 @@ class Case:
     @cached_property
     def trained(self) -> MSViT:
         """A copy in training mode and float32, whose gate makes TRAINING_SHARE of the regions coarse."""
-        if self.model.reducer is not None or not isinstance(self.model.gate, Gate):
+        if self.model.reducer is not None or type(self.model.gate) is not Gate:
             raise Unavailable("training steps are timed with a gate, and without a reducer")
         model = copy.deepcopy(self.model).float().train().requires_grad_(True)
         _set_noisy_share(model.gate, self.images.float(), TRAINING_SHARE)
@@ -125,7 +125,7 @@ def load_case(settings: BenchSettings, cases: Sequence[CaseSettings], device: to
     share, fits = macs / model.dense_macs(images.shape[-2:]), {}
     for name in (name for name in settings.methods() if name in REDUCERS):
         with suppress(ValueError):  # one that this backbone cannot have; its line in the table says so
-            fits[name] = fit_reducer(name, model.vit, share)
+            fits[name] = fit_reducer(name, model.vit, share, images=images[:8])
     cut, dtype = model.cut.clone(), getattr(torch, settings.dtype)
     model.to(device, dtype).requires_grad_(False)
     model.cut = cut.to(device)  # bfloat16 could not tell thresholds apart

@@ -16,6 +16,7 @@ from ..core.blocks import before_attention
 from ..core.fast_linear import AVAILABLE, fast_linear
 from ..core.macs import embedding_macs, gate_macs, vit_macs
 from ..core.tokens import Tokens
+from ..gating.learned import Quota
 from ..gating.rules import make_rule
 from ..models.msvit import MSViT, Result
 from ..reducers.registry import REDUCERS, make_reducer
@@ -91,13 +92,21 @@ def run_packed_compiled(case: Case) -> PreparedMethod:
     return prepared
 
 
+def run_fine(case: Case) -> PreparedMethod:
+    """Prepare the packed model with all regions fine."""
+    if isinstance(case.model.gate, Quota):
+        raise Unavailable("a quota has no threshold that makes all regions fine")
+    return run_model(case, case.variant(case.model.gate, threshold=1.0))
+
+
 def run_masked(case: Case) -> PreparedMethod:
     """Prepare masked execution: all candidates run; that most are hidden in attention saves nothing."""
     if case.model.reducer is not None:
         raise Unavailable("the run's reducer acts on active tokens only, which masked execution does not save")
     model, vit = case.model, case.vit
     entering = torch.full((case.batch,), vit.num_prefix_tokens + case.regions * (1 + model.scale**2))
-    macs = vit_macs(vit, entering).sum().item() + case.batch * gate_macs(model.gate, case.regions)
+    once = gate_macs(model.gate, case.regions) + model.path_macs(case.regions)
+    macs = vit_macs(vit, entering).sum().item() + case.batch * once
     work = _inference(partial(model.run, execution="masked"), case.images)
     return PreparedMethod(work, macs + case.once_macs, tokens=case.result.tokens.double().mean().item())
 
@@ -115,7 +124,8 @@ def run_reducer(name: str, case: Case) -> PreparedMethod:
 def run_tokenizer(case: Case) -> PreparedMethod:
     """Prepare all that comes before the first block: decisions, pixels, embeddings, positions."""
     model, images = case.model, case.images
-    macs = case.batch * gate_macs(model.gate, case.regions) + _embedding_macs(case)
+    path = case.model.path_macs(case.result.coarse.sum().item())
+    macs = case.batch * gate_macs(model.gate, case.regions) + _embedding_macs(case) + path
     return PreparedMethod(_inference(lambda: model.tokenize(images, model.decide(images)), fast=True), macs)
 
 
@@ -181,7 +191,7 @@ PREPARE: dict[str, Callable[[Case], PreparedMethod]] = {
     "dense-compiled": partial(run_dense, compiled=True),
     "packed": lambda case: run_model(case, case.model),
     "packed-compiled": run_packed_compiled,
-    "fine": lambda case: run_model(case, case.variant(case.model.gate, threshold=1.0)),
+    "fine": run_fine,
     "masked": run_masked,
     **{name: partial(run_reducer, name) for name in REDUCERS},
     "gate": run_tokenizer,

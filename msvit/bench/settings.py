@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, NamedTuple, get_args
 
 from ..checks import in_interval, one_of
-from ..training.recipe import RecipeError, setting
+from ..training.settings import RecipeError, setting
 
 
 class BenchMethod(NamedTuple):
@@ -33,7 +33,8 @@ class BenchMethod(NamedTuple):
 
 _train = partial(BenchMethod, kind="training", of="train-dense")
 _part = partial(BenchMethod, kind="part")
-_reducers = ("dynamicvit", "token_pooling", "power_bert", "grid", "random_pruning", "evit", "tome")
+_reducers = ("dynamicvit", "token_pooling", "power_bert", "grid", "strided_convolution", "random_pruning")
+_reducers += ("importance_sampling", "evit", "tome", "algm", "pitome")
 BENCH_METHODS = {
     "dense": BenchMethod("dense timm"),
     "dense-linear": BenchMethod("dense, same linear layers"),

@@ -115,6 +115,37 @@ def attend(layout: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | Non
     return queries.unpad(out.transpose(1, 2))
 
 
+def attend_by_policy(layout: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, policy: Tensor) -> Tensor:
+    """Attend within each picture as DynamicViT does while training: rows of weight zero still see themselves.
+
+        A_ij = (e_ij + eps / n) / (sum_k e_ik + eps),   e_ij = exp(s_ij - max_k s_ik) (w_j + (1 - w_j) [i = j])
+
+    The maximum is over all n keys of a picture, dropped ones included, and carries gradient; eps = 1e-6.
+
+    Args:
+        weight: w `[T]`, the policy times a gate's activity.
+        policy: `[T]`. The tangent of what it keeps and the gate hides is cut as that of `WeightedAttention`.
+    """
+    q, k, v = (layout.pad(rows).transpose(1, 2) for rows in (q, k, v))
+    s = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
+    s = s.to(torch.promote_types(s.dtype, torch.float32))
+    n = torch.tensor(layout.lengths, dtype=s.dtype, device=s.device)[:, None, None, None]
+    if not layout.uniform:
+        s = s.masked_fill(torch.arange(s.shape[-1], device=s.device) >= n, -torch.inf)
+    w = layout.pad(weight)[:, None, None]
+    seen = w + (1 - w) * torch.eye(s.shape[-1], dtype=w.dtype, device=s.device)
+    e = (s - s.max(-1, keepdim=True).values).exp()
+    hidden = layout.pad((policy > 0.5) & (weight < 0.5))[:, None, None]
+    if hidden.any():
+        with torch.no_grad():
+            u = e / ((e * seen).sum(-1, keepdim=True) + 1e-6)
+            cut = (WeightedAttention.MOST / u).clamp(max=1).masked_fill(~hidden, 1)
+        seen = seen.detach() + cut * (seen - seen.detach())
+    e = e * seen
+    a = (e + 1e-6 / n) / (e.sum(-1, keepdim=True) + 1e-6)  # the padding has values of zero
+    return layout.unpad((a.to(v.dtype) @ v).transpose(1, 2))
+
+
 def _attend_each(queries: Layout, layout: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None) -> Tensor:
     """Attend picture by picture, on views. On a CPU this beats padding, and does no more than the counted MACs."""
     bias, out = None if weight is None else weight.to(q.dtype).log(), []
@@ -141,19 +172,30 @@ def attend_watched(
         if not learned:
             out.append(part.unpad((a @ v_).transpose(1, 2)))
         a = a.detach() if count is None else a.detach() * (count > 0)[:, None, :, None]
-        received.append(part.unpad(a.float().sum(2).mean(1)))
+        received.append(part.unpad(_wide(a).sum(2).mean(1)))
     return attend(layout, q, k, v, weight) if learned else torch.cat(out), torch.cat(received)
 
 
-@torch.no_grad()
 def attention_of_first(layout: Layout, q: Tensor, k: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Return the share of attention that each picture's first row (the class token) gives to each row, `[T]`."""
+    """Return the share of attention that each picture's first row (the class token) gives to each row, `[T]`.
+
+    The mean over the heads. It carries its gradient, by the weights too, hidden keys' cut as in `WeightedAttention`.
+    """
     shares = []
     for part, q_, k_, w_ in _groups(layout, q, k, weight):
-        first = q_[part.ends[:-1]][:, :, None]
-        a, _ = _shares(part, first, part.pad(k_).transpose(1, 2), w_)
-        shares.append(part.unpad(a.float().mean(1)[:, 0]))
+        first, keys = q_[part.ends[:-1]][:, :, None], part.pad(k_).permute(0, 2, 3, 1)
+        s = _wide((first * first.shape[-1] ** -0.5) @ keys)
+        w = part.pad(torch.ones_like(k_[:, 0, 0]) if w_ is None else w_).to(s.dtype)[:, None, None]
+        e = (s - s.detach().masked_fill(w <= 0, -torch.inf).amax(-1, keepdim=True)).clamp(max=10).exp()
+        most = WeightedAttention.MOST * (w * e).sum(-1, keepdim=True).detach()
+        a = w * torch.where(w > 0, e, e.minimum(most))
+        shares.append(part.unpad((a / a.sum(-1, keepdim=True)).mean(1)[:, 0]))
     return torch.cat(shares)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return float64 as it is, and all else in float32."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def _groups(layout: Layout, *rows: Tensor | None):
@@ -170,9 +212,10 @@ def _shares(layout: Layout, q: Tensor, k: Tensor, weight: Tensor | None) -> tupl
     s = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if weight is None and layout.uniform:
         return s.softmax(-1), None
-    rows = layout.picture.new_ones(len(layout.picture)).float() if weight is None else weight.float()
+    rows = layout.picture.new_ones(len(layout.picture)).float() if weight is None else _wide(weight)
     count = layout.pad(rows)
-    return (s + count.log()[:, None, None].to(s.dtype)).softmax(-1), count
+    log = count.to(torch.promote_types(count.dtype, s.dtype)).log()
+    return (s + log[:, None, None].to(s.dtype)).softmax(-1), count
 
 
 class WeightedAttention(torch.autograd.Function):

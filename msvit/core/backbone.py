@@ -7,7 +7,7 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, AttentionPoolLatent, PatchEmbed, resample_abs_pos_embed
+from timm.layers import Attention, AttentionPoolLatent, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -48,22 +48,37 @@ def patch_size(vit: VisionTransformer) -> int:
     return vit.patch_embed.patch_size[0]
 
 
-def bases(vit: VisionTransformer, candidates: Candidates) -> Tensor:
+def bases(vit: VisionTransformer, candidates: Candidates, each: bool = False) -> Tensor:
     """Return what each candidate is before its pixels are added, `[N, C]`: prefix tokens and positions.
 
     The position of a coarse token is the mean of those of its fine patches; positions are resized to other grids as
-    timm does.
+    timm does. With `each`, the backbone's own positions are resized to the grid of each size.
     """
     names = ("cls_token", "dist_token", "reg_token")
     prefix = [t[0] for n in names if (t := getattr(vit, n, None)) is not None]
     prefix = torch.cat(prefix) if prefix else vit.patch_embed.proj.weight.new_empty(0, vit.embed_dim)
     if vit.pos_embed is None:
         return F.pad(prefix, (0, 0, 0, candidates.count - len(prefix)))
-    lead, fine = 0 if vit.no_embed_class else len(prefix), candidates.fine.grid
-    positions = resample_abs_pos_embed(vit.pos_embed, fine, vit.patch_embed.grid_size, num_prefix_tokens=lead)[0]
+    lead, own, (h, w) = 0 if vit.no_embed_class else len(prefix), vit.patch_embed.grid_size, candidates.fine.grid
+    positions = vit.pos_embed[0, lead:]
     if lead:
-        prefix, positions = prefix + positions[:lead], positions[lead:]
-    return candidates.positions(prefix, positions)
+        prefix = prefix + vit.pos_embed[0, :lead]
+    if not each:
+        return candidates.positions(prefix, resized(positions, own, (h, w)))
+    levels = []
+    for side, grid, _ in candidates.levels:
+        tiles = (-(-h // side), -(-w // side))  # the last row or column may end outside of the picture
+        levels.append(resized(positions, own, tiles).unflatten(0, tiles)[: grid[0], : grid[1]].flatten(0, 1))
+    return torch.cat([prefix, *levels])
+
+
+def resized(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Return positions `[h w, C]` on another grid, bicubic with antialias: timm's resize, but float64 stays float64."""
+    if tuple(old) == tuple(new):
+        return positions
+    wide = positions if positions.dtype == torch.float64 else positions.float()
+    grid = F.interpolate(wide.T.unflatten(1, old)[None], new, mode="bicubic", antialias=True)
+    return grid[0].flatten(1).T.to(positions.dtype)
 
 
 def embed(vit: VisionTransformer, pixels: Tensor) -> Tensor:

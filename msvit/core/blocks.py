@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import backbone
-from .attention import Layout, attend, attend_watched, attention_of_first, by_rows
+from .attention import Layout, attend, attend_by_policy, attend_watched, attention_of_first, by_rows
 from .tokens import Tokens
 
 
@@ -78,13 +78,16 @@ def run_blocks(
     """Take tokens from before the first block to after the last norm."""
     prefix = vit.num_prefix_tokens
     stages, counts, n = [_stage(None, tokens, prefix)], [], tokens.active_counts()
+    if reducer is not None:
+        tokens = reducer.enter(tokens)
     for layer, block in enumerate(vit.blocks):
         acts = reducer is not None and layer in reducer.layers
         if acts:
             tokens = _watched(watch, layer, tokens, reducer.before_block(layer, tokens))
             n = tokens.active_counts()
         attended = n
-        x, seen = _attention(block, tokens, reducer.needs if acts else None, steps)
+        weight = tokens.weight if reducer is None or reducer.proportional else tokens.activity
+        x, seen = _attention(block, tokens, weight, reducer.needs if acts else None, steps)
         tokens = replace(tokens, x=x)
         if acts:
             tokens = _watched(watch, layer, tokens, reducer.after_attention(layer, tokens, seen))
@@ -101,12 +104,20 @@ def _watched(watch: Watch | None, layer: int, before: Tokens, after: Tokens) -> 
     return after
 
 
-def _attention(block: nn.Module, tokens: Tokens, needs: str | None, steps: Steps) -> tuple[Tensor, Tensor | None]:
-    """Return the rows after attention, and what a reducer needs of it; queries, keys and values go before the MLP."""
-    layout, weight = tokens.layout, tokens.weight
+def _attention(
+    block: nn.Module, tokens: Tokens, weight: Tensor | None, needs: str | None, steps: Steps
+) -> tuple[Tensor, Tensor | None]:
+    """Return the rows after attention, and what a reducer needs of it; queries, keys and values go before the MLP.
+
+    Args:
+        weight: How much each row counts as a key, `[T]`; None if all count once.
+    """
+    layout = tokens.layout
     normed, q, k, v = steps.before_attention(block, tokens.x)
     if needs == "received":
         heads, seen = attend_watched(layout, q, k, v, weight)
+    elif tokens.policy is not None:
+        heads, seen = attend_by_policy(layout, q, k, v, weight, tokens.policy), None
     else:
         heads, seen = attend(layout, q, k, v, weight), None
     if needs == "class":

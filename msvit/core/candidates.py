@@ -12,6 +12,7 @@ are any, have the numbers after the fine ones.
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -100,22 +101,39 @@ class Candidates:
     def _numbers(self, level: Level, device: torch.device) -> Tensor:
         return torch.arange(level.first, level.first + level.count, device=device).view(level.grid)
 
-    def pixels(self, rows: Tensor, images: Tensor, patch: int) -> tuple[Tensor, Tensor]:
+    def pixels(self, rows: Tensor, images: Tensor, patch: int, middle: bool = False) -> tuple[Tensor, Tensor]:
         """Return what chosen candidates see: their places in `rows`, and pixels `[n, c S S]`.
 
         Rows are counted over all pictures. Prefix tokens see nothing; what is larger than a fine patch is averaged down
-        to the size of one. All patches of a level are cut first: picking pixel by pixel takes longer.
+        to the size of one, or interpolated (`middle`, see `shrink`). All patches of a level are cut first: picking
+        pixel by pixel takes longer.
         """
-        picture, number = rows.div(self.count, rounding_mode="floor"), rows % self.count
         places, pixels = [], []
-        for side, (h, w), first in self.levels:
-            here = ((number >= first) & (number < first + h * w)).nonzero()[:, 0]
+        for side, (h, w), here, seen in self._chosen(rows):
             places.append(here)
             whole = images[..., : h * side * patch, : w * side * patch]
-            seen = (picture * h * w + number - first)[here]
             # The cut patches have no name, which would keep those of the last level in memory while all are joined.
-            pixels.append(patchify(shrink(whole, side), patch).flatten(0, 1).index_select(0, seen))
+            pixels.append(patchify(shrink(whole, side, middle), patch).flatten(0, 1).index_select(0, seen))
         return torch.cat(places), torch.cat(pixels)
+
+    def parts(self, rows: Tensor, images: Tensor, patch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield, for each level above the fine one, chosen candidates and the fine patches in them at full resolution.
+
+        They are places in `rows`, and pixels `[n, side, side, c S S]`.
+        """
+        for side, (h, w), here, seen in self._chosen(rows):
+            if side > 1:
+                whole = images[..., : h * side * patch, : w * side * patch]
+                cut = patchify(whole, side * patch).flatten(0, 1).index_select(0, seen)
+                cut = cut.view(len(seen), images.shape[1], side * patch, side * patch)
+                yield here, patchify(cut, patch).unflatten(1, (side, side))
+
+    def _chosen(self, rows: Tensor) -> Iterator[tuple[int, tuple[int, int], Tensor, Tensor]]:
+        """Yield each level's side and grid, the places in `rows` of its candidates, and their numbers in the level."""
+        picture, number = rows.div(self.count, rounding_mode="floor"), rows % self.count
+        for level in self.levels:
+            here = ((number >= level.first) & (number < level.first + level.count)).nonzero()[:, 0]
+            yield level.side, level.grid, here, (picture * level.count + number - level.first)[here]
 
     def seats(self, rows: Tensor, pictures: int) -> Tensor:
         """Return the row in which each candidate of each picture sits, `[B, N]`; -1 for those that were left out."""
@@ -136,6 +154,17 @@ def choose_trimmed(active: Tensor, soft: Tensor, margin: float) -> tuple[Tensor,
     sigmoid's derivative, which is less than the margin.
     """
     return choose_active(active | (soft.detach() >= margin))
+
+
+def choose_levelled(active: Tensor, soft: Tensor) -> tuple[Tensor, list[int]]:
+    """Choose as many candidates for every picture as the batch's longest has active ones: MSViT's adaptive trimming.
+
+    The room that a shorter picture has is filled with its inactive candidates `[B, N]` nearest to the decision, those
+    of the largest soft activity.
+    """
+    most = int(active.sum(1).max())
+    chosen = (soft.detach() + 2 * active).topk(most, dim=1).indices  # whatever is active comes before what is not
+    return choose_active(torch.zeros_like(active).scatter(1, chosen, True))
 
 
 def enlarge(regions: Tensor, scale: int) -> Tensor:

@@ -48,7 +48,9 @@ def token_counts(depth: int, entering: Tensor, reducer: nn.Module | None = None)
     """Return how many tokens each block's attention and MLP will see, int64 `[depth, 2, B]`, of so many that enter."""
     n, counts = entering.long(), []
     for layer in range(depth):
-        seen = reducer.counts(layer, n) if reducer is not None and layer in reducer.layers else (n, n)
+        seen = n, n
+        if reducer is not None and layer in reducer.layers:
+            seen = reducer.counts(layer, entering.long() if reducer.of_entered else n)
         counts.append(torch.stack(seen))
         n = seen[1]
     return torch.stack(counts)

@@ -15,5 +15,9 @@ def add_logistic_noise(logits: Tensor) -> Tensor:
 
 def straight_through(soft: Tensor, threshold: float | Tensor = 0.5) -> Tensor:
     """Return 1 where soft > threshold, else 0; the gradient is that of soft (Bengio et al. 2013)."""
-    hard = (soft > threshold).to(soft.dtype)
-    return hard + (soft - soft.detach()) if soft.requires_grad else hard  # exactly 0 or 1
+    return with_gradient_of(soft, (soft > threshold).to(soft.dtype))
+
+
+def with_gradient_of(soft: Tensor, hard: Tensor) -> Tensor:
+    """Return the hard decisions, exactly 0 or 1, with the gradient of the soft ones where these have one."""
+    return hard + (soft - soft.detach()) if soft.requires_grad else hard

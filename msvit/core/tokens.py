@@ -22,6 +22,8 @@ class Tokens:
         size: `[T]`, how many times a token counts as a key (ToMe's proportional attention); None if all count once.
         other: As `where`, if every region were decided the other way; -1 where that token was trimmed. Only dense tasks
             ask for it, while a gate learns.
+        entered: How many were active in each picture before the first block; None if no reducer asks.
+        policy: `[T]`, the part of the activity that is DynamicViT's while it trains, see `attend_by_policy`.
     """
 
     x: Tensor
@@ -31,6 +33,8 @@ class Tokens:
     layout: Layout
     size: Tensor | None = None
     other: Tensor | None = None
+    entered: list[int] | None = None
+    policy: Tensor | None = None
 
     @property
     def weight(self) -> Tensor | None:
@@ -65,6 +69,7 @@ class Tokens:
             size=None if self.size is None else self.size[rows],
             where=moved[self.where],
             other=None if self.other is None else moved[self.other],
+            policy=None if self.policy is None else self.policy[rows],
             layout=Layout(lengths, rows.device),
         )
 
@@ -83,13 +88,15 @@ def patchify(images: Tensor, patch: int) -> Tensor:
     return cut.permute(0, 2, 4, 1, 3, 5).reshape(b, h * w, c * patch * patch)
 
 
-def shrink(images: Tensor, scale: int) -> Tensor:
+def shrink(images: Tensor, scale: int, middle: bool = False) -> Tensor:
     """Return the means over scale x scale pixels of `[..., H, W]`; rows and columns left over at the end are not seen.
 
-    Sums of rows, then of columns, are many times as fast on a CPU as F.avg_pool2d.
+    With `middle`, over the middle 2 x 2 of them: bilinear interpolation without antialias, for even scales. Sums of
+    rows, then of columns, are many times as fast on a CPU as F.avg_pool2d.
     """
     if scale == 1:
         return images
     height, width = (side // scale * scale for side in images.shape[-2:])
-    rows = sum(images[..., i:height:scale, :width] for i in range(scale))
-    return sum(rows[..., i::scale] for i in range(scale)) / scale**2
+    taps = (scale // 2 - 1, scale // 2) if middle else range(scale)
+    rows = sum(images[..., i:height:scale, :width] for i in taps)
+    return sum(rows[..., i::scale] for i in taps) / len(taps) ** 2

@@ -21,7 +21,8 @@ from ..core.fast_linear import fast_linear
 from ..core.tokens import Tokens
 from ..data.loaders import SCENES
 from ..data.scenes import DIFFICULTIES, Scenes
-from ..gating.rules import Rule
+from ..gating.base import Rule
+from ..gating.learned import Quota
 from ..models.msvit import MSViT
 from ..training.files import RunError
 from ..training.recipe import Recipe
@@ -65,6 +66,8 @@ class LoadedModel:
         classes = tuple(model.head.classes if model.head.dense else described)
         if not note and isinstance(model.gate, Rule):
             note = f"no gate: the rule {model.gate} decides"
+        elif not note and isinstance(model.gate, Quota):
+            note = f"{model.gate.rate:.0%} of the regions of each picture are coarse: another threshold, another quota"
         config = resolve_model_data_config(model.vit)
         return cls(name, model, classes, config["mean"], config["std"], note)
 

@@ -1,37 +1,42 @@
-"""Holding a gate at its budget while it trains, whatever its losses pull."""
+"""Holding a gate at its budget while it trains, whatever its losses pull: a method of its own, beside any loss."""
 
 import torch
 from torch import Tensor, nn
 
 from ..core.gather import global_batch
 
+CONTROLS = ("none", "bias", "projection")
+
 
 class BudgetController:
-    """The constraint "so many regions are coarse" on a gate that trains: gradients along it, and a step back onto it.
+    """The constraint "so many regions are coarse" on a gate that trains: a step back onto it, and gradients along it.
 
-    With soft gates m and their slopes d = m (1 − m), by which a change of the scores moves the rate:
+    * **Back onto it** ("bias"). After each step the gate's bias moves by a part of the score at which decisions
+      *without* noise, which are what evaluation takes, would meet the rate.
+    * **Along it** ("projection" does both). With soft gates m and their slopes d = m (1 − m), by which a change of the
+      scores moves the rate, a loss moves the scores by −η d g, where g = ∂L/∂m, and with them the rate by −η Σ d² g.
+      The controller takes the common force u = Σ d² g / Σ d² out of the gradient, so that to first order the rate
+      stays: what is left of the task's pull towards fine says only *which* regions want to be fine more than others. u
+      is the Lagrangian multiplier of the constraint, in closed form for each batch.
 
-    * **Along it.** A loss moves the scores by −η d g, where g = ∂L/∂m, and with them the rate by −η Σ d² g. The
-      controller takes the common force u = Σ d² g / Σ d² out of the gradient, so that to first order the rate stays:
-      what is left of the task's pull towards fine says only *which* regions want to be fine more than others. u is the
-      Lagrangian multiplier of the constraint, in closed form for each batch: there is nothing to tune or to wait for.
-    * **Back onto it.** After each step the gate's bias moves by a part of the score at which decisions *without* noise,
-      which are what evaluation takes, would meet the rate.
+    A common force is all that a loss of the mean gate has (L0, ratio): under the projection they are the controller
+    alone.
 
     Args:
         rate: Share of regions that are to be coarse.
+        projects: Whether gradients go along the constraint.
     """
 
     STEP = 0.3  # of the way back; one batch says only roughly how far it is
 
-    def __init__(self, rate: float):
+    def __init__(self, rate: float, projects: bool = True):
         if not 0 < rate < 1:
             raise ValueError(f"rate={rate:g}; expected a share in (0, 1)")
-        self.rate = float(rate)
+        self.rate, self.projects = float(rate), projects
 
     def hold(self, gates: Tensor):
         """Take the common force out of the gradient that will come to these soft gates."""
-        if gates.requires_grad:
+        if self.projects and gates.requires_grad:
             m = gates.detach().double()
             slopes = (m * (1 - m)).square()
             total = _summed(slopes).clamp(min=1e-12)

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ..checks import inside
 from ..core.candidates import spread
-from ..gating.rules import Rule
+from ..gating.base import Rule
+from ..gating.learned import Quota
 
 
 def nearest_to_budget(candidates: Sequence[Any], cost: Callable[[Any], float], budget: float) -> Any:
@@ -38,28 +39,36 @@ def thresholds(soft: Tensor) -> Tensor:
 
 @torch.no_grad()
 def calibrate(model: nn.Module, loader, macs: float) -> float:
-    """Set `model.threshold` so that the mean MACs over a loader come nearest to that share of dense; return it."""
+    """Set `model.threshold`, or a quota's rate, so that the mean MACs over a loader come nearest to a share of dense.
+
+    Returns:
+        The share that is reached.
+    """
     if not inside(macs, "(0, 1.1]"):
         raise ValueError(f"macs={macs}: a share of the dense model's MACs, such as 0.6")
     if isinstance(model.gate, Rule) and not model.gate.adjustable:
         raise ValueError(f"{model.gate} has no threshold to calibrate; choose its rate, with macs_of for the budget")
-    before = model.cut.clone()
+    knob = model.gate.parts if isinstance(model.gate, Quota) else model.cut
+    before = knob.clone()
     with model.evaluating():
         try:
-            pictures = _Pictures(model, loader)
-            best = nearest_to_budget(thresholds(pictures.soft), pictures.share, macs)
+            pictures = _Pictures(model, loader, knob)
+            best = nearest_to_budget(pictures.choices(), pictures.share, macs)
             share = pictures.share(best)
             before = best
         finally:
-            model.cut.copy_(before)
+            knob.copy_(before)
     return share
 
 
 class _Pictures:
-    """What a gate says of a loader's pictures, and the share of dense MACs that a threshold would give them."""
+    """What a gate says of a loader's pictures, and the share of dense MACs that a turn of its knob would give them.
 
-    def __init__(self, model: nn.Module, loader):
-        self.model, self.size = model, None
+    The knob is the model's threshold, or the rate of a quota.
+    """
+
+    def __init__(self, model: nn.Module, loader, knob: Tensor):
+        self.model, self.size, self.knob = model, None, knob
         self.images, scores, device = [], [], model.cut.device
         for batch in loader:
             images = (batch if isinstance(batch, Tensor) else batch[0]).to(device)
@@ -81,14 +90,22 @@ class _Pictures:
         self.soft = torch.cat([x.flatten() for x in (self.regions, self.blocks) if x is not None])
         self.dense = model.dense_macs(self.size)
 
-    def share(self, cut: Tensor) -> float:
+    def choices(self) -> Tensor:
+        """Return all that the knob can be turned to and makes a difference, from all coarse to all fine."""
+        gate = self.model.gate
+        return gate.parts_of(self.regions[0].numel()) if isinstance(gate, Quota) else thresholds(self.soft)
+
+    def share(self, choice: Tensor) -> float:
         """Return the mean, in closed form where there is one; otherwise the whole model runs."""
+        self.knob.copy_(choice)
         if self.model.adaptive:
-            self.model.cut.copy_(cut)
-            macs = [self.model.run(images.to(cut.device)).macs for images in self.images]
+            macs = [self.model.run(images.to(self.knob.device)).macs for images in self.images]
             return torch.cat(macs).mean().item() / self.dense
-        coarse, n_blocks = self.regions > cut, 0
+        if isinstance(self.model.gate, Quota):
+            count = self.model.gate.count(self.regions[0].numel())[None]
+            return self.model.macs_of(count, self.size).item() / self.dense
+        coarse, n_blocks = self.regions > choice, 0
         if self.blocks is not None:
-            blocks = self.blocks > cut
+            blocks = self.blocks > choice
             coarse, n_blocks = coarse | (spread(blocks.float(), coarse.shape[1:]) > 0.5), blocks.sum((1, 2))
         return self.model.macs_of(coarse.sum((1, 2)), self.size, n_blocks).mean().item() / self.dense

@@ -7,6 +7,7 @@ token goes to all the fine patches that it covers, and from there bilinearly to 
 """
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from ..core.candidates import enlarge
 from ..core.macs import classifier_macs, linear_macs
 from ..core.tokens import Tokens
 from ..data import IGNORE
+
+SEGMENTER_EPS = 1e-5  # of all of the decoder's norms
+FIRST_EPS = 1e-6  # of those in its blocks until version 0.1
 
 
 class ClassificationHead(nn.Module):
@@ -63,20 +67,33 @@ class SegmentationHead(nn.Module):
         classes: Their names, or how many.
         decoder: "linear" or "mask" (mask transformer).
         scatter: "after" the decoder, which then has as few tokens as the backbone, or "before" it.
+        eps: Of the norms in the mask transformer's blocks; None is Segmenter's. Models of version 0.1 have another.
     """
 
     dense = True
 
-    def __init__(self, vit: nn.Module, classes: int | list[str], decoder: str = "linear", scatter: str = "after"):
+    def __init__(
+        self,
+        vit: nn.Module,
+        classes: int | list[str],
+        decoder: str = "linear",
+        scatter: str = "after",
+        eps: float | None = None,
+    ):
         super().__init__()
         one_of("decoder", decoder, DECODERS)
         one_of("scatter", scatter, ("after", "before"))
         self.classes = [f"class {k}" for k in range(classes)] if isinstance(classes, int) else list(classes)
         if len(self.classes) < 2:
             raise ValueError(f"classes={classes!r}: segmentation needs at least two")
+        if eps is not None and decoder != "mask":
+            raise ValueError(f"eps={eps!r}: the decoder {decoder!r} has no norms; leave it out, or use decoder='mask'")
         self.scatter = scatter
         self.settings: dict[str, Any] = {"classes": self.classes, "decoder": decoder, "scatter": scatter}
-        self.decoder = DECODERS[decoder](vit.embed_dim, len(self.classes), vit.blocks[0].attn.num_heads)
+        own = {} if eps is None else {"eps": eps}
+        self.settings |= own
+        self.decoder = DECODERS[decoder](vit.embed_dim, len(self.classes), vit.blocks[0].attn.num_heads, **own)
+        self.register_load_state_dict_pre_hook(_complete_decoder)
 
     def num_classes(self, vit: nn.Module) -> int:
         return len(self.classes)
@@ -147,47 +164,78 @@ class LinearDecoder(nn.Module):
 
 
 class MaskTransformer(nn.Module):
-    """Class embeddings c_k pass through two blocks together with a picture's tokens x_i, and meet them again:
+    """Segmenter's: class embeddings c_k pass through two blocks behind a picture's tokens, and meet them again:
 
-        mask_ik = LayerNorm_k( x_i / |x_i| . c_k / |c_k| )
+        z = Norm(blocks([x W_dec + b, c])),   p_i = z_i W_patch,   q_k = z_(n + k) W_classes
+        mask_ik = LayerNorm_k( p_i / |p_i| . q_k / |q_k| )
 
-    The weight says how often a token counts as a key, as in the backbone; a class embedding counts once.
+    The weight says how often a token counts as a key, as in the backbone; a class embedding counts once. It is as wide
+    as the backbone and has as many heads. Parameters have the names that they have in Segmenter's checkpoints: what
+    begins with "decoder." there loads into a `SegmentationHead` as it is.
+
+    Args:
+        eps: Of the norms in the blocks, 1e-5 in Segmenter.
     """
 
-    def __init__(self, width: int, classes: int, heads: int, depth: int = 2):
+    def __init__(self, width: int, classes: int, heads: int, eps: float = SEGMENTER_EPS, depth: int = 2):
         super().__init__()
-        self.classes = nn.Parameter(torch.empty(classes, width))
-        self.blocks = nn.ModuleList(Block(width, heads, qkv_bias=True) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
-        self.mask_norm = nn.LayerNorm(classes)
+        norm = partial(nn.LayerNorm, eps=eps)
+        self.cls_emb = nn.Parameter(torch.empty(1, classes, width))
+        self.proj_dec = nn.Linear(width, width)
+        self.blocks = nn.ModuleList(Block(width, heads, qkv_bias=True, norm_layer=norm) for _ in range(depth))
+        self.decoder_norm = nn.LayerNorm(width, SEGMENTER_EPS)
+        self.proj_patch = nn.Parameter(width**-0.5 * torch.randn(width, width))
+        self.proj_classes = nn.Parameter(width**-0.5 * torch.randn(width, width))
+        self.mask_norm = nn.LayerNorm(classes, SEGMENTER_EPS)
         self.apply(_small_weights)
-        nn.init.trunc_normal_(self.classes, std=0.02)
+        nn.init.trunc_normal_(self.cls_emb, std=0.02)
 
     def no_weight_decay(self) -> set[str]:
         """Return names of parameters without decay, as the backbone's class token is."""
-        return {"classes"}
+        return {"cls_emb"}
 
     def forward(self, x: Tensor, weight: Tensor | None, layout: Layout) -> Tensor:
         """Return logits `[T, K]` of rows `[T, C]`."""
-        classes, b = len(self.classes), len(layout.lengths)
+        classes, b = self.cls_emb.shape[1], len(layout.lengths)
         joint = Layout([n + classes for n in layout.lengths], x.device)
-        first = joint.ends[:-1, None] + torch.arange(classes, device=x.device)
-        place = torch.arange(len(x), device=x.device) + classes * (layout.picture + 1)
+        last = joint.ends[1:, None] - classes + torch.arange(classes, device=x.device)
+        place = torch.arange(len(x), device=x.device) + classes * layout.picture
+        x = self.proj_dec(x).to(torch.promote_types(x.dtype, self.cls_emb.dtype))
         z = x.new_zeros(len(x) + b * classes, x.shape[1]).index_copy(0, place, x)
-        z = z.index_copy(0, first.flatten(), self.classes.to(x.dtype).repeat(b, 1))
+        z = z.index_copy(0, last.flatten(), self.cls_emb.to(x.dtype).expand(b, -1, -1).flatten(0, 1))
         if weight is not None:
             weight = weight.new_ones(len(z)).index_copy(0, place, weight)
         for block in self.blocks:
             normed, q, k, v = before_attention(block, z)
             z = after_attention(block, z, normed, attend(joint, q, k, v, weight), joint)
             z = mlp(block, z, joint)
-        z = F.normalize(self.norm(z), dim=-1)
-        return self.mask_norm(_products(layout, z[place], z[first]))
+        z = self.decoder_norm(z)
+        p, q = z[place] @ self.proj_patch, z[last] @ self.proj_classes
+        return self.mask_norm(_products(layout, *(y / y.norm(dim=-1, keepdim=True) for y in (p, q))))
 
     def macs(self, tokens: Tensor) -> Tensor:
-        k, width = self.classes.shape
+        """Return proj_dec on the tokens, blocks and one more projection on all rows, and the products of both."""
+        _, k, width = self.cls_emb.shape
         rows = tokens + k
-        return rows * linear_macs(self.blocks) + len(self.blocks) * 2 * rows**2 * width + tokens * k * width
+        blocks = rows * linear_macs(self.blocks) + len(self.blocks) * 2 * rows**2 * width
+        return blocks + (tokens + rows) * width**2 + tokens * k * width
+
+
+def _complete_decoder(head: SegmentationHead, state: dict, prefix: str, *rest):
+    """Complete the weights of a mask transformer of version 0.1: it had no projections, and other names and norms."""
+    old = f"{prefix}decoder."
+    if f"{old}classes" not in state:
+        return
+    state[f"{old}cls_emb"] = state.pop(f"{old}classes")[None]
+    for part in ("weight", "bias"):
+        state[f"{old}decoder_norm.{part}"] = state.pop(f"{old}norm.{part}")
+    norm = state[f"{old}decoder_norm.weight"]
+    state[f"{old}proj_dec.bias"] = torch.zeros_like(norm)
+    for name in ("proj_dec.weight", "proj_patch", "proj_classes"):
+        state[f"{old}{name}"] = torch.eye(len(norm), dtype=norm.dtype, device=norm.device)
+    head.settings["eps"] = FIRST_EPS
+    for block in head.decoder.blocks:
+        block.norm1.eps = block.norm2.eps = FIRST_EPS
 
 
 def _products(layout: Layout, rows: Tensor, classes: Tensor) -> Tensor:

@@ -17,10 +17,13 @@ from safetensors.torch import load_file, save_file
 from timm.models import get_model_args
 from torch import nn
 
+from ..gating.entropy import earlier_settings
 from ..gating.gate import Gate
+from ..gating.learned import GATES
 from ..gating.rules import make_rule
 from ..reducers.registry import make_reducer
 from . import zoo  # noqa: F401 (registers its backbones with timm, so that their folders load)
+from .coarse import name_of
 from .heads import SegmentationHead
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -126,12 +129,10 @@ def _structure(model: nn.Module) -> dict[str, str]:
 def save_folder(model: nn.Module, folder: Path):
     """Write the config and the weights."""
     gate, reducer = model.gate, model.reducer
-    if type(gate) is Gate:
-        described = {"patch": gate.patch, "channels": gate.channels, "width": gate.mlp[0].out_features}
-    elif (described := getattr(gate, "settings", None)) is None:
+    if (described := getattr(gate, "settings", None)) is None:
         raise ValueError(
-            f"the gate is a {type(gate).__name__}; only msvit.Gate and what msvit.make_rule makes can be built "
-            "again from a config"
+            f"the gate is a {type(gate).__name__}; only those of msvit.gating and what msvit.make_rule makes can be "
+            "built again from a config"
         )
     if reducer is not None and getattr(reducer, "settings", None) is None:
         raise ValueError(
@@ -143,7 +144,7 @@ def save_folder(model: nn.Module, folder: Path):
         "scale": model.scale,
         "margin": model.margin,
         "gate": described,
-        "share_embedding": model.coarse_embed is None,
+        "coarse_embed": name_of(model.coarse_embed),
     }
     if reducer is not None:
         config["reducer"] = reducer.settings
@@ -179,14 +180,33 @@ def _assemble(cls: type[nn.Module], config: Mapping[str, Any], **options: Any) -
     """Return the model of a config, with new weights."""
     backbone = config["backbone"]
     vit = timm.create_model(backbone["name"], pretrained=False, **read_args(backbone["args"]))
-    gate = (make_rule if "name" in config["gate"] else Gate)(**config["gate"])
-    parts = {name: config[name] for name in ("scale", "margin", "share_embedding")} | {"gate": gate}
+    gate = _make_gate(**_today(config["gate"]))
+    embed = config.get("coarse_embed") or ("shared" if config["share_embedding"] else "own")  # until version 0.1
+    parts = {"scale": config["scale"], "margin": config["margin"], "gate": gate, "coarse_embed": embed}
     if "reducer" in config:
         settings = dict(config["reducer"])
         parts["reducer"] = make_reducer(settings.pop("name"), vit, **settings)
     if (head := config.get("head", config.get("segmenter"))) is not None:  # its name until version 0.1
         parts["head"] = SegmentationHead(vit, **head)
     return cls(vit, **parts, **options)
+
+
+def _make_gate(name: str | None = None, **settings: Any) -> nn.Module:
+    """Return what decides, by the settings that were saved; those of a plain gate have no name."""
+    if name is None:
+        return Gate(**settings)
+    return GATES[name](**settings) if name in GATES else make_rule(name, **settings)
+
+
+def _today(gate: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a gate's settings; those of an entropy rule had other names until version 0.1."""
+    return earlier_settings(**gate) if gate.get("name") == "entropy" and "thresholds" not in gate else gate
+
+
+def rename_decoder(model: nn.Module, state: dict, prefix: str, *rest):
+    """Rename a decoder's weights: until version 0.1 it stood beside the backbone."""
+    for key in [key for key in state if key.startswith(f"{prefix}decoder.")]:
+        state[f"{prefix}head.{key.removeprefix(prefix)}"] = state.pop(key)
 
 
 def _fetch(model_id: str, name: str, download: dict) -> Path:

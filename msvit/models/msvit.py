@@ -16,14 +16,15 @@ from ..core.blocks import Steps, TokenStage, run_blocks
 from ..core.candidates import Candidates, spread
 from ..core.fast_linear import fast_linear
 from ..core.macs import encoder_macs, gate_macs, token_counts
-from ..core.sampling import straight_through
 from ..core.tokens import Tokens
+from ..gating.base import Rule
 from ..gating.gate import Gate
-from ..gating.rules import Rule
+from ..gating.learned import Quota
 from ..reducers.base import check_lossless, check_same_backbone
 from .calibrate import calibrate
+from .coarse import FullResolution, make_coarse_embed
 from .heads import ClassificationHead
-from .hub import load_folder, save_folder
+from .hub import load_folder, rename_decoder, save_folder
 from .tokenizer import EXECUTIONS, Gating, tokenize
 
 
@@ -63,9 +64,10 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
     The gate decides for each coarse patch (`scale` x `scale` fine ones) whether it becomes one token or scale² of them.
     Every parameter of the backbone stays where timm put it.
 
-    Three executions compute the same function of the same decisions: "masked" runs all candidates and hides the
-    inactive ones in attention, "trimmed" drops most of these (the default while training), "packed" runs the active
-    tokens alone, each picture at its own length (the default in evaluation).
+    All executions compute the same function of the same decisions: "masked" runs all candidates and hides the
+    inactive ones in attention, "trimmed" drops most of these (the default while training), "levelled" drops what is
+    beyond the batch's longest picture (the trimming of the paper), "packed" runs the active tokens alone, each picture
+    at its own length (the default in evaluation).
 
     With a dense head, pictures of any size are padded with the mean colour at bottom and right, and what is predicted
     there is cut off again; masks and gates are those of the padded picture, see `grid`.
@@ -73,11 +75,11 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
     Args:
         vit: The backbone; it is used as it is, not copied.
         scale: Fine patches along the side of a coarse one.
-        gate: A trained gate, or a rule of `msvit.make_rule`; None makes a new gate.
+        gate: A trained gate, one of `gating.learned`, or a rule of `msvit.make_rule`; None makes a new gate.
         margin: An inactive token stays in a trimmed sequence if its soft activity is at least this; 0 keeps them all.
         reducer: What drops or merges tokens inside the network, after the gate; from `msvit.make_reducer`.
-        share_embedding: Coarse patches go through the backbone's own embedding; False gives them a copy of it that
-            trains on its own (an ablation).
+        coarse_embed: How coarse patches are embedded: "shared", resized and through the backbone's own embedding;
+            "own", through a copy of it that trains on its own (an ablation); "apt", as APT does, see `FullResolution`.
         head: None is timm's own classifier; a `msvit.SegmentationHead` labels pixels.
         fast_cpu: Run linear layers through oneDNN where PyTorch has it (see `msvit.fast_linear`). Results agree with
             PyTorch's own to rounding.
@@ -90,7 +92,7 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
         gate: nn.Module | None = None,
         margin: float = 0.1,
         reducer: nn.Module | None = None,
-        share_embedding: bool = True,
+        coarse_embed: str = "shared",
         head: nn.Module | None = None,
         fast_cpu: bool = False,
     ):
@@ -109,11 +111,11 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
             check_same_backbone(reducer, vit)
         self.vit, self.scale, self.margin, self.reducer = vit, scale, margin, reducer
         self.gate = gate if gate is not None else Gate(patch * scale, vit.patch_embed.proj.in_channels)
-        self.coarse_embed = None if share_embedding else backbone.copy_embedding(vit)
+        self.coarse_embed = make_coarse_embed(coarse_embed, vit, scale)
         self.set_head(head if head is not None else ClassificationHead())
         self.fast_cpu, self._steps = fast_cpu, Steps()
         self.register_buffer("cut", torch.tensor(0.5))
-        self.register_load_state_dict_pre_hook(_rename_decoder)
+        self.register_load_state_dict_pre_hook(rename_decoder)
 
     def set_head(self, head: nn.Module):
         """Put another head on; a dense one needs all pixels."""
@@ -128,6 +130,8 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
 
     @threshold.setter
     def threshold(self, value: float):
+        if isinstance(self.gate, Quota):
+            raise ValueError("a quota has no threshold: set model.gate.rate, or calibrate the model to a budget")
         if not 0 <= value <= 1:
             raise ValueError(
                 f"threshold={value}: m lies in [0, 1]; 0 makes every region coarse, 1 makes every one fine"
@@ -174,7 +178,7 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
             images: `[B, c, H, W]`, normalised as the backbone wants them; both sides multiples of the coarse patch
                 unless the head is dense.
             mask: Decisions instead of the gate's: bool `[B, h, w]` or `[h, w]`, True = coarse.
-            execution: "masked", "trimmed" or "packed"; None means trimmed while training and packed in evaluation.
+            execution: One of the four above; None means trimmed while training and packed in evaluation.
             check: Look for NaN and infinite pixels (costs a pass over the pictures).
         """
         self.check(images, finite=check)
@@ -185,13 +189,14 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
             final, counts, stages = run_blocks(self.vit, tokens, self.reducer, self._steps)
             logits = self.head.logits(self.vit, final, gating.decisions, size)
         entering, coarse = tokens.active_counts(), gating.decisions.detach() > 0.5
+        path = self.path_macs(coarse.sum((1, 2)), 0 if gating.blocks is None else gating.blocks.long().sum((1, 2)))
         return Result(
             logits=logits,
             gates=gating.soft,
             scores=gating.scores,
             coarse=coarse,
             tokens=entering,
-            macs=self._macs(entering, coarse[0].numel(), mask is None, counts),
+            macs=self._macs(entering, coarse[0].numel(), mask is None, counts) + path,
             counts=counts,
             stages=stages,
             final=final,
@@ -212,8 +217,7 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
                 m = m.maximum(spread(blocks, grid))
             return Gating(None, soft, m, blocks)
         scores = self.gate(images)
-        soft = self.gate.soften(scores)
-        return Gating(scores, soft, straight_through(soft, 0.5 if self.training else self.cut))
+        return Gating(scores, *self.gate.decide(scores, self.cut))
 
     def tokenize(self, images: Tensor, gating: Gating, execution: str | None = None) -> Tokens:
         """Return the tokens that an execution needs, embedded, before the first block."""
@@ -247,7 +251,15 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
         """
         regions = math.prod(self.grid(size))
         patches = n_coarse + (regions - n_coarse) * self.scale**2 - 3 * n_blocks
-        return self._macs(self.vit.num_prefix_tokens + patches, regions, gated=True)
+        macs = self._macs(self.vit.num_prefix_tokens + patches, regions, gated=True)
+        return macs + self.path_macs(n_coarse, n_blocks)
+
+    def path_macs(self, n_coarse: Tensor | int, n_blocks: Tensor | int = 0) -> Tensor | int:
+        """Return the MACs of APT's path for so many coarse regions, some of them in blocks; 0 without that path."""
+        if not isinstance(self.coarse_embed, FullResolution):
+            return 0
+        coarse, block = (self.coarse_embed.macs(self.vit, side) for side in (self.scale, 2 * self.scale))
+        return (n_coarse - 4 * n_blocks) * coarse + n_blocks * block
 
     def dense_macs(self, size: tuple[int, int]) -> int:
         """Return the MACs of backbone and head on a picture with all tokens fine, without gate and reducer."""
@@ -267,11 +279,13 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
     def calibrate(self, loader, macs: float = 0.6) -> float:
         """Set the threshold so that the mean MACs over a loader meet that share of dense: one model, many budgets.
 
+        Of a quota it sets the rate.
+
         Only the gate runs, unless a reducer's counts depend on the picture. The loader yields pictures, or tuples that
         begin with them, all of one size.
 
         Returns:
-            The share that the threshold reaches; a share below all-coarse or above all-fine cannot be met.
+            The share that is reached; a share below all-coarse or above all-fine cannot be met.
         """
         return calibrate(self, loader, macs)
 
@@ -281,9 +295,3 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
     @classmethod
     def _from_pretrained(cls, *, model_id, **options):
         return load_folder(cls, model_id, **options)
-
-
-def _rename_decoder(model: nn.Module, state: dict, prefix: str, *rest):
-    """Rename a decoder's weights: until version 0.1 it stood beside the backbone."""
-    for key in [key for key in state if key.startswith(f"{prefix}decoder.")]:
-        state[f"{prefix}head.{key.removeprefix(prefix)}"] = state.pop(key)

@@ -8,10 +8,11 @@ from torch import Tensor, nn
 
 from ..core import backbone
 from ..core.attention import Layout
-from ..core.candidates import Candidates, choose_active, choose_trimmed
+from ..core.candidates import Candidates, choose_active, choose_levelled, choose_trimmed
 from ..core.tokens import Tokens
+from .coarse import FullResolution
 
-EXECUTIONS = ("masked", "trimmed", "packed")
+EXECUTIONS = ("masked", "trimmed", "levelled", "packed")
 
 
 class Gating(NamedTuple):
@@ -40,16 +41,16 @@ def tokenize(
 
     Args:
         margin: Of trimming, see `choose_trimmed`.
-        coarse_embed: Embeds coarse patches in place of the backbone's own embedding.
+        coarse_embed: How coarse patches are embedded, from `make_coarse_embed`.
         both: While a gate learns, also tell which row would cover each fine patch if its region were decided the other
             way.
     """
     activity = candidates.activity(gating.decisions, gating.blocks)
     rows, lengths = _choose(candidates, activity, gating, execution, margin)
     numbers = rows % candidates.count
-    seeing, pixels = candidates.pixels(rows, images, backbone.patch_size(vit))
-    patches = _embed(vit, pixels, numbers[seeing] < candidates.fine.first, coarse_embed)
-    x = backbone.bases(vit, candidates).index_select(0, numbers).to(patches.dtype).index_add_(0, seeing, patches)
+    seeing, patches = _embed(vit, candidates, rows, images, coarse_embed)
+    bases = backbone.bases(vit, candidates, each=isinstance(coarse_embed, FullResolution))
+    x = bases.index_select(0, numbers).to(patches.dtype).index_add_(0, seeing, patches)
     seats, coarse = candidates.seats(rows, len(images)), gating.decisions.detach() > 0.5
     both = both and gating.decisions.requires_grad and execution != "packed"
     return Tokens(
@@ -71,18 +72,31 @@ def _choose(
         return choose_active(active)
     if execution == "masked":
         return torch.arange(active.numel(), device=active.device), [active.shape[1]] * len(active)
+    soft = candidates.activity(gating.soft.detach(), gating.blocks)
+    if execution == "levelled":
+        return choose_levelled(active, soft)
     # Inactive tokens are there for their gradient.
-    margin = margin if gating.decisions.requires_grad else 1.0
-    return choose_trimmed(active, candidates.activity(gating.soft.detach(), gating.blocks), margin)
+    return choose_trimmed(active, soft, margin if gating.decisions.requires_grad else 1.0)
 
 
-def _embed(vit: VisionTransformer, pixels: Tensor, coarse: Tensor, coarse_embed: nn.Module | None) -> Tensor:
-    """Return embeddings `[n, C]` of pixels `[n, c S S]`, of which some (bool `[n]`) are coarse patches."""
+def _embed(
+    vit: VisionTransformer, candidates: Candidates, rows: Tensor, images: Tensor, coarse_embed: nn.Module | None
+) -> tuple[Tensor, Tensor]:
+    """Return what pixels add to candidates, embeddings `[n, C]`, and to which of the rows, places `[n]`."""
+    patch, path = backbone.patch_size(vit), isinstance(coarse_embed, FullResolution)
+    places, pixels = candidates.pixels(rows, images, patch, middle=path)
     if coarse_embed is None:
-        return backbone.embed(vit, pixels)
+        return places, backbone.embed(vit, pixels)
+    if path:
+        added = [(places, backbone.embed(vit, pixels))]
+        for here, parts in candidates.parts(rows, images, patch):
+            added.append((here, coarse_embed(backbone.embed(vit, parts))))
+        places, embeddings = (torch.cat(part) for part in zip(*added, strict=True))
+        return places, embeddings
+    coarse = rows[places] % candidates.count < candidates.fine.first
     own, shared = coarse.nonzero()[:, 0], (~coarse).nonzero()[:, 0]
     both = torch.cat([backbone.embed(vit, pixels[shared]), coarse_embed(pixels[own])])
-    return both[torch.cat([shared, own]).argsort()]
+    return places[torch.cat([shared, own])], both
 
 
 def _seated(seats: Tensor, numbers: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 A reducer acts on `Tokens` at some blocks: before the block, or between its attention and its MLP. All rows of all
 pictures stand in one matrix and the `Layout` knows the pictures, so everything here works for pictures of different
-lengths. Rows keep their order: the prefix tokens of a picture come first, then its patches as the picture has them.
+lengths. The prefix tokens of a picture come first, then its patches: as the picture has them, unless the reducer says
+that its order is another.
 """
 
 from collections.abc import Sequence
@@ -38,15 +39,20 @@ class Reducer(nn.Module):
         lossless: Whether every pixel still has a token afterwards, as dense tasks need.
         adaptive: Whether how many tokens are left depends on the picture, and so do the MACs.
         needs: What of the block's attention `reduce` is given as `seen`: None, "received" (`[T]`, the attention that a
-            token receives), "class" (`[T]`, the attention that the class token gives) or "keys" (`[T, D]`, their mean
-            over the heads). Only the layers in `layers` compute it.
+            token receives), "class" (`[T]`, the attention that the class token gives, with its gradient) or "keys"
+            (`[T, D]`, their mean over the heads). Only the layers in `layers` compute it.
+        proportional: Whether a token of size s counts s times as a key.
         needs_teacher: Whether `loss` compares with the dense backbone.
+        of_entered: Whether `count` and `counts` are asked by how many tokens entered the first block, in place of how
+            many came to theirs.
     """
 
     lossless: bool = True
     adaptive: bool = False
     needs: str | None = None
+    proportional: bool = True
     needs_teacher: bool = False
+    of_entered: bool = False
 
     def __init__(self, vit: nn.Module, layers: Sequence[int] | None = None):
         super().__init__()
@@ -58,6 +64,13 @@ class Reducer(nn.Module):
         if len(set(layers)) < len(layers):
             raise ValueError(f"layers={layers} names a block twice; a reducer acts once in a block")
         self.layers = tuple(sorted(layers))
+
+    def begin(self, progress: float):
+        """Prepare a training step; `progress` is the share of the stage that is over."""
+
+    def enter(self, tokens: Tokens) -> Tokens:
+        """Return the tokens that enter the first block."""
+        return tokens
 
     def before_block(self, layer: int, tokens: Tokens) -> Tokens:
         """Return the tokens that enter a block."""
@@ -119,12 +132,25 @@ class Keeping(Reducer):
         if bad := [k for k in shares if isinstance(k, str | bool) or not 0 < k <= 1]:
             raise ValueError(f"keep={bad[0]!r}: a keep ratio is a share in (0, 1], such as 0.7; 1 keeps every token")
         self.keep = dict(zip(self.layers, shares, strict=True))
+        self.numbers: dict[int, int] | None = None
+
+    def keep_numbers(self, name: str, numbers: Sequence[int] | None):
+        """Keep so many patch tokens at each layer in place of a share, unless `numbers`, a setting's, is None."""
+        if numbers is None:
+            return
+        if len(numbers) != len(self.layers):
+            raise ValueError(f"{name}={numbers}: one number for each of the layers {list(self.layers)}")
+        if bad := [n for n in numbers if not isinstance(n, int) or not 1 <= n <= self.patches]:
+            raise ValueError(f"{name}={numbers}: {bad[0]!r} of {self.patches} patch tokens; use 1 to {self.patches}")
+        self.numbers = dict(zip(self.layers, numbers, strict=True))
 
     def count(self, layer: int, tokens: Tensor) -> Tensor:
         return self.prefix + self.kept(layer, tokens - self.prefix)
 
     def kept(self, layer: int, patches: Tensor) -> Tensor:
         """Return how many patch tokens are left of so many."""
+        if self.numbers is not None:
+            return patches.clamp(max=self.numbers[layer])
         return (patches * self.keep[layer] + 0.5).floor().long().clamp(min=1).minimum(patches)
 
     def top(self, layer: int, tokens: Tokens, scores: Tensor) -> Tokens:
@@ -144,7 +170,7 @@ def check_lossless(reducer: Reducer | None):
     if reducer is not None and not reducer.lossless:
         raise ValueError(
             f"{type(reducer).__name__} drops tokens, so that some pixels have none, and a dense task must label them "
-            "all; use a method that merges (token_pooling, tome, grid) or the gate alone"
+            "all; use a method that merges (token_pooling, tome, algm, grid) or the gate alone"
         )
 
 

@@ -6,10 +6,12 @@ from typing import NamedTuple
 from torch import nn
 
 from ..checks import known_settings, one_of
+from .algm import ALGM
 from .base import Reducer
 from .dynamicvit import DynamicViT
 from .evit import EViT
-from .pruning import GridPooling, PowerBert, RandomPruning
+from .pitome import PiToMe
+from .pruning import GridPooling, ImportanceSampling, PowerBert, RandomPruning, StridedConvolution
 from .token_pooling import TokenPooling
 from .tome import ToMe
 
@@ -35,7 +37,17 @@ class Method(NamedTuple):
 CLASSES, FUSED = "classification", "classification; dense only with one label for all fused pixels"
 METHODS = {
     "gate": Method("gate", "MSViT, Havtorn et al. 2023", "gate, priors of GBaS", "an MLP on each coarse patch"),
-    "entropy": Method("rule", "APT, Choudhury et al. 2025", cost="a histogram of each coarse patch"),
+    "quota": Method(
+        "gate",
+        "quota of CTS, Lu et al. 2023; dense: its labels too; classification: straight-through, not theirs",
+        "gate",
+        "an MLP on each coarse patch",
+    ),
+    "pattern": Method("gate", "baseline: a static pattern that is learned", "a score per position, priors of GBaS"),
+    "entropy": Method("rule", "APT's threshold alone, Choudhury et al. 2025", cost="a histogram of each coarse patch"),
+    "apt": Method(
+        "rule", "APT, Choudhury et al. 2025", "its path of full-resolution patches", "a histogram, that path"
+    ),
     "fine": Method("rule", "the dense model"),
     "coarse": Method("rule", "the dense model at half resolution"),
     "centre": Method("rule", "baseline: fine in the middle"),
@@ -48,18 +60,30 @@ METHODS = {
         "reducer", "PoWER-BERT, Goyal et al. 2020", cost="unfused attention at its layers", tasks=CLASSES
     ),
     "grid": Method("reducer", "baseline: strided average"),
+    "strided_convolution": Method(
+        "reducer", "baseline of Marin et al. 2021", "a convolution at its layers", "a matrix for each token there"
+    ),
     "random_pruning": Method("reducer", "baseline: tokens at random", tasks=CLASSES),
+    "importance_sampling": Method(
+        "reducer", "baseline of Marin et al. 2021", cost="unfused attention at its layers", tasks=CLASSES
+    ),
     "evit": Method("reducer", "Liang et al. 2022", cost="one more query at its layers", tasks=FUSED),
     "tome": Method("reducer", "Bolya et al. 2023", cost="similarities in every block"),
+    "algm": Method("reducer", "ALGM, Norouzi et al. 2024", cost="similarities at its layers"),
+    "pitome": Method("reducer", "Tran et al. 2024", cost="similarities of all pairs in every block"),
 }
 REDUCERS = {
     "dynamicvit": DynamicViT,
     "token_pooling": TokenPooling,
     "power_bert": PowerBert,
     "grid": GridPooling,
+    "strided_convolution": StridedConvolution,
     "random_pruning": RandomPruning,
+    "importance_sampling": ImportanceSampling,
     "evit": EViT,
     "tome": ToMe,
+    "algm": ALGM,
+    "pitome": PiToMe,
 }
 
 

@@ -47,20 +47,8 @@ class TokenPooling(Keeping):
         one_of("method", method, ALGORITHMS)
         if not isinstance(iterations, int) or iterations < 1:
             raise ValueError(f"iterations={iterations!r}: tokens are assigned once at least")
-        if clusters is not None:
-            if len(clusters) != len(self.layers):
-                raise ValueError(f"clusters={clusters}: one number for each of the layers {list(self.layers)}")
-            if bad := [k for k in clusters if not isinstance(k, int) or not 1 <= k <= self.patches]:
-                raise ValueError(
-                    f"clusters={clusters}: {bad[0]!r} clusters of {self.patches} patch tokens; use 1 to {self.patches}"
-                )
-            clusters = dict(zip(self.layers, clusters, strict=True))
-        self.clusters, self.method, self.weighted, self.iterations = clusters, method, weighted, iterations
-
-    def kept(self, layer: int, patches: Tensor) -> Tensor:
-        if self.clusters is None:
-            return super().kept(layer, patches)
-        return patches.clamp(max=self.clusters[layer])
+        self.keep_numbers("clusters", clusters)
+        self.method, self.weighted, self.iterations = method, weighted, iterations
 
     def macs(self, layer: int, tokens: Tensor) -> Tensor:
         """Return the MACs of the products x_i . x_j, from which all else follows."""

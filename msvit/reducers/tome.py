@@ -7,9 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..checks import in_interval, one_of
 from ..core.attention import Layout
 from ..core.tokens import Tokens
 from .base import Reducer, merge
+
+ORDERS = ("published", "picture")
 
 
 class ToMe(Reducer):
@@ -19,26 +22,53 @@ class ToMe(Reducer):
     ones in B; each of A has an edge to the most similar of B, and the r best edges merge. Tokens merge as the mean
     weighted by their sizes, and from then on a token of size s counts s times as a key (proportional attention).
 
-    Prefix tokens never merge. Tokens keep the picture's order, where the paper's code puts set A before set B.
+    Prefix tokens never merge. Afterwards a picture has its prefix tokens, the others of A that stayed, and the others
+    of B, and the next block numbers them so: as many neighbours as not meet in one set there.
 
     Args:
-        r: Tokens to lose in a layer, at most half of its patch tokens.
+        r: Tokens to lose in a layer, at most half of its patch tokens. A list has a number for each of the layers; if
+            it is short, zeros follow.
+        inflect: The slope of a schedule: layer i of L loses int(a + (2 r - 2 a) i / (L - 1)), a = int(r (1 - inflect)).
+            -1 is the paper's decreasing schedule, from 2 r to nothing; 0 is r in every layer.
+        prop_attn: Off, a merged token counts once as a key; sizes still weigh the means.
+        order: "picture" leaves the tokens in the picture's order, so that A and B stay a checkerboard's colours.
         layers: By default every block.
     """
 
     needs = "keys"
 
-    def __init__(self, vit: nn.Module, r: int = 13, layers: Sequence[int] | None = None):
+    def __init__(
+        self,
+        vit: nn.Module,
+        r: int | Sequence[int] = 13,
+        inflect: float = 0.0,
+        prop_attn: bool = True,
+        order: str = "published",
+        layers: Sequence[int] | None = None,
+    ):
         super().__init__(vit, range(len(vit.blocks)) if layers is None else layers)
-        if not isinstance(r, int) or r < 0:
-            raise ValueError(f"r={r!r}: the tokens to merge in a layer are a whole number; use 0, 8, 13 …")
-        self.r, self.key_width = r, vit.blocks[0].attn.head_dim
+        numbers = list(r) if isinstance(r, Sequence) and not isinstance(r, str) else [r]
+        if bad := [n for n in numbers if not isinstance(n, int) or isinstance(n, bool) or n < 0]:
+            raise ValueError(f"r={bad[0]!r}: the tokens to merge in a layer are a whole number; use 0, 8, 13 …")
+        in_interval("inflect", inflect, "[-1, 1]")
+        if numbers != [r] and (inflect or len(numbers) > len(self.layers)):
+            raise ValueError(
+                f"r={r}, inflect={inflect}: a list has one number for each of the layers {list(self.layers)} at most, "
+                "and is no schedule; use one number with inflect"
+            )
+        if numbers == [r]:
+            numbers = schedule(r, inflect, len(self.layers))
+        numbers += [0] * (len(self.layers) - len(numbers))
+        self.r = dict(zip(self.layers, numbers, strict=True))
+        self.proportional, self.order = prop_attn, one_of("order", order, ORDERS)
+        self.key_width = vit.blocks[0].attn.head_dim
 
     def count(self, layer: int, tokens: Tensor) -> Tensor:
-        return tokens - ((tokens - self.prefix) // 2).clamp(max=self.r)
+        return tokens - ((tokens - self.prefix) // 2).clamp(max=self.r[layer])
 
     def macs(self, layer: int, tokens: Tensor) -> Tensor:
-        return (tokens + 1) // 2 * (tokens // 2) * self.key_width if self.r else torch.zeros_like(tokens)
+        pairs = (tokens + 1) // 2 * (tokens // 2) * self.key_width
+        return pairs.where(self.count(layer, tokens) < tokens, torch.zeros_like(tokens))
 
     def reduce(self, layer: int, tokens: Tokens, seen: Tensor | None) -> Tokens:
         layout = tokens.layout
@@ -48,11 +78,39 @@ class ToMe(Reducer):
         merging = layout.pad((layout.position >= self.prefix).float()) > 0
         r = [old - new for old, new in zip(layout.lengths, lengths, strict=True)]
         target = match(layout.pad(seen), merging, torch.tensor(r, device=merging.device))
-        stays = target == torch.arange(target.shape[1], device=target.device)
-        number = (stays.cumsum(1) - 1).gather(1, target)
-        into = layout.unpad(number) + Layout(lengths, target.device).ends[layout.picture]
-        size = torch.ones_like(tokens.area) if tokens.size is None else tokens.size
-        return merge(replace(tokens, size=size), into, lengths, weight=size)
+        places = torch.arange(target.shape[1], device=target.device)
+        if self.order == "published":
+            lead, rest = places[: self.prefix], places[self.prefix :]
+            places = torch.cat([lead, rest[self.prefix % 2 :: 2], rest[1 - self.prefix % 2 :: 2]])
+        return merge_by_size(tokens, target, lengths, places)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, r={list(self.r.values())}, order={self.order}"
+
+
+def schedule(r: int, inflect: float, layers: int) -> list[int]:
+    """Return how many tokens each layer loses on a line through r in the middle, rounded down."""
+    first = int(r * (1.0 - inflect))
+    step = (2 * r - first - first) / max(layers - 1, 1)
+    return [int(first + step * i) for i in range(layers)]
+
+
+def merge_by_size(tokens: Tokens, target: Tensor, lengths: list[int], places: Tensor) -> Tokens:
+    """Merge tokens as the mean weighted by their sizes.
+
+    Args:
+        target: `[B, N]`, the token into which each goes, counted in its picture; its own number where it stays.
+        lengths: New rows per picture.
+        places: `[N]`, the numbers in the order in which those that stay shall stand.
+    """
+    layout = tokens.layout
+    present = layout.pad(torch.ones(len(tokens.x), device=target.device)) > 0
+    stays = (target == torch.arange(target.shape[1], device=target.device)) & present
+    number = torch.empty_like(target)
+    number[:, places] = stays[:, places].cumsum(1) - 1
+    into = layout.unpad(number.gather(1, target)) + Layout(lengths, target.device).ends[layout.picture]
+    size = torch.ones_like(tokens.area) if tokens.size is None else tokens.size
+    return merge(replace(tokens, size=size), into, lengths, weight=size)
 
 
 @torch.no_grad()

@@ -34,7 +34,7 @@ def rows(base: Recipe, full: bool, lr: float) -> list[StudyRow]:
         StudyRow(f"dense at {size} px", {"gating": "fine", "size": size}, dense=False),
         *(StudyRow(f"{FULL}, {loss}", {"loss": loss}) for loss in ("gbas", "bas", "l0", "ratio")),
         StudyRow(LIGHT, {"loss_weight": 1.0, "loss_settings": {"temperature": 0.1}}),
-        StudyRow(f"{FULL}, gbas, untrimmed", {"trim": False}),
+        StudyRow(f"{FULL}, gbas, untrimmed", {"trim": "none"}),
         *(StudyRow(f"{FULL}, gbas at {budget:g}", {"target": budget}) for budget in BUDGETS),
         *(StudyRow(f"{mask} mask", {"gating": mask}) for mask in ("random", "centre", "entropy")),
         *reducer_rows(COMPARED, base),

@@ -14,7 +14,7 @@ import pandas as pd
 
 from .. import plots
 from ..training.recipe import FIELDS
-from .study import SUMMARY_COLUMNS, finished, summarise
+from .study import SUMMARY_COLUMNS, finished, mask_label, summarise
 
 
 def method_of(run: pd.Series) -> str:
@@ -24,11 +24,14 @@ def method_of(run: pd.Series) -> str:
     after = f" + {run['reducer']}" if run["reducer"] else ""
     if run["gating"] == "fine":
         return run["reducer"] or "dense, trained on"
-    if run["gating"] != "learned":
-        return f"{run['gating']} mask{after}"
-    words = [f"MSViT {run['loss']}"]
-    off = {"trim": "untrimmed", "control": "no control", "share_embedding": "own embedding"}
-    words += [text for name, text in off.items() if not run[name]]
+    if run["gating"] not in ("learned", "pattern"):
+        return mask_label(run["gating"]) + after
+    who = "MSViT" if run["gating"] == "learned" else "pattern"
+    words = [f"{who} {run['loss']}" + ("" if run["control"] == "none" else f" + {run['control']}")]
+    if run["loss"] == "none" and run["control"] != "none":
+        words = [f"{who}, controller only ({run['control']})"]
+    words += [{"none": "untrimmed", "batch": "trimmed by batch"}[run["trim"]]] if run["trim"] != "margin" else []
+    words += {"shared": [], "own": ["own embedding"], "apt": ["APT's path"]}[run["coarse_embed"]]
     return ", ".join(words) + after
 
 

@@ -15,18 +15,18 @@ from ..reducers.registry import REDUCERS
 from ..training import runs
 from ..training.build import build
 from ..training.loop import train
-from ..training.recipe import GATINGS, Recipe
+from ..training.recipe import GATINGS, LEARNED, MEAN_LOSSES, Recipe, parse
 
 # What each part of the method is replaced by when it is switched off.
 PARTS: dict[str, dict[str, Any]] = {
     "gbas": {"loss": "l0"},
-    "trim": {"trim": False},
+    "trim": {"trim": "none"},
     "learned_gate": {"gating": "random"},
     "pretrained_dense": {},  # the row trains from scratch, for as many epochs in all
-    "share_embedding": {"share_embedding": False},
-    "budget_control": {"control": False, "calibrate": False},
+    "share_embedding": {"coarse_embed": "own"},
+    "calibrate": {"calibrate": False},
 }
-MASKS = tuple(name for name in GATINGS if name not in ("learned", "fine"))
+MASKS = tuple(name for name in GATINGS if name not in (*LEARNED, "fine"))
 FULL = "MSViT"
 SUMMARY_COLUMNS = {  # of runs, and their titles with the units
     "accuracy": "accuracy (%)",
@@ -39,8 +39,8 @@ SUMMARY_COLUMNS = {  # of runs, and their titles with the units
     "pictures_per_s": "pictures/s",
     "seconds": "training (s)",
 }
-# Reducers alone, and after the gate. How many tokens a grid leaves is not known beforehand: no gate can budget for it.
-REDUCER_METHODS = (*REDUCERS, *(f"gate+{name}" for name in REDUCERS if name != "grid"))
+# Reducers alone, and after the gate. How many tokens some leave is not known beforehand: no gate can budget for them.
+REDUCER_METHODS = (*REDUCERS, *(f"gate+{name}" for name, reducer in REDUCERS.items() if not reducer.adaptive))
 
 
 class StudyRow(NamedTuple):
@@ -57,10 +57,11 @@ def ablation(
     masks: Iterable[str],
     one_by_one: bool = False,
     reducers: Iterable[StudyRow] = (),
+    controllers: Iterable[str] = (),
 ) -> list[StudyRow]:
     """Return the rows of the ablation: the full method, the method without what is switched off, other losses, masks.
 
-    With `gbas` off no row is trained with GBaS.
+    With `gbas` off no row is trained with GBaS: L0 stands in its place, and nothing else differs.
 
     Args:
         switches: Which parts are on, by the names of PARTS.
@@ -68,6 +69,7 @@ def ablation(
         masks: Decisions that are not learned, at the same MACs.
         one_by_one: Add a row for each part left out alone.
         reducers: The rows of `reducer_rows`.
+        controllers: "bias" and "projection": a row for each alone, and beside each loss that is another method with it.
     """
     off = [name for name in PARTS if not switches[name]]
     rows = [StudyRow(FULL, {})] if switches["gbas"] else []
@@ -77,12 +79,26 @@ def ablation(
         never = [] if switches["gbas"] else ["gbas"]
         rows += [without([*never, name]) for name in PARTS if name not in never]
     rows += [StudyRow(f"{FULL}, {loss}", {"loss": loss}) for loss in losses if loss != "gbas"]
-    rows += [StudyRow(f"{name} mask", {"gating": name}) for name in masks]
+    for control in controllers:
+        rows.append(StudyRow(f"{FULL}, controller only ({control})", {"loss": "none", "control": control}))
+        rows += [
+            StudyRow(f"{FULL}, {loss} + {control}", {"loss": loss, "control": control})
+            for loss in losses
+            if loss != "none"
+            and not (control == "projection" and loss in MEAN_LOSSES)
+            and (loss != "gbas" or switches["gbas"])
+        ]
+    rows += [StudyRow(mask_label(name), {"gating": name}) for name in masks]
     rows += reducers
     different: dict[str, StudyRow] = {}
     for row in rows:
         different.setdefault(repr((sorted(row.changes.items()), row.dense)), row)
     return list(different.values())
+
+
+def mask_label(name: str) -> str:
+    """Return what tables call who decides in the gate's place; APT is more than a mask, and a quota learns."""
+    return {"apt": "APT", "quota": "quota"}.get(name, f"{name} mask")
 
 
 def reducer_rows(names: Iterable[str], base: Recipe) -> list[StudyRow]:
@@ -100,6 +116,15 @@ def reducer_rows(names: Iterable[str], base: Recipe) -> list[StudyRow]:
         changes = ({} if gate else {"gating": "fine"}) | {"reducer": reducer, "reducer_settings": own}
         rows.append(StudyRow(name.replace("gate+", f"{FULL} + "), changes))
     return rows
+
+
+def typed_rows(texts: Iterable[str]) -> list[StudyRow]:
+    """Return a row for each text of settings, as in "control=bias gate_lr=1e-2", which is its name too."""
+    pairs = ([part.partition("=") for part in text.split()] for text in texts)
+    return [
+        StudyRow(text, {name: parse(name, value) for name, _, value in row})
+        for text, row in zip(texts, pairs, strict=True)
+    ]
 
 
 def without(parts: list[str]) -> StudyRow:

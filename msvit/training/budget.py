@@ -1,14 +1,17 @@
 """What a recipe's target means for a model, and the rule in the gate's place that is held to it."""
 
+import math
+
 import numpy as np
 import torch
 
 from ..data.loaders import Loaders
+from ..gating.learned import Quota
 from ..gating.rules import make_rule
 from ..models.msvit import MSViT
-from .recipe import GatingSettings, Recipe, RecipeError
+from .recipe import LEARNED, GatingSettings, Recipe, RecipeError
 
-BUDGETED = ("learned", "centre", "border", "random", "entropy")  # who decides and is held to the target
+BUDGETED = (*LEARNED, "centre", "border", "random", "entropy", "apt")  # who decides and is held to the target
 
 
 class Budget:
@@ -49,10 +52,13 @@ class Budget:
 
 
 def choose_gate(model: MSViT, recipe: Recipe, loaders: Loaders) -> Budget:
-    """Put a rule in the gate's place if the recipe says so, and hold it to the budget as far as a rule can be."""
+    """Put a rule in the gate's place if the recipe says so; hold it, or a quota, to the budget as far as can be."""
     gating = recipe.gating if recipe.training.epochs else None
-    if gating is None or gating.by in ("learned", "oracle"):
-        return Budget(model, loaders.size, gating)
+    if gating is None or gating.learned or gating.by == "oracle":
+        budget = Budget(model, loaders.size, gating)
+        if gating is not None and isinstance(model.gate, Quota):
+            model.gate.rate = int((budget.shares - budget.macs).abs().argmin()) / math.prod(budget.grid)
+        return budget
     device = model.cut.device
     model.gate = make_rule("fine")  # costs what every rule costs, nothing
     budget = Budget(model, loaders.size, gating)
@@ -60,9 +66,13 @@ def choose_gate(model: MSViT, recipe: Recipe, loaders: Loaders) -> Budget:
         "centre": {"rate": budget.rate},
         "border": {"rate": budget.rate},
         "random": {"rate": budget.rate, "seed": recipe.training.seed},
-        "entropy": {"mean": loaders.mean, "std": loaders.std},
+        "entropy": {"mean": loaders.mean, "std": loaders.std} | gating.rule_settings,
     }
-    model.gate = make_rule(gating.by, **settings.get(gating.by, {})).to(device)
-    if gating.by == "entropy":
+    name = "entropy" if gating.by == "apt" else gating.by
+    try:
+        model.gate = make_rule(name, **settings.get(name, {})).to(device)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    if name == "entropy" and gating.calibrate:  # otherwise it keeps its own thresholds
         model.calibrate(loaders.first_pictures(), budget.macs)
     return budget

@@ -15,12 +15,15 @@ from ..checks import closest
 from ..data.holdout import hold_out
 from ..data.loaders import Loaders, make_loaders
 from ..data.segmentation import make_seg_loaders
-from ..gating.gate import Gate
+from ..gating.gate import Decider, Gate
+from ..gating.learned import GATES, Pattern, Quota
+from ..models.coarse import name_of
 from ..models.heads import SegmentationHead
 from ..models.hub import describe_backbone, read_args
 from ..models.msvit import MSViT
 from ..reducers.registry import make_reducer
 from .recipe import DataSettings, ModelSettings, Recipe, RecipeError
+from .runs import read
 
 TINY = "vit_mini_patch8_64"
 
@@ -43,19 +46,53 @@ def build(recipe: Recipe, runs: Path) -> MSViT:
         vit.load_state_dict(checkpoint_filter_fn(start.vit.state_dict(), vit))
     if settings.checkpoint:
         _load_checkpoint(vit, Path(settings.checkpoint))
-    if settings.gate:
-        gate = _saved(settings.gate, runs).gate
-    elif type(gate) is not Gate or gate.patch != settings.scale * vit.patch_embed.patch_size[0]:
-        gate = None  # a rule, or one for another scale
+    gate = _choose_gate(recipe, vit, _saved(settings.gate, runs).gate if settings.gate else gate)
     try:
         reducer = make_reducer(recipe.reducer.name, vit, **recipe.reducer.settings) if recipe.reducer.name else None
-        model = MSViT(vit, settings.scale, gate, recipe.gating.margin, reducer, settings.share_embedding, fast_cpu=True)
+        embed = "apt" if recipe.gating.by == "apt" else settings.coarse_embed
+        model = MSViT(vit, settings.scale, gate, recipe.gating.margin, reducer, embed, fast_cpu=True)
+        if start is not None and name_of(start.coarse_embed) == embed != "shared":
+            model.coarse_embed.load_state_dict(start.coarse_embed.state_dict())
         if recipe.data.task == "segment" and start is not None and start.head.dense:
             model.set_head(SegmentationHead(vit, **start.head.settings))
             model.head.load_state_dict(start.head.state_dict())
         return model
     except (ValueError, TypeError) as error:
         raise RecipeError(str(error)) from error
+
+
+def takes_over_gate(settings: ModelSettings, runs: Path) -> bool:
+    """Return whether the gate that a model begins with has been trained, by a run before this one."""
+    if settings.gate:
+        return True
+    path = _path(settings.name, runs)
+    if path.name == "dense" and (path.parent / "settings.json").is_file():
+        return False  # stage one of a run
+    if (path / "settings.json").is_file():
+        recipe = read(path).recipe
+        return bool(recipe.training.epochs and recipe.gating.learned)
+    return path.is_dir()
+
+
+def _choose_gate(recipe: Recipe, vit: nn.Module, found: nn.Module | None) -> Decider | None:
+    """Return the gate that was found, if it is of the kind that the recipe trains, or a new one; None: the model's."""
+    segments = recipe.data.task == "segment"
+    kind, patch = GATES.get(recipe.gating.by, Gate), recipe.model.scale * vit.patch_embed.patch_size[0]
+    grid = (recipe.data.size // patch,) * 2
+    if type(found) is kind and (recipe.model.gate or found.patch == patch) and getattr(found, "grid", grid) == grid:
+        if kind is Quota:
+            found.supervised = segments
+        return found
+    if recipe.model.gate and recipe.gating.learned:
+        raise RecipeError(
+            f"gate={recipe.model.gate!r} has {type(found).__name__}({found.extra_repr()}), but "
+            f"gating={recipe.gating.by!r} trains a {kind.__name__} for {grid[0]} x {grid[1]} regions"
+        )
+    if kind is Pattern:
+        return Pattern(grid, patch)
+    if kind is Quota:
+        return Quota(patch, vit.patch_embed.proj.in_channels, supervised=segments)
+    return None
 
 
 def fit_head(model: MSViT, classes: list[str], task: str, settings: ModelSettings):
@@ -69,7 +106,7 @@ def fit_head(model: MSViT, classes: list[str], task: str, settings: ModelSetting
         model.vit.attn_pool.requires_grad_(False)  # like the classifier, it has nothing to do
     wanted = {"classes": classes, "decoder": settings.decoder, "scatter": settings.scatter}
     try:
-        if not model.head.dense or model.head.settings != wanted:
+        if not model.head.dense or not wanted.items() <= model.head.settings.items():
             model.set_head(SegmentationHead(model.vit, **wanted))
     except ValueError as error:
         raise RecipeError(str(error)) from error
@@ -103,9 +140,13 @@ def _create(settings: ModelSettings, size: int, name: str, pretrained: bool = Fa
         ) from error
 
 
+def _path(name: str, runs: Path) -> Path:
+    return runs / name.removeprefix("run:") if name.startswith("run:") else Path(name)
+
+
 def _saved(name: str, runs: Path) -> MSViT:
     """Return the model of a run beside this one ("run:NAME"), of a folder, or of a hub id."""
-    path = runs / name.removeprefix("run:") if name.startswith("run:") else Path(name)
+    path = _path(name, runs)
     if not path.is_dir() and (name.startswith(("run:", ".", "/")) or name.count("/") != 1):
         near = closest(name, ["tiny", *timm.list_models(module=["vision_transformer", "deit"])], 3)
         hint = f"did you mean {', '.join(near)}?" if near else "see timm.list_models('*vit*')"

@@ -9,7 +9,8 @@ import torch
 from ..evaluation.evaluate import evaluate
 from ..evaluation.predictions import object_finder
 from ..evaluation.reconstruction import reconstruction_errors
-from ..gating.gate import Gate
+from ..gating.learned import GATES
+from ..models.coarse import name_of
 from ..models.msvit import MSViT
 from .budget import Budget, choose_gate
 from .build import load_data
@@ -42,8 +43,11 @@ def evaluate_run(
     model.to("cuda" if torch.cuda.is_available() and recipe.training.device == "auto" else "cpu")
     if "gating" in changes:
         recipe = recipe.replace(epochs=max(recipe.training.epochs, 1))
-        if recipe.gating.learned and type(model.gate) is not Gate:
-            raise RecipeError(f"gating='learned': {folder} was trained with {run.recipe.gating.by!r} and has no gate")
+        by = recipe.gating.by
+        if recipe.gating.learned and type(model.gate) is not GATES[by]:
+            raise RecipeError(f"gating={by!r}: {folder} was trained with {run.recipe.gating.by!r} and has no such gate")
+        if recipe.gating.by == "apt" and name_of(model.coarse_embed) != "apt":
+            raise RecipeError(f"gating='apt': {folder} was trained without APT's path; its rule alone is 'entropy'")
         budget = choose_gate(model, recipe, loaders)
     else:
         budget = Budget(model, loaders.size, recipe.gating if recipe.training.epochs else None)
@@ -52,7 +56,10 @@ def evaluate_run(
     if macs is not None:
         model.calibrate(loaders.first_pictures(), macs)
     if threshold is not None:
-        model.threshold = threshold
+        try:
+            model.threshold = threshold
+        except ValueError as error:
+            raise RecipeError(f"threshold={threshold:g}: {error}") from error
     found = evaluate(model, loaders.val, partial(objective.predict, model))
     found["threshold"] = model.threshold
     if model.reducer is not None:

@@ -29,14 +29,16 @@ from ..data.loaders import set_epoch
 from ..data.seeds import hashed
 from ..evaluation.evaluate import evaluate
 from ..evaluation.predictions import object_finder
+from ..gating.gate import Gate
 from .budget import choose_gate
-from .build import build, fit_head, load_data
+from .build import build, fit_head, load_data, takes_over_gate
 from .environment import environment
 from .files import RunError
 from .objectives import Gated, Objective
 from .recipe import Recipe, RecipeError
 from .runs import Run, RunFolder, read
 from .stage import Stage
+from .teach_gate import teach_gate
 
 CURVE = 50  # points of an epoch's loss curve that are kept
 Watch = Callable[[dict[str, Any]], None] | None  # what is called with a line of metrics
@@ -130,6 +132,8 @@ class Trainer:
                 accelerator.free_memory()
                 for parameter in self.trainable:
                     parameter.requires_grad_(True)  # the stage before may have frozen some
+                if name == "gated" and len(self.history) == first:
+                    self._start_gate()
                 objective = kind(self.model, self.recipe, self.budget, self.objects)
                 stage = Stage(name, first, epochs, self.loaders.steps, objective, accelerator, self.mixup)
                 if len(self.history) > first:
@@ -140,6 +144,13 @@ class Trainer:
         if accelerator.is_main_process:
             self.records.save_model(self.model)
             self.records.finish(self._summary())
+
+    def _start_gate(self):
+        """Give a gate that is new its warm start; each process computes the same."""
+        gating, training = self.recipe.gating, self.recipe.training
+        known = takes_over_gate(self.recipe.model, self.records.path.parent)
+        if gating.start != "none" and isinstance(self.model.gate, Gate) and training.gate_lr and not known:
+            teach_gate(self.model, self.loaders, self.budget.rate, gating.start, training.seed)
 
     def _epoch(self, stage: Stage, epoch: int):
         """Train and evaluate for an epoch, and make both durable."""

@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from ..core.fast_linear import fast_linear
 from ..evaluation.predictions import Objects
 from ..gating.controller import BudgetController
+from ..gating.learned import sharing_loss
 from ..gating.losses import make_loss
 from ..models.msvit import MSViT, Result
 from ..models.sliding import slide
 from ..reducers.base import Teacher
 from .budget import Budget
 from .recipe import Recipe
+
+TRIMS = {"margin": "trimmed", "batch": "levelled", "none": "masked"}  # the execution of a training step
 
 
 class StepOutput(NamedTuple):
@@ -68,8 +71,12 @@ class Objective(nn.Module):
                 made = param_groups_layer_decay(part, layer_decay=self.recipe.training.layer_decay, **settings)
             else:
                 made = param_groups_weight_decay(part, **settings)
-            groups += [group | {"lr": rate} for group in made]
+            groups += [group | {"lr": rate, "freeze": self.frozen(part)} for group in made]
         return groups
+
+    def frozen(self, part: nn.Module) -> int:
+        """Return for how many epochs of the stage a part that trains stays as it is at first."""
+        return 0
 
     def priors(self) -> dict[str, Tensor]:
         """Return what the gate loss has learned, for the records."""
@@ -111,7 +118,7 @@ class Objective(nn.Module):
         head = self.model.head
         task = head.loss(result.logits, targets, self.recipe.training.smoothing)
         coarse, macs = result.coarse, result.macs / self.budget.dense
-        if result.scores is not None:
+        if result.scores is not None and self.recipe.gating.shaped:
             coarse = result.scores > 0
             macs = self.budget.shares.to(coarse.device)[coarse.sum((1, 2))]
         scalars = {
@@ -133,6 +140,8 @@ class Gated(Objective):
     over pixels, the task pulls at a gate less by as much as there are regions, and so does the gate loss unless
     `loss_weight` says otherwise. The budget is the controller's to hold.
 
+    A quota holds its own: it has neither controller nor gate loss but, in dense tasks, that of the label maps.
+
     A frozen gate decides without noise. The dense teacher, of distillation and of reducers that need one, is the
     backbone as it enters this stage.
     """
@@ -144,23 +153,31 @@ class Gated(Objective):
         taught = recipe.training.distill or (model.reducer is not None and model.reducer.needs_teacher)
         self.teacher = copy.deepcopy(model.vit) if taught else None
         self.loss, self.controller = None, None
-        if self.learned:
+        if self.learned and not gating.shaped:
+            self.weight = 1.0 if gating.loss_weight is None else gating.loss_weight
+        elif self.learned:
             self.loss = make_loss(gating.loss, grid=budget.grid, target=budget.rate, **gating.loss_settings)
             pull = 1 / math.prod(budget.grid) if model.head.dense else 1.0
             self.weight = self.loss.weight * pull if gating.loss_weight is None else gating.loss_weight
-            if gating.control:
-                self.controller = BudgetController(budget.rate)
+            if gating.control != "none":
+                self.controller = BudgetController(budget.rate, gating.control == "projection")
 
     def parts(self) -> list[tuple[nn.Module, float, float]]:
-        training, parts = self.recipe.training, super().parts()
+        training = self.recipe.training
+        parts = [(part, rate * training.lr_scale, decay) for part, rate, decay in super().parts()]
         if self.model.coarse_embed is not None:
-            parts.append((self.model.coarse_embed, training.lr, training.weight_decay))
+            rate = training.lr * training.lr_scale if training.coarse_lr is None else training.coarse_lr
+            parts.append((self.model.coarse_embed, rate, training.weight_decay))
         if self.learned:
             parts.append((self.model.gate, training.gate_lr, training.weight_decay))
+        if self.loss is not None:
             parts.append((self.loss, training.prior_lr, 0.0))
         if self.model.reducer is not None:
             parts.append((self.model.reducer, training.reducer_lr, training.weight_decay))
         return parts
+
+    def frozen(self, part: nn.Module) -> int:
+        return self.recipe.training.freeze if part in (self.model.vit, self.model.head) else 0
 
     def train(self, mode: bool = True) -> "Gated":
         super().train(mode)
@@ -177,16 +194,20 @@ class Gated(Objective):
         if self.learned:
             first, last = self.recipe.gating.temperature, self.recipe.gating.temperature_end
             self.model.gate.temperature = first * (last / first) ** progress
+        if self.model.reducer is not None:
+            self.model.reducer.begin(progress)
 
     def update(self, gate_error: float):
-        self.controller.correct(self.model.gate.mlp[-1].bias, gate_error)
+        self.controller.correct(self.model.gate.bias, gate_error)
 
     def forward(self, images: Tensor, targets: Tensor, indices: Tensor) -> StepOutput:
         result = self.predict(self.model, images, indices)
         task, scalars, _ = self.scored(result, targets)
         extra, gate_error = {}, None
-        if self.learned:
+        if self.loss is not None:
             extra["gate"] = self.weight * self.loss(result.gates)
+        elif self.learned and self.model.head.dense:
+            extra["gate"] = self.weight * sharing_loss(result.scores, targets)
         if self.controller is not None:
             self.controller.hold(result.gates)
             gate_error = self.controller.error(result.scores)
@@ -202,7 +223,7 @@ class Gated(Objective):
         return StepOutput(loss, scalars, gate_error)
 
     def predict(self, model: MSViT, images: Tensor, indices: Tensor) -> Result:
-        execution = "masked" if model.training and not self.recipe.gating.trim else None
+        execution = TRIMS[self.recipe.gating.trim] if model.training else None
         mask = None
         if self.recipe.gating.by == "oracle":
             where = self.objects["train" if model.training else "val"]

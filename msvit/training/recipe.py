@@ -4,41 +4,21 @@ Commands, notebooks and `settings.json` know every setting by a flat name (`epoc
 is handed the group that it needs (`recipe.training.epochs_dense`, `recipe.reducer.settings`).
 """
 
-import ast
 import dataclasses
 import hashlib
 import json
-import re
-import types
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Self, get_args
+from typing import Any, NamedTuple, Self
 
-from ..checks import hint, inside
+from ..checks import hint
+from .settings import Checked, RecipeError, parsed, setting
 
-
-class RecipeError(ValueError):
-    """A setting that does not exist, or a value that it cannot have."""
-
-
-def setting(default: Any, about: str, within: str = "", choices: tuple[str, ...] = (), flat: str = "") -> Any:
-    """Return a field: what it means, the interval or the names it is confined to, and its flat name if another."""
-    make = {"default_factory": lambda: dict(default)} if isinstance(default, dict) else {"default": default}
-    return dataclasses.field(**make, metadata={"about": about, "within": within, "choices": choices, "flat": flat})
-
-
-GATINGS = ("learned", "fine", "coarse", "centre", "border", "checkerboard", "random", "entropy", "oracle")
-
-
-class _Checked:
-    """A group of settings whose values are checked when it is made."""
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            object.__setattr__(self, field.name, checked(field, getattr(self, field.name)))
+LEARNED = ("learned", "quota", "pattern")  # who trains, and rules that do not
+GATINGS = (*LEARNED, "fine", "coarse", "centre", "border", "checkerboard", "random", "entropy", "apt", "oracle")
 
 
 @dataclasses.dataclass(frozen=True)
-class DataSettings(_Checked):
+class DataSettings(Checked):
     """Pictures: what a run learns from."""
 
     source: str = setting(
@@ -56,7 +36,7 @@ class DataSettings(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelSettings(_Checked):
+class ModelSettings(Checked):
     """Model: what is trained, and from where it starts."""
 
     name: str = setting(
@@ -66,7 +46,7 @@ class ModelSettings(_Checked):
     pretrained: bool = setting(False, "start a timm model from its published weights")
     gate: str = setting("", "folder or hub id of the run whose trained gate is taken over")
     scale: int = setting(2, "a coarse patch is scale x scale fine ones", "[2, inf)")
-    share_embedding: bool = setting(True, "coarse patches go through the same embedding as fine ones")
+    coarse_embed: str = setting("shared", "how coarse patches are embedded", choices=("shared", "own", "apt"))
     drop_path: float = setting(0.0, "stochastic depth of the last block", "[0, 1)")
     decoder: str = setting("linear", "segmentation: what labels the tokens", choices=("linear", "mask"))
     scatter: str = setting("after", "segmentation: fine grid after or before the decoder", choices=("after", "before"))
@@ -74,14 +54,17 @@ class ModelSettings(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainingSettings(_Checked):
+class TrainingSettings(Checked):
     """Training: how long, how fast, and on what."""
 
     epochs_dense: int = setting(3, "epochs of the backbone alone, all tokens fine", "[0, inf)")
     epochs: int = setting(5, "epochs of the gate and the backbone together", "[0, inf)")
     optimizer: str = setting("adamw", "timm's name of the optimizer")
     lr: float = setting(1e-3, "peak learning rate of the backbone; 0 = frozen", "[0, inf)")
+    lr_scale: float = setting(1.0, "factor on lr, the backbone's, in stage two", "[0, inf)")
+    freeze: int = setting(0, "first epochs of stage two in which backbone and head stay as they are", "[0, inf)")
     gate_lr: float = setting(1e-3, "peak learning rate of the gate; 0 = frozen", "[0, inf)")
+    coarse_lr: float | None = setting(None, "of what embeds coarse patches alone; none = lr", "[0, inf)")
     reducer_lr: float = setting(1e-3, "peak learning rate of a reducer's own layers; 0 = frozen", "[0, inf)")
     prior_lr: float = setting(1e-2, "peak learning rate of the gate loss's priors; 0 = frozen", "[0, inf)")
     weight_decay: float = setting(0.05, "of the matrices of backbone and gate", "[0, inf)")
@@ -101,10 +84,11 @@ class TrainingSettings(_Checked):
 
 
 @dataclasses.dataclass(frozen=True)
-class GatingSettings(_Checked):
+class GatingSettings(Checked):
     """Gate: who decides, what it costs, and what shapes it."""
 
-    by: str = setting("learned", "who decides: the gate, or a rule in its place", choices=GATINGS, flat="gating")
+    by: str = setting("learned", "who decides: the gate, or what stands in its place", choices=GATINGS, flat="gating")
+    rule_settings: dict = setting({}, "settings of entropy or apt, as in thresholds=[6.0,4.0]")
     loss: str = setting("gbas", "the gate loss: gbas, bas, l0, ratio or none")
     loss_weight: float | None = setting(
         None, "weight of the gate loss; none = the loss's own, segmentation: over the regions", "[0, inf)"
@@ -114,20 +98,49 @@ class GatingSettings(_Checked):
         "macs", "what target is a share of: dense MACs, or coarse regions", choices=("macs", "coarse")
     )
     target: float = setting(0.58, "the budget: gate, priors and masks are held to it", "(0, 1)")
-    control: bool = setting(True, "steer the gate while training so that the budget is met")
+    start: str = setting(
+        "none",
+        "what the gate learns alone before the joint stage",
+        choices=("none", "detail", "entropy", "utility"),
+        flat="gate_start",
+    )
+    control: str = setting(
+        "none",
+        "what holds the gate at the budget while it trains, beside its loss",
+        choices=("none", "bias", "projection"),
+    )
     calibrate: bool = setting(True, "set the threshold after training so that training pictures meet the budget")
     temperature: float = setting(0.3, "of the Gumbel-sigmoid in the first step", "(0, inf)")
     temperature_end: float = setting(0.3, "and in the last; between them it moves geometrically", "(0, inf)")
-    trim: bool = setting(True, "cut training sequences to what is active; false = all tokens, masked")
-    margin: float = setting(0.1, "inactive tokens with this soft activity stay in cut sequences", "[0, 0.5]")
+    trim: str = setting(
+        "margin",
+        "cut training sequences: each to its active tokens and a margin, or all of a batch to the most that one has",
+        choices=("margin", "batch", "none"),
+    )
+    margin: float = setting(0.1, "inactive tokens with this soft activity stay, with trim=margin", "[0, 0.5]")
 
     @property
     def learned(self) -> bool:
-        return self.by == "learned"
+        return self.by in LEARNED
+
+    @property
+    def shaped(self) -> bool:
+        """Whether gate loss and controller apply: a quota keeps to its budget without."""
+        return self.learned and self.by != "quota"
+
+    @property
+    def method(self) -> str:
+        """The rule; or the gate's loss and controller, whose names mean one algorithm each."""
+        if not self.shaped:
+            return self.by
+        name = self.loss if self.control == "none" else f"{self.loss}+{self.control}"
+        if self.loss == "none" and self.control != "none":
+            name = f"controller-{self.control}"
+        return name if self.by == "learned" else f"{self.by}-{name}"
 
 
 @dataclasses.dataclass(frozen=True)
-class ReducerSettings(_Checked):
+class ReducerSettings(Checked):
     """Reducer: what drops or merges tokens in the network."""
 
     name: str = setting(
@@ -136,6 +149,7 @@ class ReducerSettings(_Checked):
     settings: dict = setting({}, "its settings, as in keep=0.7", flat="reducer_settings")
 
 
+MEAN_LOSSES = ("l0", "ratio")  # gate losses of the mean gate alone: under a projection they are no loss
 HARMLESS = ("workers", "device")  # how a run is carried out, not what comes out
 
 
@@ -171,13 +185,29 @@ class Recipe:
         foreign = ("mixup", "cutmix", "distill") if task == "segment" else ("short", "sliding")
         if wrong := [name for name in foreign if flat[name]]:
             raise RecipeError(f"{wrong[0]}={flat[wrong[0]]!r} is not for task={task!r}; leave it at 0")
-        if training.epochs and not (training.lr or (gating.learned and training.gate_lr)):
-            raise RecipeError(f"lr=0 and gate_lr={training.gate_lr:g} with gating={gating.by!r} leave nothing to train")
+        if gating.control == "projection" and gating.loss in MEAN_LOSSES:
+            raise RecipeError(
+                f"loss={gating.loss!r} with control='projection' is the controller alone under another name: it takes "
+                "the force that all gates share out of the gradient, and this loss has no other; say loss='none' for "
+                "that, or control='none' or 'bias' for this loss"
+            )
+        if gating.rule_settings and gating.by not in ("entropy", "apt"):
+            raise RecipeError(f"rule_settings are for gating=entropy or apt; gating={gating.by!r} has none")
+        apt, embed = gating.by == "apt", self.model.coarse_embed
+        if apt and embed == "own":
+            raise RecipeError("gating='apt' embeds coarse patches as APT does; leave coarse_embed at shared or apt")
+        rate = training.lr * training.lr_scale
+        others = (gating.learned and training.gate_lr, (apt or embed != "shared") and training.coarse_lr)
+        if training.epochs and not (any(others) or (rate and (self.reducer.name or not training.freeze))):
+            still = f"freeze={training.freeze}" if rate else "lr * lr_scale = 0"
+            raise RecipeError(
+                f"{still} and gate_lr={training.gate_lr:g} with gating={gating.by!r} leave nothing to train"
+            )
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
         """Return the recipe of a mapping; a name that does not exist is refused, with the nearest that does."""
-        return cls(**settings)
+        return cls(**_renewed(settings))
 
     def to_dict(self) -> dict[str, Any]:
         """Return every setting by its flat name, as JSON has it."""
@@ -194,10 +224,8 @@ class Recipe:
 
     @property
     def method(self) -> str:
-        """What saves tokens: nothing ("dense"), the gate by its loss, or the rule in its place."""
-        if not self.training.epochs:
-            return "dense"
-        return self.gating.loss if self.gating.learned else self.gating.by
+        """What saves tokens: nothing ("dense"), the gate by what shapes it, or the rule in its place."""
+        return self.gating.method if self.training.epochs else "dense"
 
     @property
     def run_name(self) -> str:
@@ -208,6 +236,20 @@ class Recipe:
         words = [self.data.source, self.model.name, method, f"s{self.training.seed}"]
         plain = "_".join(word.strip("/").rsplit("/", 1)[-1] for word in words)
         return "".join(c if c.isalnum() or c in ".-_" else "-" for c in plain) + "-" + digest
+
+
+def _renewed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings of version 0.1, where three were true or false, by the names of today."""
+    settings, trim, control = dict(settings), settings.get("trim"), settings.get("control")
+    if "share_embedding" in settings:
+        settings["coarse_embed"] = "shared" if settings.pop("share_embedding") else "own"
+    if isinstance(trim, bool):
+        settings["trim"] = "margin" if trim else "none"
+    if isinstance(control, bool):
+        settings["control"] = "projection" if control else "none"
+        if control and settings.get("loss") in MEAN_LOSSES:
+            settings["loss"] = "none"  # which is what it was
+    return settings
 
 
 class Setting(NamedTuple):
@@ -233,57 +275,5 @@ def find(name: str) -> Setting:
 
 
 def parse(name: str, text: str) -> Any:
-    """Return the value that was typed for a setting, read by the setting's type."""
-    field = find(name).field
-    kind, value = _kind(field), text
-    if kind is dict:
-        pairs = [pair.partition("=") for pair in re.findall(r"(?:\[[^]]*]|[^\s,])+", text)]
-        if bad := next((key + equals + value for key, equals, value in pairs if not (key and value)), None):
-            raise RecipeError(f"{name}={text!r}: {bad!r} is no name=value; write it as sigma=0.1 layers=[3,6]")
-        value = {key: _literal(value) for key, _, value in pairs}
-    elif kind is not str:
-        value = _literal(text)
-    return checked(field, value)
-
-
-def _literal(text: str) -> Any:
-    """Return a number, a list of numbers, true, false or none; what is none of these stays text."""
-    word = text.strip()
-    if word.lower() in ("true", "false", "none"):
-        return {"true": True, "false": False, "none": None}[word.lower()]
-    try:
-        value = ast.literal_eval(word)
-    except (ValueError, SyntaxError):
-        return text
-    numbers = value if isinstance(value, list) else [value]
-    return value if all(isinstance(number, int | float) for number in numbers) else text
-
-
-def _kind(field: dataclasses.Field) -> type:
-    """Return the field's type, without the None that it may also be."""
-    return get_args(field.type)[0] if isinstance(field.type, types.UnionType) else field.type
-
-
-def expected(field: dataclasses.Field) -> str:
-    """Return what a setting may be, in words."""
-    kind, within, choices = _kind(field), field.metadata["within"], field.metadata["choices"]
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "name=value pairs"}
-    some = " or ".join(choices) if choices else words[kind] + (f" in {within}" if within else "")
-    return some if kind is field.type else f"{some}, or none"
-
-
-def checked(field: dataclasses.Field, value: Any) -> Any:
-    """Return the value if the field may have it; a whole number where a number is meant becomes a float."""
-    kind, within, choices = _kind(field), field.metadata["within"], field.metadata["choices"]
-    if value is None and kind is not field.type:
-        return None
-    if kind is float and type(value) is int:
-        value = float(value)
-    good = type(value) is kind and (not choices or value in choices) and (not within or inside(value, within))
-    if kind is dict and good:
-        good = all(isinstance(k, str) and isinstance(v, str | int | float | list | None) for k, v in value.items())
-    if not good:
-        name = field.metadata["flat"] or field.name
-        kind_of = "" if type(value) in (kind, str) else f" ({type(value).__name__})"
-        raise RecipeError(f"{name}={value!r}{kind_of}: expected {expected(field)}{hint(value, choices)}")
-    return dict(value) if kind is dict else value
+    """Return the value that was typed for a setting."""
+    return parsed(find(name).field, text)

@@ -40,13 +40,14 @@ class Stage:
         settings = objective.recipe.training
         self.settings, self.accelerator, self.mixup = settings, accelerator, mixup
         self.updates = math.ceil(steps / settings.accumulate)  # in an epoch
-        optimizer = create_optimizer_v2(objective.groups(), settings.optimizer, lr=settings.lr)
+        groups = objective.groups()
+        optimizer = create_optimizer_v2(groups, settings.optimizer, lr=settings.lr)
         self.schedule, _ = create_scheduler_v2(
             optimizer,
             settings.schedule,
             num_epochs=epochs,
             warmup_epochs=min(settings.warmup, epochs / 2),
-            warmup_lr=settings.lr / 100,
+            warmup_lr=min(settings.lr, *(group["lr"] for group in groups)) / 100,
             step_on_epochs=False,
             updates_per_epoch=self.updates,
         )
@@ -92,6 +93,9 @@ class Stage:
             if self.accelerator.sync_gradients:
                 limit = self.settings.clip or math.inf
                 scalars["gradient"] = self.accelerator.clip_grad_norm_(self.objective.parameters(), limit)
+            for group in self.optimizer.param_groups:
+                if epoch - self.first < group.get("freeze", 0):  # states of earlier versions have none
+                    group["lr"] = 0.0  # no update and no decay; the schedule sets it anew afterwards
             self.optimizer.step()
             self.optimizer.zero_grad()
         if "gradient" in scalars:

@@ -118,6 +118,14 @@ def test_every_closed_form_is_the_count():
             assert (prepared.macs is None) == without, name
 
 
+def test_closed_forms_have_the_path_of_apt():
+    case = make_case()
+    case.model.coarse_embed = MSViT(case.vit, coarse_embed="apt").coarse_embed
+    for name in ("packed", "masked", "gate"):
+        prepared = PREPARE[name](case)
+        assert prepared.macs == timing.counted_macs(prepared.work), name
+
+
 def test_masked_execution_counts_all_candidates():
     tokens = 1 + 16 + 64
     block = 12 * tokens * 64**2 + 2 * tokens**2 * 64
@@ -172,7 +180,8 @@ def test_reducers_are_matched_to_the_packed_model():
     wanted = case.result.macs.mean().item()
     for name in REDUCERS:
         # A grid has as many settings as there are blocks, here three.
-        assert PREPARE[name](case).macs / 4 == pytest.approx(wanted, rel=0.08 if name == "grid" else 0.02), name
+        rough = name in ("grid", "strided_convolution")
+        assert PREPARE[name](case).macs / 4 == pytest.approx(wanted, rel=0.08 if rough else 0.02), name
 
 
 def test_peak_memory_is_what_tensors_take():

@@ -5,7 +5,8 @@ import torch
 
 import msvit
 from msvit.core import backbone
-from msvit.core.candidates import choose_trimmed
+from msvit.core.candidates import choose_levelled, choose_trimmed
+from msvit.models.msvit import EXECUTIONS
 
 
 def built(make_vit, size=(64, 96), scale=2, execution="packed", **settings):
@@ -19,7 +20,7 @@ def built(make_vit, size=(64, 96), scale=2, execution="packed", **settings):
     return model, images, mask, tokens
 
 
-@pytest.mark.parametrize("execution", ["masked", "trimmed", "packed"])
+@pytest.mark.parametrize("execution", EXECUTIONS)
 @pytest.mark.parametrize("scale", [2, 4])
 @torch.no_grad()
 def test_every_token_is_the_embedding_of_its_pixels(make_vit, execution, scale):
@@ -43,7 +44,7 @@ def test_every_token_is_the_embedding_of_its_pixels(make_vit, execution, scale):
                 assert tokens.layout.picture[row] == b
 
 
-@pytest.mark.parametrize("execution", ["masked", "trimmed", "packed"])
+@pytest.mark.parametrize("execution", EXECUTIONS)
 def test_paint_and_scatter_against_loops(make_vit, execution):
     model, _, mask, tokens = built(make_vit, execution=execution)
     values = torch.randn(len(tokens.x))
@@ -69,7 +70,7 @@ def test_the_area_of_the_active_tokens_is_the_picture(make_vit):
     assert covered.tolist() == [96.0] * 3
 
 
-@pytest.mark.parametrize("execution", ["masked", "trimmed", "packed"])
+@pytest.mark.parametrize("execution", EXECUTIONS)
 @torch.no_grad()
 def test_average_pooling_is_the_mean_of_the_fine_grid(make_vit, execution):
     model, _, _, tokens = built(make_vit, execution=execution, class_token=False, global_pool="avg")
@@ -100,3 +101,18 @@ def test_trimming_keeps_the_active_and_those_next_to_the_boundary():
     assert rows.tolist() == [0, 1, 2, 4, 5, 6, 7, 9]
     rows, lengths = choose_trimmed(active, soft, margin=0.0)
     assert rows.tolist() == list(range(12))
+
+
+def test_levelled_fills_the_batch_with_what_is_nearest_to_the_decision():
+    """Every picture has as many rows as the one with most active tokens: its own active ones, then the softest."""
+    soft = torch.rand(5, 30)
+    active = soft > torch.tensor([0.5, 0.2, 0.9, 0.7, 1.0])[:, None]
+    rows, lengths = choose_levelled(active, soft)
+    most = int(active.sum(1).max())
+    assert lengths == [most] * 5
+    for b in range(5):
+        chosen = set((rows[rows // 30 == b] % 30).tolist())
+        here = active[b].nonzero()[:, 0].tolist()
+        rest = sorted((i for i in range(30) if i not in here), key=lambda i: -soft[b, i])
+        assert chosen == {*here, *rest[: most - len(here)]}
+    assert (rows.diff() > 0).all()

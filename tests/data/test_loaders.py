@@ -48,6 +48,13 @@ def test_scenes_by_default():
     assert len(make_loaders(train_n=0, val_n=0).val.dataset) == 2048
 
 
+def test_the_strongest_draw_of_timms_augmentation_can_be_carried_out(folder, monkeypatch):
+    """Magnitudes are drawn at random; one that the picture library refuses would end a run after an hour."""
+    monkeypatch.setattr(random, "gauss", lambda mean, deviation: 99.0)
+    loaders = make_loaders(**settings(folder))
+    assert all(batch.images.isfinite().all() for e in range(20) for batch in epoch(loaders, e))
+
+
 @pytest.mark.parametrize("kind", ["scenes", "folder"])
 def test_an_epoch_is_a_function_of_seed_and_epoch(folder, kind):
     how = settings(folder) if kind == "folder" else {"train_n": 24, "val_n": 4, "batch": 8}

@@ -1,12 +1,13 @@
 """Models to choose from: runs, checkpoints, the demo, rules that replace the gate; and the dense model's time."""
 
+import copy
 import json
 
 import numpy as np
 import pytest
 import timm
 import torch
-from helpers import COMMON, SEGMENTED, gate_of, mini_model, open_explorer, segmenter_of, segmenting
+from helpers import COMMON, SEGMENTED, check_panels, gate_of, mini_model, open_explorer, segmenter_of, segmenting
 
 import msvit
 from msvit.core.fast_linear import fast_linear
@@ -15,6 +16,7 @@ from msvit.explorer import models
 from msvit.explorer.models import LoadedModel, ModelError, find_models, load_model, run_dense
 from msvit.explorer.sources import SceneSource
 from msvit.explorer.state import run_backbone, run_gate
+from msvit.gating.learned import Pattern, Quota
 from msvit.gating.rules import make_rule
 from msvit.training.recipe import Recipe
 from msvit.training.runs import RunFolder
@@ -99,7 +101,9 @@ def test_a_run_of_segmentation_can_be_chosen(tmp_path):
     assert numbers[0]["accuracy"] == pytest.approx(row.state.score["accuracy"])
 
 
-@pytest.mark.parametrize(("name", "settings"), [("random", {"rate": 0.4}), ("centre", {}), ("entropy", {"bits": 4.0})])
+@pytest.mark.parametrize(
+    ("name", "settings"), [("random", {"rate": 0.4}), ("centre", {}), ("entropy", {"thresholds": [4.0]})]
+)
 def test_a_rule_that_replaces_the_gate(name, settings, tmp_path):
     model = mini_model()
     model.gate = make_rule(name, **settings)
@@ -125,9 +129,22 @@ def test_a_rule_that_replaces_the_gate(name, settings, tmp_path):
     assert explorer.states[0].tokens == 17
 
 
+@pytest.mark.parametrize("gate", [Quota(16, rate=0.4), Pattern((4, 4), 16)], ids=lambda gate: type(gate).__name__)
+def test_what_learns_in_the_gates_place_is_shown_as_it_decides(gate):
+    model = mini_model()
+    model.gate = copy.deepcopy(gate).eval()
+    if isinstance(gate, Pattern):
+        model.gate.weight.data.normal_()
+    gated = gate_of(LoadedModel.of("mini", model))
+    with torch.no_grad():
+        assert np.array_equal(gated.decisions(model.threshold), model.run(gated.pixels).coarse[0])
+    assert ("40% of the regions" in gated.loaded.note) == isinstance(gate, Quota)
+    check_panels(gated, [*COMMON, "Class probabilities"])
+
+
 def test_three_scales_are_refused_with_a_reason(tmp_path):
     model = mini_model()
-    model.gate = make_rule("entropy", scales=3)
+    model.gate = make_rule("entropy", thresholds=[6.0, 4.0])
     with pytest.raises(ModelError, match="mine has a rule of three scales"):
         LoadedModel.of("mine", model)
     model.save_pretrained(tmp_path / "three")

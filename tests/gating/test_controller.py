@@ -99,6 +99,24 @@ def test_saturated_gates_do_not_divide_by_zero():
     assert gates.grad.isfinite().all()
 
 
+def test_the_step_of_the_bias_leaves_gradients_alone():
+    gates = torch.rand(4, 3, 3, requires_grad=True)
+    held = gates * 1
+    BudgetController(TARGET, projects=False).hold(held)
+    (held * 3).sum().backward()
+    assert torch.equal(gates.grad, torch.full_like(gates, 3.0))
+
+
+@pytest.mark.parametrize("loss", ["l0", "ratio"])
+def test_under_the_projection_a_loss_of_the_mean_gate_is_no_loss(loss):
+    """What the recipe refuses under this name: its gradient is the same for all gates, and is taken away."""
+    gates = torch.rand(8, 4, 4, dtype=torch.float64, requires_grad=True)
+    held = gates * 1
+    BudgetController(0.9).hold(held)
+    make_loss(loss, (4, 4), 0.9)(held).backward()
+    assert gates.grad.abs().max() < 1e-15
+
+
 def test_the_error_is_the_shift_that_meets_the_rate():
     controller, scores, bias = BudgetController(0.7), torch.randn(64, 8, 8), nn.Parameter(torch.zeros(1))
     controller.correct(bias, controller.error(scores).item() / controller.STEP)

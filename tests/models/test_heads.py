@@ -12,6 +12,7 @@ from torch import nn
 
 import msvit
 from msvit.bench.timing import counted_macs
+from msvit.core.attention import Layout
 from msvit.core.sampling import straight_through
 from msvit.models.heads import DECODERS
 from msvit.models.msvit import EXECUTIONS, Gating
@@ -35,7 +36,7 @@ def built(vit, decoder="mask", scatter="after", **settings):
         for p in model.head.decoder.parameters():
             p.add_((0.2 if p.dim() == 1 else 0.05) * torch.randn_like(p))
         if decoder == "mask":
-            model.head.decoder.classes.mul_(40)
+            model.head.decoder.cls_emb.mul_(40)
     return model
 
 
@@ -44,9 +45,9 @@ def on_plain_tokens(model, images):
     vit, decoder, b = model.vit, model.head.decoder, len(images)
     x = vit.fc_norm(vit.forward_features(images))[:, vit.num_prefix_tokens :]
     if hasattr(decoder, "blocks"):
-        z = torch.cat([x, decoder.classes.expand(b, -1, -1)], 1)
-        z = decoder.norm(decoder.blocks[1](decoder.blocks[0](z)))
-        x, c = z[:, :-K], z[:, -K:]
+        z = torch.cat([decoder.proj_dec(x), decoder.cls_emb.expand(b, -1, -1)], 1)
+        z = decoder.decoder_norm(decoder.blocks[1](decoder.blocks[0](z)))
+        x, c = z[:, :-K] @ decoder.proj_patch, z[:, -K:] @ decoder.proj_classes
         products = torch.einsum("bnc,bkc->bnk", x, c) / x.norm(dim=2)[:, :, None] / c.norm(dim=2)[:, None]
         logits = decoder.mask_norm(products)
     else:
@@ -89,15 +90,15 @@ def test_backbones(name):
     assert (model.run(exact, fine).logits - on_plain_tokens(model, exact)).abs().max() <= 1e-9
     model.float()
     mask = torch.rand(3, *grid) < torch.tensor([0.1, 0.5, 0.9])[:, None, None]
-    masked, trimmed, packed = (model.run(images, mask, e).logits for e in EXECUTIONS)
-    assert (masked - trimmed).abs().max() <= 1e-4
-    assert (masked - packed).abs().max() <= 1e-4
+    masked, *others = (model.run(images, mask, e).logits for e in EXECUTIONS)
+    for other in others:
+        assert (masked - other).abs().max() <= 1e-4
 
 
 @pytest.mark.parametrize(("decoder", "scatter"), FORMS)
 @pytest.mark.parametrize("scale", [2, 4])
 @torch.no_grad()
-def test_three_executions_agree(make_vit, decoder, scatter, scale):
+def test_all_executions_agree(make_vit, decoder, scatter, scale):
     model = built(make_vit(), decoder, scatter, scale=scale)
     images = torch.randn(5, 3, 56, 90)  # padded to 64 x 96
     mask = torch.rand(5, *model.grid((56, 90))) < 0.5
@@ -285,7 +286,9 @@ def test_windows(make_vit):
 @pytest.mark.parametrize(("decoder", "scatter"), FORMS)
 @torch.no_grad()
 def test_saves_and_loads(tmp_path, decoder, scatter):
-    classifier = msvit.MSViT(timm.create_model("vit_mini_patch8_64"), share_embedding=scatter == "after")
+    classifier = msvit.MSViT(
+        timm.create_model("vit_mini_patch8_64"), coarse_embed="shared" if scatter == "after" else "own"
+    )
     model = segmenting(classifier, K, decoder, scatter).eval()
     if scatter == "before":
         model.coarse_embed[0].bias.add_(1)
@@ -338,6 +341,72 @@ def test_folders_of_earlier_versions_load(tmp_path):
         assert (loaded(images) - model(images)).abs().max() <= 1e-6
 
 
+def decoder_of_version_0_1(vit):
+    """Its weights by their old names, and what it computes from tokens [N, C] of one picture, in float64."""
+    width, mlp = vit.embed_dim, 4 * vit.embed_dim
+    blocks = [timm.models.vision_transformer.Block(width, vit.blocks[0].attn.num_heads, qkv_bias=True) for _ in "ab"]
+    blocks = nn.ModuleList(blocks).double()
+    assert blocks[0].norm1.eps == 1e-6
+    norm, mask_norm = nn.LayerNorm(width).double(), nn.LayerNorm(K).double()
+    classes = torch.randn(K, width).double()
+    assert blocks[0].mlp.fc1.out_features == mlp
+    for p in (*norm.parameters(), *mask_norm.parameters(), *blocks.parameters()):
+        p.data.add_(0.1 * torch.randn_like(p))
+    parts = {"blocks": blocks, "norm": norm, "mask_norm": mask_norm}
+    state = {f"{part}.{key}": v for part, module in parts.items() for key, v in module.state_dict().items()}
+
+    def logits(x):
+        z = norm(blocks[1](blocks[0](torch.cat([x, classes])[None])))[0]
+        return mask_norm(F.normalize(z[:-K], dim=-1) @ F.normalize(z[-K:], dim=-1).T)
+
+    return state | {"classes": classes}, logits
+
+
+def test_a_decoder_of_version_0_1_keeps_its_results(tmp_path):
+    """It had no projections and another epsilon; once loaded, it is saved as what it is now."""
+    vit = timm.create_model("vit_mini_patch8_64")
+    old, expected = decoder_of_version_0_1(vit)
+    model = segmenting(msvit.MSViT(vit), K, "mask").eval()
+    state = {key: value for key, value in model.state_dict().items() if ".decoder." not in key}
+    state |= {f"decoder.{key}": value for key, value in old.items()}  # beside the backbone, as it stood then
+    model.double().load_state_dict(state)
+    x = torch.randn(20, vit.embed_dim).double() * 1e-3  # so small that the epsilon is seen
+    layout = Layout([20], x.device)
+    with torch.no_grad():
+        assert (model.head.decoder(x, None, layout) - expected(x)).abs().max() <= 1e-12
+        assert model.head.settings["eps"] == 1e-6
+        model.save_pretrained(tmp_path)
+        again = msvit.MSViT.from_pretrained(tmp_path)
+        assert (again.head.decoder(x, None, layout) - expected(x)).abs().max() <= 1e-12
+        assert segmenting(model, K, "mask").head.decoder.blocks[0].norm1.eps == 1e-5
+
+
+def test_a_folder_of_version_0_1_loads(tmp_path):
+    """As its config says nothing of projections or an epsilon."""
+    model = segmenting(msvit.MSViT(timm.create_model("vit_mini_patch8_64")), K, "mask").eval()
+    model.save_pretrained(tmp_path)
+    old, expected = decoder_of_version_0_1(model.vit)
+    weights = {key: value.clone() for key, value in load_file(tmp_path / "model.safetensors").items()}
+    weights = {key: value for key, value in weights.items() if ".decoder." not in key}
+    save_file(weights | {f"head.decoder.{k}": v.float() for k, v in old.items()}, tmp_path / "model.safetensors")
+    again, x = msvit.MSViT.from_pretrained(tmp_path), torch.randn(20, model.vit.embed_dim)
+    with torch.no_grad():
+        assert (again.head.decoder(x, None, Layout([20], x.device)) - expected(x.double())).abs().max() <= 1e-5
+    assert again.head.settings["eps"] == 1e-6
+
+
+@pytest.mark.parametrize("decoder", DECODERS)
+@torch.no_grad()
+def test_under_bfloat16_autocast(make_vit, decoder):
+    model = built(make_vit(), decoder)
+    images, mask = torch.randn(2, 3, 64, 64), torch.rand(2, 4, 4) < 0.5
+    expected = model.run(images, mask).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        found = model.run(images, mask).logits
+    assert found.isfinite().all()
+    assert (found - expected).abs().mean() <= 0.1 * expected.std()
+
+
 def test_calibration_meets_a_budget_that_includes_the_decoder(make_vit):
     model = built(make_vit())
     loader = [(torch.randn(16, 3, 60, 64), torch.zeros(16)) for _ in range(2)]
@@ -359,9 +428,9 @@ def test_reducers_that_merge_serve_and_those_that_prune_are_refused(make_vit, na
         return
     model = segmenting(model, K, "mask").eval()
     images, mask = torch.randn(2, 3, 64, 96), torch.rand(2, 4, 6) < 0.5
-    masked, trimmed, packed = (model.run(images, mask, e) for e in EXECUTIONS)
-    assert (masked.logits - packed.logits).abs().max() <= 1e-4
-    assert (trimmed.logits - packed.logits).abs().max() <= 1e-4
+    *others, packed = (model.run(images, mask, e) for e in EXECUTIONS)
+    for other in others:
+        assert (other.logits - packed.logits).abs().max() <= 1e-4
     assert (packed.counts[-1, 1] < packed.tokens).all()
     assert (packed.final.where >= 0).all()
 
@@ -373,11 +442,12 @@ class TestBadInput:
             ({"decoder": "unet"}, "'unet' is not known. There are: linear, mask"),
             ({"scatter": "never"}, "scatter='never' is not known. There are: after, before"),
             ({"classes": 1}, "classes=1.*at least two"),
+            ({"eps": 1e-6}, "eps=1e-06: the decoder 'linear' has no norms"),
         ],
     )
     def test_settings(self, tiny_vit, settings, match):
         with pytest.raises(ValueError, match=match):
-            segmenting(msvit.MSViT(tiny_vit), **{"classes": K} | settings)
+            msvit.SegmentationHead(tiny_vit, **{"classes": K} | settings)
 
     def test_pictures(self, make_vit):
         model = built(make_vit())

@@ -9,7 +9,7 @@ from timm.models.vision_transformer import VisionTransformer
 from msvit.core.attention import Layout, attend, attend_watched, attention_of_first
 from msvit.core.tokens import Tokens
 from msvit.reducers.base import merge
-from msvit.reducers.registry import EViT, GridPooling, PowerBert, RandomPruning, TokenPooling, ToMe
+from msvit.reducers.registry import EViT, GridPooling, PiToMe, PowerBert, RandomPruning, TokenPooling, ToMe
 
 CASES = 200
 WIDTH, PREFIX = 6, 2
@@ -125,7 +125,7 @@ def test_evit_fuses_the_rest(vit, fuse):
         groups, values = [], []
         for first, last in pictures(tokens):
             patches = list(range(first + PREFIX, last))
-            kept = top(scores, patches, kept_of(0.6, len(patches)))
+            kept = top(scores, patches, math.ceil(0.6 * len(patches)))
             rest = [r for r in patches if r not in kept]
             rows = [*range(first, first + PREFIX), *kept]
             groups.append([[r] for r in rows] + ([rest] if fuse and rest else []))
@@ -155,10 +155,17 @@ def matched(keys, first, last, r):
     return target
 
 
+def published_order(first, target):
+    """The rows that stay: prefix tokens, others with even numbers, others with odd ones."""
+    stay = sorted(row for row in target if target[row] == row)
+    return sorted(stay, key=lambda row: (row - first) % 2 if row >= first + PREFIX else 0)
+
+
+@pytest.mark.parametrize("order", ["published", "picture"])
 @pytest.mark.parametrize("r", [1, 3, 50])
 @pytest.mark.long
-def test_tome_merges_the_best_edges(vit, r):
-    reducer = ToMe(vit, r=r)
+def test_tome_merges_the_best_edges(vit, r, order):
+    reducer = ToMe(vit, r=r, order=order)
     for case in range(CASES):
         tokens = random_tokens(case)
         # With ties: unit vectors along the axes, whose cosines are exactly 0 and ±1.
@@ -171,7 +178,8 @@ def test_tome_merges_the_best_edges(vit, r):
         groups, values, sizes = [], [], []
         for first, last in pictures(tokens):
             target = matched(keys, first, last, r)
-            groups.append([[i for i in target if target[i] == row] for row in target if target[row] == row])
+            stay = published_order(first, target) if order == "published" else sorted(set(target.values()))
+            groups.append([[i for i in target if target[i] == row] for row in stay])
             for members in groups[-1]:
                 sizes.append(sum(float(size[i]) for i in members))
                 values.append(sum(float(size[i]) * tokens.x[i] for i in members) / sizes[-1])
@@ -179,6 +187,49 @@ def test_tome_merges_the_best_edges(vit, r):
         reduced = reducer.reduce(1, given, keys)
         check(reduced, tokens, groups, values)
         assert reduced.size.tolist() == sizes
+
+
+def protected(keys, first, last, margin, keep):
+    """PiToMe's matching of one picture: the row that each row of `first` ... `last - 1` ends in."""
+    rows, target = list(range(first + PREFIX, last)), {row: row for row in range(first, last)}
+
+    def cosine(i, j):
+        length = float(keys[i].norm() * keys[j].norm())
+        return float(keys[i] @ keys[j]) / length if length else 0.0
+
+    def energy(i):
+        values = [cosine(i, j) for j in rows]
+        return sum(x if x >= margin else math.exp(x - margin) - 1 for x in values) / len(values)
+
+    order = sorted(rows, key=energy, reverse=True)
+    k = min(math.floor(len(rows) - keep * len(rows)), len(rows) // 2)
+    a, b = order[0 : 2 * k : 2], order[1 : 2 * k : 2]
+    for i in a:
+        target[i] = max(b, key=lambda j: cosine(i, j))
+    return target
+
+
+@pytest.mark.parametrize("keep", [0.9, 0.6, 0.3])
+@pytest.mark.parametrize("layer", [0, 3])
+@pytest.mark.long
+def test_pitome_merges_what_has_many_like_it(vit, keep, layer):
+    reducer = PiToMe(vit, keep=keep)
+    for case in range(0, CASES, 2):
+        tokens = random_tokens(case)
+        keys = torch.randn(len(tokens.x), 3, dtype=torch.float64)
+        size = torch.ones(len(keys)) if case % 3 else torch.randint(1, 4, (len(keys),)).float()
+        groups, values, sizes = [], [], []
+        for first, last in pictures(tokens):
+            target = protected(keys, first, last, 0.9 - 0.9 * layer / 4, keep)
+            groups.append([[i for i in target if target[i] == row] for row in sorted(set(target.values()))])
+            for members in groups[-1]:
+                sizes.append(sum(float(size[i]) for i in members))
+                values.append(sum(float(size[i]) * tokens.x[i] for i in members) / sizes[-1])
+        given = Tokens(tokens.x, None, tokens.area, tokens.where, tokens.layout, None if case % 3 else size)
+        reduced = reducer.reduce(layer, given, keys)
+        check(reduced, tokens, groups, values)
+        assert sizes == ([1.0] * len(sizes) if reduced.size is None else reduced.size.tolist())
+        assert reduced.layout.lengths == reducer.lengths(layer, tokens.layout)
 
 
 def clustered(x, weight, significance, rows, k, method, iterations):
@@ -295,8 +346,8 @@ def test_attention_that_is_watched_is_attention(weighted):
                             received[j] += e[j - first] / sum(e) / 2
                         if i == first:
                             given[j] += e[j - first] / sum(e) / 2
-        torch.testing.assert_close(seen, received.float(), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(attention_of_first(layout, q, k, weight), given.float(), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(seen, received)
+        torch.testing.assert_close(attention_of_first(layout, q, k, weight), given)
 
 
 def nearest(patches, centres):

@@ -1,5 +1,7 @@
 """Reducers in the network: neutral settings are timm, executions agree, MACs are counted, decisions learned."""
 
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
@@ -8,9 +10,12 @@ from helpers import encode
 
 import msvit
 from msvit.bench.timing import counted_macs
+from msvit.core.attention import Layout
 from msvit.core.backbone import pooled_logits
+from msvit.core.blocks import run_blocks
 from msvit.core.macs import gate_macs
 from msvit.core.sampling import straight_through
+from msvit.core.tokens import Tokens
 from msvit.evaluation.reconstruction import reconstruction_errors
 from msvit.gating.rules import Static, make_rule
 from msvit.models.msvit import EXECUTIONS, Gating
@@ -25,8 +30,13 @@ NEUTRAL = [
     ("power_bert", {"keep": 1.0}),
     ("random_pruning", {"keep": 1.0}),
     ("grid", {"stride": 1, "layers": [0, 1, 2]}),
+    ("strided_convolution", {"stride": 1, "layers": [0, 1, 2]}),
+    ("importance_sampling", {"keep": 1.0}),
+    ("power_bert", {"tokens": [64, 64, 64]}),
+    ("algm", {"threshold": 1.1, "layers": [0, 1, 2]}),
     ("evit", {"keep": 1.0}),
     ("tome", {"r": 0}),
+    ("pitome", {"keep": 1.0}),
 ]
 REDUCING = [
     ("dynamicvit", {"keep": 0.6}),
@@ -39,8 +49,17 @@ REDUCING = [
     ("grid", {"stride": 2}),
     ("grid", {"stride": 2, "layers": [0, 2]}),
     ("evit", {"keep": 0.6}),
+    ("power_bert", {"tokens": [40, 30, 12]}),
+    ("importance_sampling", {"keep": 0.6}),
+    ("strided_convolution", {"stride": 2}),
+    ("strided_convolution", {"stride": 2, "layers": [0, 1]}),
+    ("algm", {"threshold": 0.2}),
+    ("algm", {"threshold": 0.3, "layers": [0, 1, 2], "global_threshold": "picture"}),
     ("evit", {"keep": 0.6, "fuse": False}),
     ("tome", {"r": 9}),
+    ("tome", {"r": [4, 0, 9], "prop_attn": False}),
+    ("tome", {"r": 6, "inflect": -1.0, "order": "picture"}),
+    ("pitome", {"keep": 0.8}),
 ]
 SIZE, GRID = (64, 64), (4, 4)
 
@@ -91,6 +110,7 @@ def test_a_neutral_setting_is_plain_timm(make_vit, name, settings, variant):
 def test_a_neutral_setting_is_plain_timm_with_a_distillation_token(name, settings):
     vit = shake(timm.create_model("deit_tiny_distilled_patch16_224", num_classes=7, depth=4, img_size=96))
     settings = {**settings, "layers": [0, 1, 2, 3]} if name == "grid" else settings
+    settings = {"tokens": [36, 36, 36]} if "tokens" in settings else settings
     images = torch.randn(2, 3, 96, 96)
     assert (built(vit, name, settings, make_rule("fine"))(images) - vit(images)).abs().max() <= 1e-5
 
@@ -102,9 +122,9 @@ def test_executions_agree_and_pictures_are_alone(make_vit, name, settings):
     model = shake(built(make_vit(reg_tokens=1, init_values=0.3), name, settings))
     images = torch.randn(4, 3, *SIZE)
     mask = torch.rand(4, *GRID) < torch.tensor([0.0, 0.3, 0.6, 1.0])[:, None, None]
-    masked, trimmed, packed = (model.run(images, mask, e) for e in EXECUTIONS)
+    *others, packed = (model.run(images, mask, e) for e in EXECUTIONS)
     assert packed.tokens.unique().numel() > 2
-    for other in (masked, trimmed):
+    for other in others:
         assert (other.logits - packed.logits).abs().max() <= 1e-4
         assert torch.equal(other.counts, packed.counts)
         assert torch.equal(other.macs, packed.macs)
@@ -133,11 +153,11 @@ def test_macs_are_the_count_to_the_last_unit(make_vit, name, settings):
     # Pictures of unequal lengths are clustered in one padded batch; the pictures' own share is what counts for them.
     mask = torch.rand(3, *GRID) < torch.tensor([0.1, 0.5, 0.8])[:, None, None]
     total = counted(lambda: results.append(model.run(images, mask)))
-    if name in ("tome", "token_pooling"):
+    if name in ("tome", "pitome", "token_pooling"):
         assert 1 <= total / results[1].macs.sum().item() <= 1.1
     else:
         assert total == results[1].macs.sum().item()
-    if name not in ("grid",) and settings.get("threshold") is None:
+    if not model.adaptive:
         closed = model.macs_of(mask.sum((1, 2)), SIZE)
         assert torch.equal(closed - gate_macs(model.gate, 16), results[1].macs)
 
@@ -147,6 +167,7 @@ def test_macs_are_the_count_to_the_last_unit(make_vit, name, settings):
     [
         ("dynamicvit", {"keep": 0.7}, 2.9),  # Rao et al. 2021, table 1
         ("evit", {"keep": 0.7}, 3.0),  # Liang et al. 2022, table 1
+        ("evit", {"keep": 0.5}, 2.3),
         ("tome", {"r": 13}, 2.7),  # Bolya et al. 2023, table 5
         ("tome", {"r": 0}, 4.6),
     ],
@@ -269,7 +290,7 @@ class TestDynamicViT:
 
     def test_top_k_keeps_the_papers_numbers(self, make_vit):
         model = built(make_vit(), "dynamicvit", {"keep": 0.7}, make_rule("fine"))
-        assert model.run(torch.randn(2, 3, *SIZE)).counts[:, 1, 0].tolist() == [1 + 45, 1 + 32, 1 + 22]
+        assert model.run(torch.randn(2, 3, *SIZE)).counts[:, 1, 0].tolist() == [1 + 44, 1 + 31, 1 + 21]
 
     def test_losses_are_their_definitions(self, make_vit):
         vit = shake(make_vit())
@@ -324,7 +345,7 @@ class TestDynamicViT:
 
 
 @pytest.mark.parametrize(("name", "settings"), REDUCING, ids=str)
-@pytest.mark.parametrize("execution", EXECUTIONS[:2])
+@pytest.mark.parametrize("execution", EXECUTIONS[:3])
 @pytest.mark.long
 def test_gate_and_reducer_train_together(make_vit, name, settings, execution):
     model = shake(built(make_vit(), name, settings)).train()
@@ -365,6 +386,46 @@ def test_the_gate_learns_through_a_merge(make_vit):
     assert (merging.abs() > 0).all()
 
 
+@pytest.mark.parametrize(("name", "settings"), REDUCING[-6:], ids=str)
+def test_bfloat16_takes_the_same_numbers_of_tokens(make_vit, name, settings):
+    model = shake(built(make_vit(reg_tokens=1), name, settings))
+    images, mask = torch.randn(3, 3, *SIZE), torch.rand(3, *GRID) < 0.4
+    exact = model.run(images, mask)
+    for training in (False, True):
+        with torch.autocast("cpu", torch.bfloat16):
+            result = model.train(training).run(images, mask)
+            F.cross_entropy(result.logits, torch.arange(3)).backward()
+        assert torch.equal(result.counts, exact.counts)
+        assert all(p.grad.isfinite().all() for p in model.vit.parameters())
+
+
+@pytest.mark.parametrize("fuse", [True, False])
+def test_the_gate_learns_through_evit_as_finite_differences_say(make_vit, fuse, unbounded):
+    """dL/d activity of active tokens, kept and fused ones alike: once through attention and once through the token."""
+    vit = shake(make_vit(img_size=32, init_values=0.5)).double()
+    reducer = make_reducer("evit", vit, keep=0.5, layers=[0, 1], fuse=fuse)
+    model = msvit.MSViT(vit, gate=make_rule("fine"), reducer=reducer).eval()
+    images = torch.randn(2, 3, 32, 32).double()
+    tokens = model.tokenize(images, model.decide(images), "packed")
+
+    def loss(activity):
+        given = replace(tokens, activity=activity.requires_grad_())
+        return F.cross_entropy(pooled_logits(vit, run_blocks(vit, given, reducer).final), torch.arange(2))
+
+    ones, eps = torch.ones(len(tokens.x), dtype=torch.float64), 1e-5
+    gradient = torch.autograd.grad(loss(activity := ones.clone()), activity)[0]
+    for i in range(1, len(ones), 4):
+        step = torch.zeros_like(ones).index_fill(0, torch.tensor([i]), eps)
+        slope = (loss(ones + step) - loss(ones - step)).item() / (2 * eps)
+        assert gradient[i].item() == pytest.approx(slope, rel=1e-4, abs=1e-9)
+    # Half a token that is fused weighs half in the fused one, not a quarter.
+    x, where = torch.randn(6, vit.embed_dim).double(), torch.arange(2, 6).view(1, 2, 2)
+    seen = torch.tensor([0.3, 0.2, 0.25, 0.1, 0.1, 0.05], dtype=torch.float64)
+    half = torch.tensor([1.0, 1, 1, 1, 0.6, 1], dtype=torch.float64)
+    given = Tokens(x, half, torch.ones(6), where, Layout([6], x.device))
+    assert not fuse or torch.allclose(reducer.reduce(0, given, seen * half).x[-1], (seen * half)[4:] @ x[4:])
+
+
 @torch.no_grad()
 def test_a_budget_is_met_with_a_reducer(make_vit):
     images = torch.randn(32, 3, *SIZE)
@@ -397,7 +458,17 @@ def test_reconstruction_errors_are_reported(make_vit):
     assert not model.reducer._forward_hooks
 
 
-@pytest.mark.parametrize(("name", "settings"), [REDUCING[0], REDUCING[2], ("tome", {"r": 3})], ids=str)
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        REDUCING[0],
+        REDUCING[2],
+        ("tome", {"r": 3}),
+        ("strided_convolution", {"layers": [1]}),
+        ("algm", {"threshold": 0.3}),
+    ],
+    ids=str,
+)
 @torch.no_grad()
 def test_saves_and_loads(tmp_path, name, settings):
     vit = timm.create_model("vit_mini_patch8_64")
@@ -428,7 +499,10 @@ def test_dense_tasks_are_served_by_methods_that_lose_nothing(tiny_vit):
 
 
 class TestBadInput:
-    @pytest.mark.parametrize("name", ["dynamicvit", "token_pooling", "power_bert", "random_pruning", "evit"])
+    @pytest.mark.parametrize(
+        "name",
+        ["dynamicvit", "token_pooling", "power_bert", "random_pruning", "importance_sampling", "evit", "pitome"],
+    )
     @pytest.mark.parametrize("keep", [0, -0.5, 1.5, [0.7, 0.7, 2.0], "0.7"])
     def test_keep_ratio(self, tiny_vit, name, keep):
         with pytest.raises(ValueError, match=r"keep"):
@@ -438,10 +512,11 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"2 ratios for 3 layers"):
             make_reducer("evit", tiny_vit, keep=[0.7, 0.5])
 
-    @pytest.mark.parametrize("clusters", [[65, 2, 2], [0, 2, 2], [1.5, 2, 2], [8, 8]])
-    def test_more_clusters_than_tokens(self, tiny_vit, clusters):
-        with pytest.raises(ValueError, match=r"clusters=.*(64|layers)"):
-            make_reducer("token_pooling", tiny_vit, clusters=clusters)
+    @pytest.mark.parametrize(("name", "setting"), [("token_pooling", "clusters"), ("power_bert", "tokens")])
+    @pytest.mark.parametrize("numbers", [[65, 2, 2], [0, 2, 2], [1.5, 2, 2], [8, 8]])
+    def test_more_clusters_than_tokens(self, tiny_vit, name, setting, numbers):
+        with pytest.raises(ValueError, match=rf"{setting}=.*(64|layers)"):
+            make_reducer(name, tiny_vit, **{setting: numbers})
 
     @pytest.mark.parametrize("layers", [[3], [-1], [0, 7], [1.0]])
     @pytest.mark.parametrize("name", REDUCERS)
@@ -462,11 +537,22 @@ class TestBadInput:
         [
             ("tome", {"r": -1}, "r=-1"),
             ("tome", {"r": 1.5}, "r=1.5"),
+            ("tome", {"r": [3, -2]}, "r=-2"),
+            ("tome", {"r": [3, 2, 1, 0]}, r"one number for each of the layers \[0, 1, 2\]"),
+            ("tome", {"r": [3, 2, 1], "inflect": -1}, "is no schedule"),
+            ("tome", {"inflect": 2}, "inflect=2"),
+            ("tome", {"order": "pictures"}, "nearest is 'picture'"),
+            ("evit", {"warmup": 0.5, "ramp_end": 0.3}, r"ramp_end=0.3 lies outside \[0.5, 1\]"),
             ("grid", {"stride": 0}, "stride=0"),
+            ("strided_convolution", {"stride": 1.5}, "stride=1.5"),
+            ("algm", {"threshold": float("nan")}, "threshold=nan"),
+            ("algm", {"threshold": "high"}, "threshold='high'"),
+            ("algm", {"window": 1}, "window=1"),
+            ("algm", {"global_threshold": "own"}, "'own' is not known. There are: same, picture"),
             ("token_pooling", {"method": "means"}, "kmeans, kmedoids"),
             ("token_pooling", {"iterations": 0}, "iterations=0"),
             ("dynamicvit", {"threshold": 1.0}, "threshold=1.0"),
-            ("tome", {"keap": 0.5}, "no setting 'keap'.*has: r, layers"),
+            ("tome", {"keap": 0.5}, "no setting 'keap'.*has: r, inflect, prop_attn, order, layers"),
             ("dynamicvit", {"tresh": 0.5}, "nearest is 'threshold'"),
         ],
     )

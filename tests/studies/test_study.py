@@ -8,7 +8,7 @@ import pytest
 
 from msvit.plots.style import as_the_model_sees
 from msvit.studies import report, study
-from msvit.training.recipe import Recipe
+from msvit.training.recipe import Recipe, RecipeError
 
 ON = dict.fromkeys(study.PARTS, True)
 
@@ -22,10 +22,32 @@ def labels(**settings):
 def test_rows_of_an_ablation():
     assert labels() == ["MSViT", "random mask"]
     assert labels(trim=False) == ["MSViT", "without trim", "random mask"]
-    assert labels(trim=False, budget_control=False)[1] == "without trim, budget control"
+    assert labels(trim=False, calibrate=False)[1] == "without trim, calibrate"
     assert labels(losses=["gbas", "l0", "bas"], masks=[]) == ["MSViT", "MSViT, l0", "MSViT, bas"]
     every = labels(one_by_one=True, masks=[])
     assert every == ["MSViT", *(f"without {part.replace('_', ' ')}" for part in study.PARTS)]
+
+
+def test_controllers_stand_alone_and_beside_the_losses_they_leave_something_of():
+    found = labels(losses=["gbas", "l0"], masks=[], controllers=["bias", "projection"])
+    alone = ["MSViT, controller only (bias)", "MSViT, controller only (projection)"]
+    beside = ["MSViT, gbas + bias", "MSViT, l0 + bias", "MSViT, gbas + projection"]
+    assert sorted(found) == sorted(["MSViT", "MSViT, l0", *alone, *beside])
+    assert not [label for label in labels(gbas=False, controllers=["bias"]) if "gbas +" in label]
+
+
+def test_gbas_and_its_absence_differ_in_the_loss_alone():
+    with_it, without = (study.ablation(ON | {"gbas": on}, ["gbas"], [])[0] for on in (True, False))
+    base = Recipe(control="none")
+    assert base.replace(**with_it.changes).difference(base.replace(**without.changes)) == {"loss": ("gbas", "l0")}
+
+
+def test_rows_of_ones_own():
+    rows = study.typed_rows(["control=bias gate_lr=1e-2", "loss_settings=sigma=0.2"])
+    assert rows[0] == study.StudyRow("control=bias gate_lr=1e-2", {"control": "bias", "gate_lr": 0.01})
+    assert rows[1].changes == {"loss_settings": {"sigma": 0.2}}
+    with pytest.raises(RecipeError, match="no setting is called 'contrl'; the nearest is 'control'"):
+        study.typed_rows(["contrl=bias"])
 
 
 def test_a_part_left_out_twice_is_one_row():
@@ -113,7 +135,7 @@ def write_run(folder, **settings):
 def test_a_report_reads_finished_runs_and_is_the_same_every_time(tmp_path):
     for seed in (0, 1):
         write_run(tmp_path / "runs", seed=seed)
-        write_run(tmp_path / "runs", seed=seed, loss="l0", trim=False)
+        write_run(tmp_path / "runs", seed=seed, loss="l0", control="none", trim="none")
     killed = write_run(tmp_path / "runs", seed=9, loss="bas")
     (killed / "summary.json").unlink()
     pages = []

@@ -24,8 +24,8 @@ from msvit.training.budget import Budget
 from msvit.training.build import build, fit_head, load_data
 from msvit.training.evaluate_run import evaluate_run
 from msvit.training.files import RunError
-from msvit.training.loop import Trainer, train
-from msvit.training.objectives import Gated, Objective
+from msvit.training.loop import Trainer, _accelerator, train
+from msvit.training.objectives import TRIMS, Gated, Objective
 from msvit.training.recipe import Recipe, RecipeError
 from msvit.training.stage import Stage
 
@@ -231,10 +231,14 @@ def test_watch_sees_each_epoch_and_may_stop_the_run(tmp_path):
         {"gating": "coarse"},
         {"gating": "oracle"},
         {"gating": "entropy"},
+        {"gating": "quota", "precision": "bf16", "ema": 0.9, "distill": 1.0, "temperature_end": 0.1},
+        {"gating": "pattern", "loss": "bas", "ema": 0.9, "reducer": "tome", "target": 0.5},
+        {"gating": "apt", "coarse_lr": 1e-2, "rule_settings": {"thresholds": [5.5, 5.0]}},
+        {"coarse_embed": "apt", "lr": 0.0},
         {"gating": "fine", "reducer": "dynamicvit", "reducer_settings": {"keep": 0.5}},
-        {"loss": "l0", "trim": False, "distill": 1.0, "layer_decay": 0.8},
+        {"loss": "l0", "trim": "none", "distill": 1.0, "layer_decay": 0.8},
         {"mixup": 0.5, "cutmix": 0.5, "smoothing": 0.1, "ema": 0.9, "accumulate": 3, "schedule": "poly"},
-        {"precision": "bf16", "budget": "coarse", "control": False, "calibrate": True, "temperature_end": 0.1},
+        {"precision": "bf16", "budget": "coarse", "control": "none", "calibrate": True, "temperature_end": 0.1},
         {"holdout": 0.25, "val_n": 1, "optimizer": "sgd", "drop_path": 0.2, "clip": 0.0},
     ],
     ids=lambda s: "-".join(map(str, s)),
@@ -301,6 +305,36 @@ def test_parts_have_their_own_rates_and_matrices_alone_decay():
     assert not frozen.model.vit.pos_embed.requires_grad
 
 
+def test_stage_two_may_have_another_rate_of_the_backbone():
+    this = objective(Recipe(lr=1e-3, lr_scale=0.01, share_embedding=False))
+    rate = {id(p): group["lr"] for group in this.groups() for p in group["params"]}
+    for part in (this.model.vit, this.model.coarse_embed):
+        assert {rate[id(p)] for p in part.parameters()} == {1e-5}
+    assert {rate[id(p)] for p in this.model.gate.parameters()} == {1e-3}
+    dense = objective(Recipe(lr=1e-3, lr_scale=0.01, freeze=2), Objective).groups()
+    assert {(group["lr"], group["freeze"]) for group in dense} == {(1e-3, 0)}
+
+
+@pytest.mark.parametrize("settings", [{"optimizer": "sgd", "warmup": 0.0}, {"accumulate": 3}], ids=str)
+@pytest.mark.long
+def test_a_frozen_backbone_stays_as_it_is(tmp_path, settings):
+    """In the first epoch of stage two only the gate and the predictors move; no weight decay either."""
+    recipe = SMALL.replace(freeze=1, reducer="dynamicvit", weight_decay=10.0, **settings)
+    trainer = Trainer(recipe, runs.RunFolder(tmp_path), _accelerator(recipe, tmp_path, False), False, None)
+    stage = Stage(
+        "gated", 0, 2, trainer.loaders.steps, Gated(trainer.model, recipe, trainer.budget), trainer.accelerator
+    )
+    states = [copy.deepcopy(trainer.model.state_dict())]
+    for epoch in range(2):
+        trainer._train(stage, epoch)
+        states.append(copy.deepcopy(trainer.model.state_dict()))
+    assert len(stage.optimizer.param_groups) == len(stage.objective.groups())
+    for name, _ in trainer.model.named_parameters():
+        frozen = name.startswith("vit.")
+        assert torch.equal(states[0][name], states[1][name]) == frozen, name
+        assert not torch.equal(states[1][name], states[2][name]), name
+
+
 def test_lower_blocks_have_smaller_rates():
     this = objective(Recipe(layer_decay=0.5), Objective)
     scale = {id(p): group["lr_scale"] for group in this.groups() for p in group["params"]}
@@ -336,6 +370,18 @@ def test_the_temperature_moves_geometrically():
         this.begin(progress)
         found.append(this.model.gate.temperature)
     assert found == pytest.approx([1.0, 0.5, 0.25])
+
+
+def test_a_reducer_knows_how_much_of_the_stage_is_over():
+    settings = {"keep": 0.5, "layers": [1], "warmup": 0.2, "ramp_end": 0.6}
+    this = objective(Recipe(gating="fine", reducer="evit", reducer_settings=settings)).train()
+    images, fine, found = torch.randn(2, 3, 64, 64), torch.zeros(4, 4, dtype=torch.bool), []
+    for progress in (0.1, 0.4, 0.8):
+        this.begin(progress)
+        found.append(this.model.run(images, fine).counts[1, 1].tolist())
+    assert found == [[65] * 2, [1 + 48 + 1] * 2, [1 + 32 + 1] * 2]
+    this.begin(0.0)
+    assert this.eval().model.run(images, fine).counts[1, 1].tolist() == [34] * 2
 
 
 def test_evaluation_is_a_plain_loop_over_pictures():
@@ -447,7 +493,7 @@ def test_a_trimmed_step_costs_less_and_gives_the_masked_loss():
     """The loss of the untrimmed step exactly, on shorter sequences."""
     recipe = Recipe(gate_lr=1e-3)
     this = objective(recipe).train()
-    masked = Gated(copy.deepcopy(this.model), recipe.replace(trim=False), this.budget).train()
+    masked = Gated(copy.deepcopy(this.model), recipe.replace(trim="none"), this.budget).train()
     images, targets = torch.randn(8, 3, 64, 64), torch.arange(8)
     with torch.no_grad():
         this.model.gate.mlp[-1].bias += 2.0
@@ -461,7 +507,7 @@ def test_a_trimmed_step_costs_less_and_gives_the_masked_loss():
     for objective_ in (this, masked):
         torch.manual_seed(3)
         model = objective_.model
-        execution = None if objective_.recipe.gating.trim else "masked"
+        execution = TRIMS[objective_.recipe.gating.trim]
         lengths.append(max(model.tokenize(images, model.decide(images), execution).layout.lengths))
     assert lengths[0] < lengths[1] == 65 + 16
 

@@ -5,7 +5,8 @@ import json
 
 import pytest
 
-from msvit.training.recipe import FIELDS, Recipe, RecipeError, expected, parse
+from msvit.training.recipe import FIELDS, Recipe, RecipeError, parse
+from msvit.training.settings import expected
 
 
 def test_every_field_says_what_it_is():
@@ -15,7 +16,7 @@ def test_every_field_says_what_it_is():
 
 
 def test_a_recipe_survives_json_and_is_frozen():
-    recipe = Recipe(lr=3e-4, loss_settings={"sigma": 0.2}, loss_weight=None, trim=False)
+    recipe = Recipe(lr=3e-4, loss_settings={"sigma": 0.2}, loss_weight=None, trim="none")
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
     with pytest.raises(dataclasses.FrozenInstanceError):
         recipe.training.lr = 1.0
@@ -32,20 +33,64 @@ def test_a_recipe_survives_json_and_is_frozen():
         ({"target": "0.5"}, r"target='0.5': expected a number"),
         ({"epochs": 2.0}, r"epochs=2.0 \(float\): expected a whole number in \[0, inf\)"),
         ({"epochs": True}, r"epochs=True \(bool\): expected"),
-        ({"trim": 1}, r"trim=1 \(int\): expected true or false"),
+        ({"calibrate": 1}, r"calibrate=1 \(int\): expected true or false"),
+        ({"trim": 1}, r"trim=1 \(int\): expected margin or batch or none"),
+        ({"loss": "l0", "control": "projection"}, r"is the controller alone under another name.*say loss='none'"),
+        ({"loss": "ratio", "control": "projection"}, r"is the controller alone under another name"),
         ({"lr": None}, r"lr=None \(NoneType\): expected a number"),
         ({"lr": -1e-3}, r"lr=-0.001: expected a number in \[0, inf\)"),
         ({"ema": 1.0}, r"ema=1.0: expected a number in \[0, 1\)"),
-        ({"gating": "lerned"}, r"gating='lerned': expected learned or fine .*; the nearest is 'learned'"),
+        ({"gating": "lerned"}, r"gating='lerned': expected learned or quota .* fine .*; the nearest is 'learned'"),
         ({"loss_settings": {"sigma": {"a": 1}}}, r"loss_settings=.*expected name=value pairs"),
         ({"epochs": 0, "epochs_dense": 0}, r"train nothing"),
         ({"lr": 0.0, "gate_lr": 0.0}, r"leave nothing to train"),
         ({"lr": 0.0, "gating": "random"}, r"leave nothing to train"),
+        ({"lr_scale": 0.0, "gate_lr": 0.0}, r"lr \* lr_scale = 0 .* leave nothing to train"),
+        ({"freeze": 2, "gating": "random"}, r"freeze=2 and .* gating='random' leave nothing to train"),
+        ({"freeze": -1}, r"freeze=-1: expected a whole number in \[0, inf\)"),
+        ({"lr": 0.0, "gating": "apt"}, r"leave nothing to train"),
+        ({"lr": 0.0, "gating": "entropy", "coarse_lr": 1e-3}, r"leave nothing to train"),
+        ({"gating": "apt", "coarse_embed": "own"}, r"gating='apt' embeds .* leave coarse_embed at shared or apt"),
+        ({"rule_settings": {"thresholds": [5.0]}}, r"rule_settings are for .* gating='learned' has none"),
     ],
 )
 def test_what_cannot_be_is_refused(settings, words):
     with pytest.raises(RecipeError, match=words):
         Recipe.from_dict(settings)
+
+
+def test_settings_of_version_0_1_are_read_as_what_they_were():
+    """Trim and control were switches then, and a loss of the mean gate under the controller was the controller."""
+    assert Recipe.from_dict({"trim": True, "control": True}) == Recipe(trim="margin", control="projection")
+    assert Recipe.from_dict({"trim": False, "control": False}) == Recipe(trim="none", control="none")
+    assert Recipe.from_dict({"control": True, "loss": "l0"}).gating.method == "controller-projection"
+    assert Recipe.from_dict({"control": False, "loss": "l0"}).gating.loss == "l0"
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"loss": "gbas", "control": "none"}, "gbas"),
+        ({"loss": "gbas", "control": "bias"}, "gbas+bias"),
+        ({"loss": "none", "control": "bias"}, "controller-bias"),
+        ({"loss": "none", "control": "projection"}, "controller-projection"),
+        ({"gating": "random", "control": "bias"}, "random"),
+        ({"epochs": 0}, "dense"),
+    ],
+)
+def test_a_name_for_each_algorithm(settings, name):
+    assert Recipe(**settings).method == name
+
+
+def test_settings_of_earlier_versions_are_read():
+    for shared, name in ((True, "shared"), (False, "own")):
+        earlier = {k: v for k, v in Recipe().to_dict().items() if k != "coarse_embed"} | {"share_embedding": shared}
+        assert Recipe.from_dict(earlier) == Recipe(coarse_embed=name)
+
+
+def test_what_embeds_coarse_patches_may_train_alone():
+    assert Recipe(lr=0.0, gating="apt", coarse_lr=1e-3).training.coarse_lr == 1e-3
+    assert Recipe(lr=0.0, gating="entropy", coarse_embed="apt", coarse_lr=1e-3).model.coarse_embed == "apt"
 
 
 def test_replace_checks_too():
@@ -62,8 +107,9 @@ def test_replace_checks_too():
         ("lr", "1e-3", 1e-3),
         ("lr", "1", 1.0),
         ("epochs", "7", 7),
-        ("trim", "false", False),
-        ("trim", "True", True),
+        ("calibrate", "false", False),
+        ("calibrate", "True", True),
+        ("control", "none", "none"),
         ("loss_weight", "none", None),
         ("loss_weight", "4", 4.0),
         ("data", "none", "none"),
@@ -78,7 +124,8 @@ def test_parse_reads_what_is_typed(name, text, value):
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("trim", "maybe"), ("trim", "1"), ("epochs", "2.5"), ("lr", "fast"), ("loss_settings", "sigma")]
+    ("name", "text"),
+    [("trim", "maybe"), ("calibrate", "1"), ("epochs", "2.5"), ("lr", "fast"), ("loss_settings", "sigma")],
 )
 def test_parse_refuses_the_rest(name, text):
     with pytest.raises(RecipeError, match=f"{name}="):
@@ -90,7 +137,7 @@ def test_a_name_is_of_the_settings_that_matter():
     assert recipe.run_name == Recipe(workers=4, device="cpu").run_name
     names = {
         recipe.run_name,
-        *(recipe.replace(**change).run_name for change in ({"lr": 2e-3}, {"seed": 1}, {"trim": False})),
+        *(recipe.replace(**change).run_name for change in ({"lr": 2e-3}, {"seed": 1}, {"trim": "none"})),
     }
     assert len(names) == 4
     assert recipe.difference(Recipe(workers=4)) == {}

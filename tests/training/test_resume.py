@@ -89,6 +89,21 @@ def test_interrupted_damaged_and_continued(whole, tmp_path, stop, damage):
     }
 
 
+def test_interrupted_within_and_after_frozen_epochs(tmp_path):
+    recipe = RECIPE.replace(epochs_dense=0, epochs=3, freeze=2, lr_scale=0.01, gating="fine", reducer="dynamicvit")
+    whole = train(recipe, tmp_path / "whole", progress=False)
+
+    def watch(line):
+        raise KeyboardInterrupt  # after each epoch
+
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, tmp_path / "run", progress=False, watch=watch)
+    run = train(recipe, tmp_path / "run", progress=False)
+    assert lines(run) == lines(whole)
+    assert weights(run) == weights(whole)
+
+
 def test_two_processes_give_the_curve_of_one(whole, tmp_path):
     process = torchrun(RECIPE, tmp_path / "two")
     output = process.communicate(timeout=240)[0]
