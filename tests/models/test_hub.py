@@ -291,9 +291,10 @@ def test_saving_draws_no_random_numbers(tmp_path):
 
 
 @pytest.mark.parametrize("name", REDUCERS)
-def test_a_reducer_is_saved_whatever_training_told_it(tmp_path, tiny_vit, name):
+def test_a_reducer_is_saved_whatever_training_told_it(tmp_path, name):
     """`begin` is called with the progress of training; what it leaves is no setting."""
-    model = msvit.MSViT(tiny_vit, gate=msvit.make_rule("fine"), reducer=make_reducer(name, tiny_vit)).eval()
+    vit = timm.create_model(MINI)
+    model = msvit.MSViT(vit, gate=msvit.make_rule("fine"), reducer=make_reducer(name, vit)).eval()
     model.reducer.begin(5 / 6)
     model.save_pretrained(tmp_path)
     images = torch.randn(2, 3, 64, 64)
