@@ -37,21 +37,20 @@ class DiffRate(Reducer):
 
         L = L_task + lambda (F / F_dense - target)²,   dn_l / dE = 1 for both of a block, whichever of them binds.
 
-    Otherwise, in evaluation and where theta is frozen (`reducer_lr=0`), tokens are really discarded and merged. The
-    authors learn theta for 3 epochs at a rate of 0.01, falling to 0.001, beside a frozen backbone, and train the
-    backbone on, if at all, at fixed numbers.
+    In evaluation, and where theta is frozen (`reducer_lr=0`), tokens are really discarded and merged. The authors learn
+    theta for 3 epochs at a rate of 0.01 beside a frozen backbone, which is trained on, if at all, at fixed numbers.
 
-    What differs from the authors' code, and what it leaves open:
+    What differs from the authors' code:
       * It computes one function in training and another in evaluation: while training, s_i cos_ij is at least 1. Here
-        it is that of evaluation in both, where a cosine below 0 counts 0: the logarithm of a size is taken.
+        it is that of evaluation in both; a cosine below 0, which would make a size negative, counts 0.
       * Its target is in GMACs and lambda 5. Here it is a share of the dense backbone's MACs, which means the same at
-        every size, and lambda = 5 x 4.6², the same loss for DeiT-S with its 4.6 GMACs. F counts the reducer's own
-        products, as they are, without a gradient.
-      * Its rho begin uniform, half of the tokens in every block. Here the numbers begin at the target: each block
-        leaves the same share of what it finds, one half of the rest is pruned and the other merged, and rho is of the
+        every size, and lambda = 5 x 4.6², the same loss for DeiT-S with its 4.6 GMACs. The products that the reducer
+        adds are part of F, without a gradient.
+      * Its rho begin uniform, with half of the tokens in every block. Here the numbers begin at the target: each block
+        leaves the same share of what it finds, half of the others are pruned and half merged, and rho is of the
         greatest entropy that has E = P - 1/2.
-      * Tokens stay in the picture's order, which nothing here depends on.
-      * The numbers are of tokens, not shares: a picture that enters with fewer, behind a gate, loses fewer or none.
+      * It sorts the tokens; here they stay in the picture's order, which changes nothing.
+    P and M are numbers, not shares: a picture that enters with fewer tokens, behind a gate, loses fewer or none.
 
     Args:
         target: The share of the dense backbone's MACs, in (0, 1].
@@ -60,9 +59,6 @@ class DiffRate(Reducer):
         numbers: P and M of all layers to begin with in place of the target's, as in [[60, 40], [50, 30]]. The authors
             publish such lists, the class token counted.
         macs_weight: lambda.
-
-    Attributes:
-        least: The least target.
     """
 
     lossless = False
@@ -79,10 +75,7 @@ class DiffRate(Reducer):
     ):
         super().__init__(vit, range(1, len(vit.blocks)) if layers is None else layers)
         if getattr(vit, "cls_token", None) is None:
-            raise ValueError(
-                "DiffRate ranks tokens by the class token's attention, and this backbone has no class token; use one "
-                "that has, or pitome, which needs none"
-            )
+            raise ValueError("DiffRate ranks by the class token, and this backbone has no class token; use pitome")
         if not isinstance(granularity, int) or not 1 <= granularity <= self.patches:
             raise ValueError(f"granularity={granularity!r}: use a whole number of tokens, 1 to {self.patches}")
         self.target, self.granularity = in_interval("target", target, "(0, 1]"), granularity
@@ -102,7 +95,7 @@ class DiffRate(Reducer):
         self.outside = [embedding + 2 * one - two, two - one]  # MACs at no token, and for each that is left
         self.dense = self._blocks_macs(self.candidates[:1].expand(len(self.layers))).item()
         self._limit([[self.lowest] * len(self.layers)] * 2)
-        self.least = self._share().item()
+        self.least = self._share().item()  # the least target
         if self.target < self.least:
             raise ValueError(
                 f"target={self.target} cannot be met: layers={list(self.layers)} and granularity={self.granularity} "
@@ -281,10 +274,8 @@ class DiffRate(Reducer):
         if [len(part) for part in numbers] != [len(self.layers)] * 2:
             raise ValueError(f"numbers={numbers}: two lists, P and M, for the layers {list(self.layers)}")
         if bad := [n for part in numbers for n in part if not isinstance(n, int) or not least <= n <= self.patches]:
-            raise ValueError(
-                f"numbers={numbers}: {bad[0]!r} of {self.patches} patch tokens; use {least} to {self.patches}, or a "
-                f"granularity other than {self.granularity}"
-            )
+            allowed = f"with granularity={self.granularity}, use {least} to {self.patches}"
+            raise ValueError(f"numbers={numbers}: {bad[0]!r} of {self.patches} patch tokens; {allowed}")
         return [list(part) for part in numbers]
 
 

@@ -365,7 +365,7 @@ def test_a_static_gate_trains_on_what_is_left(make_vit, name, settings):
     result = model.run(torch.randn(4, 3, *SIZE))
     F.cross_entropy(result.logits, torch.arange(4)).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.vit.parameters())
-    if name != "dynamicvit":
+    if name not in ("dynamicvit", "diffrate"):  # which discard nothing while they learn
         assert len(result.final.x) == result.counts[-1, 1].sum()
 
 
@@ -389,7 +389,7 @@ def test_the_gate_learns_through_a_merge(make_vit):
     assert (merging.abs() > 0).all()
 
 
-@pytest.mark.parametrize(("name", "settings"), REDUCING[-6:], ids=str)
+@pytest.mark.parametrize(("name", "settings"), REDUCING[-8:], ids=str)
 def test_bfloat16_takes_the_same_numbers_of_tokens(make_vit, name, settings):
     model = shake(built(make_vit(reg_tokens=1), name, settings))
     images, mask = torch.randn(3, 3, *SIZE), torch.rand(3, *GRID) < 0.4
@@ -552,8 +552,8 @@ class TestBadInput:
             ("diffrate", {"target": 0.3}, r"target=0.3 cannot be met: layers=\[1, 2\].*share of 0.5\d+ of the dense"),
             ("diffrate", {"granularity": 0}, "granularity=0: .*1 to 64"),
             ("diffrate", {"numbers": [[9, 8], [7]]}, r"numbers=.*two lists, P and M, for the layers \[1, 2\]"),
-            ("diffrate", {"numbers": [[65, 8], [7, 6]]}, "numbers=.*65 of 64 patch tokens; use 4 to 64"),
-            ("diffrate", {"numbers": [[9, 8], [7, 3]]}, "numbers=.*3 of 64.*a granularity other than 4"),
+            ("diffrate", {"numbers": [[65, 8], [7, 6]]}, "numbers=.*65 of 64 patch tokens; .*use 4 to 64"),
+            ("diffrate", {"numbers": [[9, 8], [7, 3]]}, "numbers=.*3 of 64.*with granularity=4"),
             ("grid", {"stride": 0}, "stride=0"),
             ("strided_convolution", {"stride": 1.5}, "stride=1.5"),
             ("algm", {"threshold": float("nan")}, "threshold=nan"),
