@@ -17,6 +17,7 @@ FLOORS = (
     {"training"},
     {"studies", "bench"},
     {"explorer"},
+    {"commands"},
     {"cli"},
 )
 FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

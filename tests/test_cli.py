@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from msvit import __version__, cli
+from msvit import __version__, cli, commands
 from msvit.reducers.registry import METHODS
 from msvit.studies import report
 from msvit.training import runs
@@ -157,7 +157,7 @@ def test_typed_values_become_settings():
             "prior=beta",
         ]
     )
-    settings = Recipe.from_dict(cli._settings(arguments))
+    settings = Recipe.from_dict(commands.typed_settings(arguments))
     assert settings == Recipe(trim="none", pretrained=True, loss_settings={"sigma": 0.2, "prior": "beta"})
 
 

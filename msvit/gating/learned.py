@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ..checks import in_interval
 from ..core.sampling import add_logistic_noise, with_gradient_of
 from ..core.tokens import patchify
-from ..data import IGNORE
 from .gate import Decider, Gate, in_full
 
 
@@ -128,13 +127,10 @@ def relaxed_quota(scores: Tensor, count: Tensor, temperature: Tensor | float) ->
 def one_class(labels: Tensor, patch: int) -> Tensor:
     """Return which regions of label maps `[B, h patch, w patch]` have pixels of one class alone, bool `[B, h, w]`.
 
-    Ignored pixels are of no class: beside one class they do not count, and a region of nothing else has one too. (The
-    authors' own code takes them for one more class.)
+    As in the authors' own code, ignored pixels are of one more class.
     """
     cells = patchify(labels[:, None].long(), patch)
-    known, largest = cells != IGNORE, torch.iinfo(torch.int64).max
-    least, most = cells.where(known, largest).amin(2), cells.where(known, -1).amax(2)
-    return (most <= least).view(len(labels), labels.shape[1] // patch, labels.shape[2] // patch)
+    return (cells.amin(2) == cells.amax(2)).view(len(labels), labels.shape[1] // patch, labels.shape[2] // patch)
 
 
 def sharing_loss(scores: Tensor, labels: Tensor) -> Tensor:

@@ -8,14 +8,21 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from .anchors import ANCHORS_TITLE
 from .style import COSTS, GREY, MARKERS, SKY, VERMILION, style
 
-_NAMES = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "star", "x", "pentagon", "hexagon")
+_NAMES = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "star", "x", "pentagon", "hexagon")
 SYMBOLS = dict(zip(MARKERS, _NAMES, strict=True))
 LAYOUT = {"template": "plotly_white", "height": 480, "margin": {"l": 60, "r": 20, "t": 40, "b": 60}}
 
 
-def tradeoff(table: pd.DataFrame, by: str = "method", curves: pd.DataFrame | None = None, x: str = "macs") -> go.Figure:
+def tradeoff(
+    table: pd.DataFrame,
+    by: str = "method",
+    curves: pd.DataFrame | None = None,
+    x: str = "macs",
+    anchors: pd.DataFrame | None = None,
+) -> go.Figure:
     """Draw accuracy against cost: a point per run, mean and spread over seeds, and threshold curves as lines.
 
     Args:
@@ -23,6 +30,7 @@ def tradeoff(table: pd.DataFrame, by: str = "method", curves: pd.DataFrame | Non
         by: Column of the methods' names.
         curves: Points of one model at several thresholds: `run`, `accuracy`, `x`, `threshold`.
         x: "macs" (a share of dense) or "pictures_per_s".
+        anchors: Published results, as hollow marks, from `plots.anchors_beside`; of MACs only.
     """
     factor, title = COSTS[x]
     figure = go.Figure()
@@ -45,6 +53,11 @@ def tradeoff(table: pd.DataFrame, by: str = "method", curves: pd.DataFrame | Non
     for run, points in curves.groupby("run", sort=False) if curves is not None else ():
         text, extra = f"{run}<br>threshold %{{customdata[0]:.2f}}", {"customdata": points[["threshold"]]}
         add(points[x] * factor, points["accuracy"] * 100, text, name=f"other thresholds of {run}", **extra, **line)
+    for index, anchor in enumerate(anchors.itertuples() if anchors is not None else ()):
+        marker = {"color": GREY, "symbol": f"{SYMBOLS[style(index)['marker']]}-open", "size": 9}
+        group = {"mode": "markers", "legendgroup": ANCHORS_TITLE, "legendgrouptitle": {"text": ANCHORS_TITLE}}
+        point = [anchor.macs * factor], [anchor.accuracy * 100]
+        add(*point, f"{anchor.label}<br>{ANCHORS_TITLE}", marker=marker, name=anchor.label, **group)
     return figure.update_layout(xaxis_title=title, yaxis_title="accuracy (%)", **LAYOUT)
 
 

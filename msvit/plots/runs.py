@@ -7,9 +7,12 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from torch import Tensor
 
+from .anchors import ANCHORS_TITLE
 from .style import BLUE, COSTS, GREY, PICTURE_GRID, SKY, VERMILION, PictureStyle, as_the_model_sees, draw_means, style
 
 
@@ -75,11 +78,18 @@ def positions(decisions: Mapping[str, Tensor]) -> Figure:
     return figure
 
 
-def tradeoff(table: pd.DataFrame, by: str = "method", curves: pd.DataFrame | None = None, x: str = "macs") -> Figure:
+def tradeoff(
+    table: pd.DataFrame,
+    by: str = "method",
+    curves: pd.DataFrame | None = None,
+    x: str = "macs",
+    anchors: pd.DataFrame | None = None,
+) -> Figure:
     """Draw accuracy against a cost of COSTS, a point per method: mean over seeds, bars of one standard deviation.
 
     Args:
         curves: Points of single models at several thresholds, as dotted lines: `run`, `accuracy`, `macs`.
+        anchors: Published results, as hollow grey marks, from `plots.anchors_beside`; of MACs only.
     """
     factor, title = COSTS[x]
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
@@ -89,7 +99,23 @@ def tradeoff(table: pd.DataFrame, by: str = "method", curves: pd.DataFrame | Non
     axes.set(xlabel=title, ylabel="accuracy (%)")
     axes.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    if anchors is not None:
+        title = f"{ANCHORS_TITLE}:\npoints more or less than dense"
+        marks = _draw_anchors(axes, anchors, factor)
+        figure.legend(
+            handles=marks, title=title, loc="outside right lower", fontsize=8, title_fontsize=8, frameon=False
+        )
     return figure
+
+
+def _draw_anchors(axes: Axes, anchors: pd.DataFrame, factor: float) -> list[Line2D]:
+    """Draw published results as hollow grey marks below all others, and return these."""
+    marks = []
+    for index, anchor in enumerate(anchors.itertuples()):
+        look = {"marker": style(index)["marker"], "color": GREY, "markerfacecolor": "none", "linestyle": ""}
+        point = anchor.macs * factor, anchor.accuracy * 100
+        marks += axes.plot(*point, **look, markersize=7, zorder=1, label=anchor.label)
+    return marks
 
 
 def token_counts(counts: Mapping[str, Tensor], lowest: int, highest: int) -> Figure:

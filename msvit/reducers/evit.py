@@ -53,14 +53,14 @@ class EViT(Keeping):
         in_interval("warmup", warmup, "[0, 1]")
         in_interval("ramp_end", ramp_end, f"[{warmup}, 1]")
         self.fuse = self.lossless = fuse
-        self.warmup, self.ramp_end, self.progress = warmup, ramp_end, 1.0
+        self.warmup, self.ramp_end, self._progress = warmup, ramp_end, 1.0
 
     def begin(self, progress: float):
-        self.progress = progress
+        self._progress = progress
 
     def rate(self, layer: int) -> float:
         """Return the share of tokens that a layer keeps now."""
-        keep, p = self.keep[layer], self.progress
+        keep, p = self.keep[layer], self._progress
         if not self.training or p >= self.ramp_end:
             return keep
         if p < self.warmup:

@@ -17,10 +17,9 @@ from ..training import runs
 from ..training.build import build
 from ..training.recipe import Recipe
 from .inspect import Inspection, accuracy_and_macs
-from .study import FULL, StudyRow, reducer_rows, run_rows
+from .study import FULL, StudyRow, mask_label, reducer_rows, run_rows
 
-LIGHT = f"{FULL}, gbas, light"  # chosen on held-out training pictures, after the first results
-REDUCED = ("dense, trained on", f"{FULL}, gbas", LIGHT, f"{FULL}, l0", "random mask", "dynamicvit", "tome")
+REDUCED = ("dense, trained on", f"{FULL}, gbas", f"{FULL}, l0", "random mask", "dynamicvit", "tome")
 BUDGETS = (0.5, 0.75)
 COMPARED = ("dynamicvit", "token_pooling", "evit", "tome", "gate+dynamicvit", "gate+tome")
 
@@ -33,10 +32,10 @@ def rows(base: Recipe, full: bool, lr: float) -> list[StudyRow]:
         StudyRow("dense, all coarse", {"gating": "coarse"}),
         StudyRow(f"dense at {size} px", {"gating": "fine", "size": size}, dense=False),
         *(StudyRow(f"{FULL}, {loss}", {"loss": loss}) for loss in ("gbas", "bas", "l0", "ratio")),
-        StudyRow(LIGHT, {"loss_weight": 1.0, "loss_settings": {"temperature": 0.1}}),
+        StudyRow(f"{FULL}, controller only", {"loss": "none", "control": "projection"}),
         StudyRow(f"{FULL}, gbas, untrimmed", {"trim": "none"}),
         *(StudyRow(f"{FULL}, gbas at {budget:g}", {"target": budget}) for budget in BUDGETS),
-        *(StudyRow(f"{mask} mask", {"gating": mask}) for mask in ("random", "centre", "entropy")),
+        *(StudyRow(mask_label(mask), {"gating": mask}) for mask in ("random", "centre", "entropy", "apt")),
         *reducer_rows(COMPARED, base),
     ]
     if not full:

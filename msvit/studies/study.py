@@ -30,6 +30,7 @@ MASKS = tuple(name for name in GATINGS if name not in (*LEARNED, "fine"))
 FULL = "MSViT"
 SUMMARY_COLUMNS = {  # of runs, and their titles with the units
     "accuracy": "accuracy (%)",
+    "miou": "mIoU (%)",
     "macs": "MACs (% of dense)",
     "tokens": "tokens",
     "coarse": "coarse regions (%)",
@@ -164,14 +165,18 @@ def recipe_of(base: Recipe, row: StudyRow, dense: Recipe, seed: int) -> Recipe:
     return base.replace(seed=seed, epochs_dense=0, **start, **row.changes)
 
 
-def transfer(base: Recipe, first: str, second: str, seeds: Iterable[int], folder: str | Path) -> pd.DataFrame:
-    """Train the second backbone with its own gate, with the first one's, frozen or trained on, and with a mask."""
+def transfer(base: Recipe, second: Mapping[str, Any], seeds: Iterable[int], folder: str | Path) -> pd.DataFrame:
+    """Train a second model with its own gate, with the gate of the recipe's, frozen or trained on, and with a mask.
+
+    Args:
+        second: What is different there: the backbone (`model`), the pictures (`data`), the `task`.
+    """
     plan, source = [], []
     for seed in seeds:
-        teacher = base.replace(model=first, seed=seed, epochs=0)
+        teacher = base.replace(seed=seed, epochs=0)
         taught = base.replace(model=f"run:{teacher.run_name}", seed=seed, epochs_dense=0)
-        dense = base.replace(model=second, seed=seed, epochs=0)
-        own = base.replace(model=f"run:{dense.run_name}", seed=seed, epochs_dense=0)
+        dense = base.replace(**second, seed=seed, epochs=0)
+        own = dense.replace(model=f"run:{dense.run_name}", epochs_dense=0, epochs=base.training.epochs)
         source += [("first, dense", teacher), ("first", taught)]
         plan += [
             ("dense", dense),

@@ -121,4 +121,3 @@ def entropy(images: Tensor, model: MSViT, loaders: Loaders) -> Tensor:
 
 
 SCORES: dict[str, Callable[[Tensor, MSViT, Loaders], Tensor]] = {"detail": detail, "entropy": entropy}
-TEACHERS = (*SCORES, "utility")

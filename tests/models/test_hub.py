@@ -14,6 +14,7 @@ from torch import nn
 
 import msvit
 from msvit.models.hub import describe_backbone, read_args
+from msvit.reducers.registry import REDUCERS, make_reducer
 
 MINI = "vit_mini_patch8_64"
 
@@ -287,3 +288,16 @@ def test_saving_draws_no_random_numbers(tmp_path):
     model, before = msvit.MSViT(timm.create_model(MINI)), torch.get_rng_state()
     model.save_pretrained(tmp_path)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("name", REDUCERS)
+def test_a_reducer_is_saved_whatever_training_told_it(tmp_path, name):
+    """`begin` is called with the progress of training; what it leaves is no setting."""
+    vit = timm.create_model(MINI)
+    model = msvit.MSViT(vit, gate=msvit.make_rule("fine"), reducer=make_reducer(name, vit)).eval()
+    model.reducer.begin(5 / 6)
+    model.save_pretrained(tmp_path)
+    images = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(
+        msvit.MSViT.from_pretrained(tmp_path).eval().run(images).logits, model.run(images).logits
+    )

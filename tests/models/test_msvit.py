@@ -286,7 +286,9 @@ class TestBadInput:
             model.run(torch.randn(1, 3, 64, 64), mask)
 
     def test_execution(self, model):
-        with pytest.raises(ValueError, match="execution='fast' is not known. There are: masked, trimmed, packed"):
+        with pytest.raises(
+            ValueError, match="execution='fast' is not known. There are: masked, trimmed, levelled, packed"
+        ):
             model.run(torch.randn(1, 3, 64, 64), execution="fast")
 
     def test_nan_pixels_on_request(self, model):

@@ -138,7 +138,7 @@ def test_a_quota_has_no_loss_and_no_controller_and_its_gate_learns_from_the_task
 
 
 def test_a_pattern_has_the_gates_loss_and_controller():
-    this, batch = objective_of(SMALL.replace(gating="pattern"))
+    this, batch = objective_of(SMALL.replace(gating="pattern", control="bias"))
     assert isinstance(this.loss, GBaS)
     this.train()(*batch).loss.backward()
     assert this.model.gate.weight.grad.abs().min() > 0

@@ -307,7 +307,7 @@ def test_parts_have_their_own_rates_and_matrices_alone_decay():
 
 
 def test_stage_two_may_have_another_rate_of_the_backbone():
-    this = objective(Recipe(lr=1e-3, lr_scale=0.01, share_embedding=False))
+    this = objective(Recipe(lr=1e-3, lr_scale=0.01, coarse_embed="own"))
     rate = {id(p): group["lr"] for group in this.groups() for p in group["params"]}
     for part in (this.model.vit, this.model.coarse_embed):
         assert {rate[id(p)] for p in part.parameters()} == {1e-5}

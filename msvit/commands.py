@@ -1,0 +1,139 @@
+"""What each command of `msvit` does with what was typed, and what it prints. Torch is imported where it is needed."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .bench.settings import from_options
+from .training.files import RunError
+from .training.recipe import FIELDS, Recipe, RecipeError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from .training.runs import Run
+
+RUN_COLUMNS = (
+    *("run", "status", "epoch", "accuracy", "dense_accuracy", "miou", "dense_miou"),
+    *("macs", "tokens", "coarse", "fine_object", "fine_rest"),
+)
+
+
+def train(arguments: argparse.Namespace):
+    import torch
+
+    from .training.loop import train
+    from .training.runs import RunFolder
+
+    recipe = Recipe.from_dict(typed_settings(arguments))
+    folder = Path(arguments.folder or Path(arguments.runs) / recipe.run_name)
+    if finished := RunFolder(folder).check(recipe):
+        print_error(f"{folder} is finished already; delete it to train it again")
+    run = train(recipe, folder, progress=not arguments.quiet, tensorboard=arguments.tensorboard)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one prints
+        _put({"folder": str(folder), "finished_before": finished, **run.summary}, _report(run), arguments.json)
+
+
+def fit_gate(arguments: argparse.Namespace):
+    from .training.fit_gate import fit_gate
+
+    recipe = Recipe.from_dict(typed_settings(arguments))
+    table = fit_gate(recipe, arguments.folder, arguments.by, arguments.steps, not arguments.quiet)
+    _put_table(table, tuple(table), arguments.json)
+
+
+def eval(arguments: argparse.Namespace):
+    from .training.evaluate_run import evaluate_run
+
+    found = evaluate_run(arguments.run, arguments.macs, arguments.threshold, **typed_settings(arguments))
+    width = max(map(len, found))
+    lines = [f"{k:{width}} {f'{v:.4f}' if isinstance(v, float) else v}" for k, v in found.items()]
+    _put(found, "\n".join(lines), arguments.json)
+
+
+def runs(arguments: argparse.Namespace):
+    from .training import runs
+
+    table = runs.load(arguments.folder)
+    if table.empty and not arguments.json:
+        print(f"no runs in {arguments.folder}")
+    else:
+        _put_table(table, RUN_COLUMNS, arguments.json)
+
+
+def sweep(arguments: argparse.Namespace):
+    try:
+        from .studies import sweep
+    except ModuleNotFoundError as error:
+        raise RunError(f"{error.name} is not installed; pip install 'msvit[sweeps]'") from None
+    base = Recipe.from_dict(typed_settings(arguments))
+    try:
+        study = sweep.open_study(arguments.study, arguments.storage, arguments.pruner, arguments.sampler_seed)
+        sweep.sweep(study, base, arguments.runs, arguments.trials, price=arguments.price, message=print_error)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    _put_table(sweep.table(study), ("trial", "state", "value", "accuracy", "macs", "front"), arguments.json)
+
+
+def methods(arguments: argparse.Namespace):
+    from .reducers.registry import METHODS
+
+    rows = [{"method": name, **method._asdict()} for name, method in METHODS.items()]
+    columns = [[key, *(row[key] for row in rows)] for key in rows[0]]
+    padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
+    _put(rows, "\n".join("  ".join(line).rstrip() for line in zip(*padded, strict=True)), arguments.json)
+
+
+def bench(arguments: argparse.Namespace):
+    from .bench.report import stem, summary
+    from .bench.run import bench
+
+    report = bench(from_options(vars(arguments)), tell=lambda line: print(line, file=sys.stderr, flush=True))
+    _put(report, f"{summary(report)}\nWrote {stem(report)}.* in {arguments.out}", arguments.json)
+
+
+def typed_settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the settings among what was typed; pairs that were typed one by one become one dictionary."""
+    given = {name: value for name, value in vars(arguments).items() if name in FIELDS and value is not None}
+    return {k: {n: x for pair in v for n, x in pair.items()} if isinstance(v, list) else v for k, v in given.items()}
+
+
+def _report(run: "Run") -> str:
+    """Return a finished run in a few lines."""
+    found = run.summary
+    score, title = ("miou", "mIoU") if "miou" in found else ("accuracy", "accuracy")
+    lines = [f"{run.folder}: {found['trained_epochs']} epochs in {found['seconds']:.0f} s of training and evaluation"]
+    if f"dense_{score}" in found:
+        lines.append(f"  dense   {title} {found[f'dense_{score}']:.4f} at {found['dense_macs'] / 1e6:.1f} M MACs")
+    if run.recipe.training.epochs:
+        macs = f"{found['macs']:.3f} ± {found['macs_sd']:.3f} of its MACs"
+        tokens = f"{found['tokens']:.1f} ± {found['tokens_sd']:.1f} tokens, {found['coarse']:.3f} of the regions coarse"
+        lines.append(f"  {run.recipe.method:7} {title} {found[score]:.4f} at {macs}, {tokens}")
+    if "fine_object" in found:
+        shares = f"{found['fine_object']:.3f} of the object's regions, {found['fine_rest']:.3f} of the others"
+        lines.append(f"  fine: {shares}")
+    return "\n".join(lines)
+
+
+def _put(result: Any, text: str, as_json: bool):
+    print(json.dumps(result, indent=2) if as_json else text)
+
+
+def _put_table(table: "pd.DataFrame", columns: tuple[str, ...], as_json: bool):
+    """Print some columns of a table for people, or all of it as JSON."""
+    if as_json:
+        print(table.to_json(orient="records", indent=2))
+    else:
+        shown = table[[name for name in columns if name in table]]
+        print(shown.to_string(index=False, float_format="{:.4g}".format, na_rep=""))
+
+
+def print_error(message: Any, code: int = 0) -> int:
+    """Print a message for people; return the exit code."""
+    print(f"msvit: {message}", file=sys.stderr)
+    return code

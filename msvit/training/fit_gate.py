@@ -1,0 +1,73 @@
+"""A gate for a model as it is: no weight of the backbone changes, and no label is needed (`msvit fit-gate`)."""
+
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from ..data.loaders import Loaders
+from ..gating.gate import Gate
+from ..models.msvit import MSViT
+from .budget import Budget, choose_gate
+from .build import build, load_data
+from .files import RunError
+from .recipe import Recipe, RecipeError
+from .teach_gate import STEPS, divergence, teach_gate
+
+COMPARED_RULES = ("random", "entropy")  # what a gate has to beat at the same MACs
+
+
+def fit_gate(
+    recipe: Recipe, folder: str | Path, by: str = "utility", steps: int = STEPS, progress: bool = True
+) -> pd.DataFrame:
+    """Teach a new gate for the recipe's model, save both in a folder, and compare it with rules at the same MACs.
+
+    Of the recipe, its data, model, target, seed and device are used.
+
+    Args:
+        by: The teacher, see `msvit.training.teach_gate`.
+        steps: Of the gate's training.
+
+    Returns:
+        A row for each way to decide: `accuracy` (where the pictures' classes are as many as the model's), `agreement`
+        with the answer that all fine tokens give, `divergence` from it, and `macs` as a share of dense.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise RunError(f"{folder} is not empty; name a new folder, or delete it to fit the gate again")
+    if recipe.gating.by != "learned" or recipe.data.task != "classify":
+        raise RecipeError("fit-gate teaches the learned gate of a classifier; leave gating and task as they are")
+    model = build(recipe, folder.parent)
+    loaders = load_data(recipe.data, recipe.training.seed, model)
+    model.to("cuda" if torch.cuda.is_available() and recipe.training.device == "auto" else "cpu").eval()
+    torch.manual_seed(recipe.training.seed)
+    model.gate = Gate(model.coarse_patch, model.vit.patch_embed.proj.in_channels).to(model.cut.device)
+    budget = Budget(model, loaders.size, recipe.gating)
+    teach_gate(model, loaders, budget.rate, by, recipe.training.seed, steps, progress)
+    model.calibrate(loaders.first_pictures(), budget.macs)
+    model.save_pretrained(folder)
+    table = pd.DataFrame([{"decisions": f"gate, taught by {by}"} | compare_with_dense(model, loaders)])
+    for rule in COMPARED_RULES:
+        choose_gate(model, recipe.replace(gating=rule), loaders)
+        table.loc[len(table)] = {"decisions": rule} | compare_with_dense(model, loaders)
+    table.to_csv(folder / "fit_gate.csv", index=False)
+    return table
+
+
+@torch.no_grad()
+def compare_with_dense(model: MSViT, loaders: Loaders) -> dict[str, float]:
+    """Return how a model's answers on validation pictures differ from those with all tokens fine, and their MACs."""
+    labelled, seen = len(loaders.classes) == model.num_classes, []
+    with model.evaluating():
+        for images, targets, indices in loaders.val:
+            images, read = images.to(model.cut.device), indices >= 0
+            fine = torch.zeros(model.grid(images.shape[-2:]), dtype=torch.bool)
+            dense, result = model.run(images, fine).logits, model.run(images)
+            answer = result.logits.argmax(1)
+            found = [answer == dense.argmax(1), divergence(dense, result.logits), result.macs]
+            found += [answer == targets.to(answer.device)] if labelled else []
+            seen.append(torch.stack([column.double().cpu() for column in found])[:, read])
+    means = dict(
+        zip(("agreement", "divergence", "macs", "accuracy"), torch.cat(seen, 1).mean(1).tolist(), strict=False)
+    )
+    return means | {"macs": means["macs"] / model.dense_macs(loaders.size)}
