@@ -125,7 +125,7 @@ class DiffRate(Reducer):
         return self._share((expected - expected.detach()).sum(0))
 
     def loss(self, result, teacher: Teacher | None = None) -> dict[str, Tensor]:
-        return {"macs": self.macs_weight * (self.share() - self.target).square()} if self.learning else {}
+        return {"budget": self.macs_weight * (self.share() - self.target).square()} if self.learning else {}
 
     def enter(self, tokens: Tokens) -> Tokens:
         self._refresh()
