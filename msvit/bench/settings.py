@@ -34,7 +34,7 @@ class BenchMethod(NamedTuple):
 _train = partial(BenchMethod, kind="training", of="train-dense")
 _part = partial(BenchMethod, kind="part")
 _reducers = ("dynamicvit", "token_pooling", "power_bert", "grid", "strided_convolution", "random_pruning")
-_reducers += ("importance_sampling", "evit", "tome", "algm", "pitome")
+_reducers += ("importance_sampling", "evit", "tome", "diffrate", "algm", "pitome")
 BENCH_METHODS = {
     "dense": BenchMethod("dense timm"),
     "dense-linear": BenchMethod("dense, same linear layers"),

@@ -115,7 +115,9 @@ def attend(layout: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | Non
     return queries.unpad(out.transpose(1, 2))
 
 
-def attend_by_policy(layout: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, policy: Tensor) -> Tensor:
+def attend_by_policy(
+    layout: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, policy: Tensor, size: Tensor | None = None
+) -> Tensor:
     """Attend within each picture as DynamicViT does while training: rows of weight zero still see themselves.
 
         A_ij = (e_ij + eps / n) / (sum_k e_ik + eps),   e_ij = exp(s_ij - max_k s_ik) (w_j + (1 - w_j) [i = j])
@@ -125,10 +127,13 @@ def attend_by_policy(layout: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Te
     Args:
         weight: w `[T]`, the policy times a gate's activity.
         policy: `[T]`. The tangent of what it keeps and the gate hides is cut as that of `WeightedAttention`.
+        size: `[T]`, positive: s_ij + log size_j is taken for s_ij.
     """
     q, k, v = (layout.pad(rows).transpose(1, 2) for rows in (q, k, v))
     s = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     s = s.to(torch.promote_types(s.dtype, torch.float32))
+    if size is not None:
+        s = s + layout.pad(size, 1.0).to(s.dtype).log()[:, None, None]
     n = torch.tensor(layout.lengths, dtype=s.dtype, device=s.device)[:, None, None, None]
     if not layout.uniform:
         s = s.masked_fill(torch.arange(s.shape[-1], device=s.device) >= n, -torch.inf)

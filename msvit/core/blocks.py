@@ -86,8 +86,8 @@ def run_blocks(
             tokens = _watched(watch, layer, tokens, reducer.before_block(layer, tokens))
             n = tokens.active_counts()
         attended = n
-        weight = tokens.weight if reducer is None or reducer.proportional else tokens.activity
-        x, seen = _attention(block, tokens, weight, reducer.needs if acts else None, steps)
+        proportional = reducer is None or reducer.proportional
+        x, seen = _attention(block, tokens, proportional, reducer.needs if acts else None, steps)
         tokens = replace(tokens, x=x)
         if acts:
             tokens = _watched(watch, layer, tokens, reducer.after_attention(layer, tokens, seen))
@@ -105,19 +105,20 @@ def _watched(watch: Watch | None, layer: int, before: Tokens, after: Tokens) -> 
 
 
 def _attention(
-    block: nn.Module, tokens: Tokens, weight: Tensor | None, needs: str | None, steps: Steps
+    block: nn.Module, tokens: Tokens, proportional: bool, needs: str | None, steps: Steps
 ) -> tuple[Tensor, Tensor | None]:
     """Return the rows after attention, and what a reducer needs of it; queries, keys and values go before the MLP.
 
     Args:
-        weight: How much each row counts as a key, `[T]`; None if all count once.
+        proportional: Whether a row of size s counts s times as a key.
     """
-    layout = tokens.layout
+    layout, size = tokens.layout, tokens.size if proportional else None
+    weight = tokens.weight if proportional else tokens.activity
     normed, q, k, v = steps.before_attention(block, tokens.x)
     if needs == "received":
         heads, seen = attend_watched(layout, q, k, v, weight)
     elif tokens.policy is not None:
-        heads, seen = attend_by_policy(layout, q, k, v, weight, tokens.policy), None
+        heads, seen = attend_by_policy(layout, q, k, v, tokens.activity, tokens.policy, size), None
     else:
         heads, seen = attend(layout, q, k, v, weight), None
     if needs == "class":

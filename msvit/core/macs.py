@@ -17,7 +17,7 @@ def gate_macs(gate: nn.Module | None, regions: int) -> int:
     return regions * linear_macs(gate) if gate is not None else 0
 
 
-def _costs(block: nn.Module) -> tuple[int, int, int]:
+def block_costs(block: nn.Module) -> tuple[int, int, int]:
     """Return a block's MACs: for a row of its attention branch, for a pair of rows there, for a row of its MLP."""
     mlp = linear_macs(block.mlp)
     return linear_macs(block) - mlp, 2 * block.attn.num_heads * block.attn.head_dim, mlp
@@ -64,7 +64,7 @@ def encoder_macs(vit: nn.Module, entering: Tensor, counts: Tensor, reducer: nn.M
         counts: Those that each block's attention and MLP saw, `[depth, 2, B]`.
     """
     attended, mixed = counts[:, 0], counts[:, 1]
-    rows, keys, mlp = torch.tensor([_costs(block) for block in vit.blocks], device=counts.device).T[..., None]
+    rows, keys, mlp = torch.tensor([block_costs(block) for block in vit.blocks], device=counts.device).T[..., None]
     blocks = attended * rows + attended**2 * keys + mixed * mlp
     macs = embedding_macs(vit, entering) + blocks.sum(0)
     for layer in () if reducer is None else reducer.layers:

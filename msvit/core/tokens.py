@@ -23,7 +23,7 @@ class Tokens:
         other: As `where`, if every region were decided the other way; -1 where that token was trimmed. Only dense tasks
             ask for it, while a gate learns.
         entered: How many were active in each picture before the first block; None if no reducer asks.
-        policy: `[T]`, the part of the activity that is DynamicViT's while it trains, see `attend_by_policy`.
+        policy: `[T]`, the part of the activity that is a reducer's while it trains, see `attend_by_policy`.
     """
 
     x: Tensor

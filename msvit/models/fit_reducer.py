@@ -1,5 +1,6 @@
 """The setting of a reducer that meets a budget, so that methods are compared at the same MACs."""
 
+import math
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ def fit_reducer(
     """Return settings with which a reducer's MACs come as near as they can to a share of the dense backbone's.
 
     What is turned is `keep`; ToMe's is `r`, and a grid's the block at which it acts, so that these meet a budget only
-    roughly. ALGM's is its threshold, and what it costs depends on the pictures and on what the backbone has learned.
+    roughly. DiffRate's is `target`, at which its rates begin and to which they are trained. ALGM's is its threshold,
+    and what it costs depends on the pictures and on what the backbone has learned.
 
     Args:
         tokens: That enter the first block, prefix tokens included; None: of the backbone's own picture size.
@@ -39,6 +41,9 @@ def fit_reducer(
         turned = [{"layers": [layer]} for layer in range(len(vit.blocks))]
     elif name == "algm":
         turned = [{"threshold": k / 1000} for k in range(-1000, 1002)]
+    elif name == "diffrate":
+        least = make_reducer(name, vit, **settings | {"target": 1.0}).least
+        turned = [{"target": k / 200} for k in range(math.ceil(200 * least), 201)]
     else:
         turned = [{"keep": k / 200} for k in range(10, 200)]
 

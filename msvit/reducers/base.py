@@ -186,8 +186,7 @@ def check_same_backbone(reducer: Reducer, vit: nn.Module):
 
 def top_rows(layout: Layout, scores: Tensor, counts: list[int]) -> Tensor:
     """Return the row numbers of the `counts` highest scores `[T]` of each picture, in order; of equals, the first."""
-    order = layout.pad(scores, -torch.inf).sort(dim=1, descending=True, stable=True).indices
-    rows = order + layout.ends[:-1, None]
+    rows = ranked(layout, scores) + layout.ends[:-1, None]
     most = max(counts)
     if min(counts) == most:
         return rows[:, :most].flatten().sort().values
@@ -254,6 +253,11 @@ def join(first: Tokens, second: Tokens) -> Tokens:
     picture = torch.cat([first.layout.picture, second.layout.picture])
     lengths = [a + b for a, b in zip(first.layout.lengths, second.layout.lengths, strict=True)]
     return both.select(picture.sort(dim=0, stable=True).indices, lengths)
+
+
+def ranked(layout: Layout, scores: Tensor) -> Tensor:
+    """Return the positions of each picture's rows by falling scores `[T]`, `[B, Nmax]`; of equals, the first."""
+    return layout.pad(scores, -torch.inf).sort(dim=1, descending=True, stable=True).indices
 
 
 def patch_rows(layout: Layout, prefix: int) -> Tensor:

@@ -8,6 +8,7 @@ from torch import nn
 from ..checks import known_settings, one_of
 from .algm import ALGM
 from .base import Reducer
+from .diffrate import DiffRate
 from .dynamicvit import DynamicViT
 from .evit import EViT
 from .pitome import PiToMe
@@ -69,6 +70,13 @@ METHODS = {
     ),
     "evit": Method("reducer", "Liang et al. 2022", cost="one more query at its layers", tasks=FUSED),
     "tome": Method("reducer", "Bolya et al. 2023", cost="similarities in every block"),
+    "diffrate": Method(
+        "reducer",
+        "Chen et al. 2023",
+        "the numbers of tokens each block prunes and merges",
+        "one more query and similarities at its layers",
+        CLASSES,
+    ),
     "algm": Method("reducer", "ALGM, Norouzi et al. 2024", cost="similarities at its layers"),
     "pitome": Method("reducer", "Tran et al. 2024", cost="similarities of all pairs in every block"),
 }
@@ -82,6 +90,7 @@ REDUCERS = {
     "importance_sampling": ImportanceSampling,
     "evit": EViT,
     "tome": ToMe,
+    "diffrate": DiffRate,
     "algm": ALGM,
     "pitome": PiToMe,
 }

@@ -133,3 +133,32 @@ def match(keys: Tensor, merging: Tensor, r: Tensor) -> Tensor:
     target = torch.arange(keys.shape[1], device=keys.device).repeat(len(keys), 1)
     target[:, ::2] = torch.where(merged, 2 * partner + 1, target[:, ::2])
     return target
+
+
+@torch.no_grad()
+def most_similar(
+    x: Tensor, layout: Layout, order: Tensor, first: int, left: list[int], found: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Match what stands behind others in an order: return its rows, for each the most similar of those, and the cosine.
+
+    Args:
+        x: `[T, C]`.
+        order: `[B, Nmax]`, positions of each picture's rows, see `ranked`.
+        first, left, found: The rows at places `left` to `found` are matched with those at `first` to `left`.
+    """
+    sources, given = _rows(layout, order, left, found)
+    targets, taken = _rows(layout, order, [first] * len(left), left)
+    x = F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+    with torch.autocast(x.device.type, enabled=False):
+        similarity = x[sources] @ x[targets].transpose(1, 2)
+    cosine, best = similarity.masked_fill(~taken[:, None], -torch.inf).max(2)
+    return sources[given], targets.gather(1, best)[given], cosine[given]
+
+
+def _rows(layout: Layout, order: Tensor, first: list[int], last: list[int]) -> tuple[Tensor, Tensor]:
+    """Return the rows at places first to last of an order, `[B, most]`, and where there is one."""
+    begin, end = (torch.tensor(part, device=order.device)[:, None] for part in (first, last))
+    most = max(b - a for a, b in zip(first, last, strict=True))
+    places = begin + torch.arange(most, device=order.device)
+    rows = order.gather(1, places.clamp(max=order.shape[1] - 1)) + layout.ends[:-1, None]
+    return rows.clamp(max=len(layout.picture) - 1), places < end

@@ -97,7 +97,7 @@ def test_a_hidden_key_that_scores_far_above_the_rest_leaves_finite_gradients(dty
     assert all(x.grad.isfinite().all() for x in (q, k, v, weight))
 
 
-def policy_by_loops(layout, q, k, v, weight):
+def policy_by_loops(layout, q, k, v, weight, size=None):
     """The definition of attention by a policy, one query and one key at a time."""
     out = []
     for first, n in zip(layout.ends.tolist(), layout.lengths, strict=False):
@@ -105,6 +105,7 @@ def policy_by_loops(layout, q, k, v, weight):
             heads, keys = [], range(first, first + n)
             for h in range(q.shape[1]):
                 s = torch.stack([q[i, h] @ k[j, h] for j in keys]) / q.shape[2] ** 0.5
+                s = s if size is None else s + torch.stack([size[j].log() for j in keys])
                 e = [(x - s.max()).exp() * (1.0 if j == i else weight[j]) for j, x in zip(keys, s, strict=True)]
                 total = sum((x + 1e-6 / n) * v[j, h] for j, x in zip(keys, e, strict=True))
                 heads.append(total / (sum(e) + 1e-6))
@@ -123,6 +124,19 @@ def test_attention_by_a_policy_is_its_definition(lengths):
     gradients = (torch.autograd.grad(x.sin().sum(), given) for x in (expected, out))
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-12)
+
+
+def test_a_size_counts_as_often_in_attention_by_a_policy():
+    """A key of size s, dropped or not, is s equal ones; with all kept, it is proportional attention but for eps."""
+    layout = Layout([4, 6], torch.device("cpu"))
+    q, k, v = torch.randn(3, 10, 2, 4, dtype=torch.float64).mul(2)
+    size, weight = torch.rand(10, dtype=torch.float64) * 3 + 1, torch.tensor([1.0, 0, 1, 1, 0, 1, 1, 0, 1, 1]).double()
+    expected = policy_by_loops(layout, q, k, v, weight, size)
+    torch.testing.assert_close(attend_by_policy(layout, q, k, v, weight, weight, size), expected)
+    ones = torch.ones_like(weight)
+    torch.testing.assert_close(
+        attend_by_policy(layout, q, k, v, ones, ones, size), attend(layout, q, k, v, size), rtol=0, atol=1e-5
+    )
 
 
 def test_what_a_gate_hides_from_a_policy_has_a_tangent_of_one_at_most():

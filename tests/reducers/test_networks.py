@@ -78,6 +78,15 @@ def evit(x, size, keys, given, prefix, keep):
     return x, [1.0] * len(x)
 
 
+def diffrate(x, size, keys, given, prefix, prune, merge):
+    ranked = sorted(range(prefix, len(x)), key=lambda j: -float(given[j]))[:prune]
+    stay, go = ranked[:merge], ranked[merge:]
+    into = {i: max(stay, key=lambda j: cosine(x[i], x[j])) for i in go}
+    groups = {i: [i] + [g for g in go if into[g] == i] for i in [*range(prefix), *stay]}
+    sizes = [size[i] + sum(max(cosine(x[g], x[i]), 0.0) * size[g] for g in group[1:]) for i, group in groups.items()]
+    return [sum(x[i] for i in group) / len(group) for group in groups.values()], sizes
+
+
 def plain(vit, image, act, proportional=True):
     """The logits of one picture, and how many tokens each block leaves; `act(layer, x, size, keys, given)` acts."""
     x = vit.norm_pre(vit._pos_embed(vit.patch_embed(image[None])))[0]
@@ -101,6 +110,11 @@ CASES = [
     ("tome", {"r": [7, 0, 5], "prop_attn": False}, lambda layer, *now: tome(*now, [7, 0, 5][layer], "published")),
     ("tome", {"r": 30}, lambda layer, *now: tome(*now, 30, "published")),
     ("pitome", {"keep": 0.7}, lambda layer, *now: pitome(*now, 0.7, 0.9 - 0.3 * layer)),
+    (
+        "diffrate",
+        {"numbers": [[30, 18, 17], [22, 18, 9]], "granularity": 2, "layers": [0, 1, 2]},
+        lambda layer, *now: diffrate(*now, [30, 18, 17][layer], [22, 18, 9][layer]),
+    ),
     ("evit", {"keep": 0.55, "layers": [0, 1, 2]}, lambda layer, *now: evit(*now, 0.55)),
 ]
 

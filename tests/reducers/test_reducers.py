@@ -35,6 +35,7 @@ NEUTRAL = [
     ("power_bert", {"tokens": [64, 64, 64]}),
     ("algm", {"threshold": 1.1, "layers": [0, 1, 2]}),
     ("evit", {"keep": 1.0}),
+    ("diffrate", {"target": 1.0}),
     ("tome", {"r": 0}),
     ("pitome", {"keep": 1.0}),
 ]
@@ -56,6 +57,8 @@ REDUCING = [
     ("algm", {"threshold": 0.2}),
     ("algm", {"threshold": 0.3, "layers": [0, 1, 2], "global_threshold": "picture"}),
     ("evit", {"keep": 0.6, "fuse": False}),
+    ("diffrate", {"target": 0.6}),
+    ("diffrate", {"numbers": [[60, 30, 11], [44, 30, 9]], "granularity": 3, "layers": [0, 1, 2]}),
     ("tome", {"r": 9}),
     ("tome", {"r": [4, 0, 9], "prop_attn": False}),
     ("tome", {"r": 6, "inflect": -1.0, "order": "picture"}),
@@ -91,8 +94,8 @@ counted = torch.no_grad()(counted_macs)
 )
 @torch.no_grad()
 def test_a_neutral_setting_is_plain_timm(make_vit, name, settings, variant):
-    if name == "evit" and "class_token" in variant:
-        pytest.skip("EViT needs a class token, see TestBadInput")
+    if name in ("evit", "diffrate") and "class_token" in variant:
+        pytest.skip(f"{name} needs a class token, see TestBadInput")
     vit = shake(make_vit(**variant))
     model = built(vit, name, settings, make_rule("fine"))
     images = torch.randn(3, 3, *SIZE)
@@ -153,7 +156,7 @@ def test_macs_are_the_count_to_the_last_unit(make_vit, name, settings):
     # Pictures of unequal lengths are clustered in one padded batch; the pictures' own share is what counts for them.
     mask = torch.rand(3, *GRID) < torch.tensor([0.1, 0.5, 0.8])[:, None, None]
     total = counted(lambda: results.append(model.run(images, mask)))
-    if name in ("tome", "pitome", "token_pooling"):
+    if name in ("tome", "pitome", "diffrate", "token_pooling"):
         assert 1 <= total / results[1].macs.sum().item() <= 1.1
     else:
         assert total == results[1].macs.sum().item()
@@ -362,7 +365,7 @@ def test_a_static_gate_trains_on_what_is_left(make_vit, name, settings):
     result = model.run(torch.randn(4, 3, *SIZE))
     F.cross_entropy(result.logits, torch.arange(4)).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.vit.parameters())
-    if name != "dynamicvit":
+    if name not in ("dynamicvit", "diffrate"):  # which discard nothing while they learn
         assert len(result.final.x) == result.counts[-1, 1].sum()
 
 
@@ -386,7 +389,7 @@ def test_the_gate_learns_through_a_merge(make_vit):
     assert (merging.abs() > 0).all()
 
 
-@pytest.mark.parametrize(("name", "settings"), REDUCING[-6:], ids=str)
+@pytest.mark.parametrize(("name", "settings"), REDUCING[-8:], ids=str)
 def test_bfloat16_takes_the_same_numbers_of_tokens(make_vit, name, settings):
     model = shake(built(make_vit(reg_tokens=1), name, settings))
     images, mask = torch.randn(3, 3, *SIZE), torch.rand(3, *GRID) < 0.4
@@ -464,6 +467,7 @@ def test_reconstruction_errors_are_reported(make_vit):
         REDUCING[0],
         REDUCING[2],
         ("tome", {"r": 3}),
+        ("diffrate", {"target": 0.7, "granularity": 2}),
         ("strided_convolution", {"layers": [1]}),
         ("algm", {"threshold": 0.3}),
     ],
@@ -528,9 +532,10 @@ class TestBadInput:
         with pytest.raises(ValueError, match="twice"):
             make_reducer("tome", tiny_vit, layers=[1, 1])
 
-    def test_class_token(self, make_vit):
-        with pytest.raises(ValueError, match=r"no class token.*power_bert"):
-            make_reducer("evit", make_vit(class_token=False, global_pool="avg"))
+    @pytest.mark.parametrize(("name", "other"), [("evit", "power_bert"), ("diffrate", "pitome")])
+    def test_class_token(self, make_vit, name, other):
+        with pytest.raises(ValueError, match=rf"no class token.*{other}"):
+            make_reducer(name, make_vit(class_token=False, global_pool="avg"))
 
     @pytest.mark.parametrize(
         ("name", "settings", "match"),
@@ -543,6 +548,12 @@ class TestBadInput:
             ("tome", {"inflect": 2}, "inflect=2"),
             ("tome", {"order": "pictures"}, "nearest is 'picture'"),
             ("evit", {"warmup": 0.5, "ramp_end": 0.3}, r"ramp_end=0.3 lies outside \[0.5, 1\]"),
+            ("diffrate", {"target": 1.2}, r"target=1.2 lies outside \(0, 1\]"),
+            ("diffrate", {"target": 0.3}, r"target=0.3 cannot be met: layers=\[1, 2\].*share of 0.5\d+ of the dense"),
+            ("diffrate", {"granularity": 0}, "granularity=0: .*1 to 64"),
+            ("diffrate", {"numbers": [[9, 8], [7]]}, r"numbers=.*two lists, P and M, for the layers \[1, 2\]"),
+            ("diffrate", {"numbers": [[65, 8], [7, 6]]}, "numbers=.*65 of 64 patch tokens; .*use 4 to 64"),
+            ("diffrate", {"numbers": [[9, 8], [7, 3]]}, "numbers=.*3 of 64.*with granularity=4"),
             ("grid", {"stride": 0}, "stride=0"),
             ("strided_convolution", {"stride": 1.5}, "stride=1.5"),
             ("algm", {"threshold": float("nan")}, "threshold=nan"),

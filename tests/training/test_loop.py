@@ -236,6 +236,7 @@ def test_watch_sees_each_epoch_and_may_stop_the_run(tmp_path):
         {"gating": "apt", "coarse_lr": 1e-2, "rule_settings": {"thresholds": [5.5, 5.0]}},
         {"coarse_embed": "apt", "lr": 0.0},
         {"gating": "fine", "reducer": "dynamicvit", "reducer_settings": {"keep": 0.5}},
+        {"reducer": "diffrate", "freeze": 1, "reducer_lr": 0.01, "reducer_settings": {"layers": [0, 1, 2]}},
         {"loss": "l0", "trim": "none", "distill": 1.0, "layer_decay": 0.8},
         {"mixup": 0.5, "cutmix": 0.5, "smoothing": 0.1, "ema": 0.9, "accumulate": 3, "schedule": "poly"},
         {"precision": "bf16", "budget": "coarse", "control": "none", "calibrate": True, "temperature_end": 0.1},
