@@ -24,9 +24,9 @@ def per_picture(
 ) -> tuple[Columns, dict[str, int]]:
     """Return what is found in each readable picture of a loader, float64, and the numbers of pictures.
 
-    Beside what `count` finds these are macs (a share of the dense backbone's), tokens, coarse (a share of the regions)
-    and, for built-in scenes, how many regions show the object or do not, and are fine. Other arguments are those of
-    `evaluate`.
+    Beside what `count` finds these are macs (a share of the dense backbone's), tokens, coarse (a share of the regions),
+    of a gate decided (the share of regions whose soft m is below 1/4 or above 3/4) and, for built-in scenes, how many
+    regions show the object or do not, and are fine. Other arguments are those of `evaluate`.
     """
     device = next(model.parameters()).device
     predict = predict or (lambda images, indices: model.run(images))
@@ -39,6 +39,8 @@ def per_picture(
             columns = count(batch, result) | {"read": indices >= 0, "tokens": result.tokens}
             columns["macs"] = result.macs / model.dense_macs(images.shape[-2:])
             columns["coarse"] = result.coarse.double().mean((1, 2))
+            if result.scores is not None:
+                columns["decided"] = ((result.gates - 0.5).abs() > 0.25).double().mean((1, 2))
             if where_of is not None:
                 where, fine = where_of(indices, model.coarse_patch).to(device), ~result.coarse
                 regions = {"object": where, "fine_object": where & fine, "rest": ~where, "fine_rest": ~where & fine}

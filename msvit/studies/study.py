@@ -34,6 +34,7 @@ SUMMARY_COLUMNS = {  # of runs, and their titles with the units
     "macs": "MACs (% of dense)",
     "tokens": "tokens",
     "coarse": "coarse regions (%)",
+    "decided": "decided gates (%)",
     "fine_object": "fine where the object is (%)",
     "fine_rest": "fine elsewhere (%)",
     "pictures_per_s": "pictures/s",
