@@ -12,13 +12,13 @@ from .budget import Budget, choose_gate
 from .build import build, load_data
 from .files import RunError
 from .recipe import Recipe, RecipeError
-from .teach_gate import STEPS, divergence, teach_gate
+from .teach_gate import divergence, teach_gate
 
 COMPARED_RULES = ("random", "entropy")  # what a gate has to beat at the same MACs
 
 
 def fit_gate(
-    recipe: Recipe, folder: str | Path, by: str = "utility", steps: int = STEPS, progress: bool = True
+    recipe: Recipe, folder: str | Path, by: str = "utility", steps: int = 300, progress: bool = True
 ) -> pd.DataFrame:
     """Teach a new gate for the recipe's model, save both in a folder, and compare it with rules at the same MACs.
 
@@ -26,7 +26,7 @@ def fit_gate(
 
     Args:
         by: The teacher, see `msvit.training.teach_gate`.
-        steps: Of the gate's training.
+        steps: Batches that the teacher "utility" takes.
 
     Returns:
         A row for each way to decide: `accuracy` (where the pictures' classes are as many as the model's), `agreement`

@@ -38,7 +38,7 @@ from .objectives import Gated, Objective
 from .recipe import Recipe, RecipeError
 from .runs import Run, RunFolder, read
 from .stage import Stage
-from .teach_gate import teach_gate
+from .teach_gate import STEPS, teach_gate
 
 CURVE = 50  # points of an epoch's loss curve that are kept
 Watch = Callable[[dict[str, Any]], None] | None  # what is called with a line of metrics
@@ -146,11 +146,12 @@ class Trainer:
             self.records.finish(self._summary())
 
     def _start_gate(self):
-        """Give a gate that is new its warm start; each process computes the same."""
+        """Give a gate that is new its warm start, in twice the stage's batches at most; the same in each process."""
         gating, training = self.recipe.gating, self.recipe.training
         known = takes_over_gate(self.recipe.model, self.records.path.parent)
         if gating.start != "none" and isinstance(self.model.gate, Gate) and training.gate_lr and not known:
-            teach_gate(self.model, self.loaders, self.budget.rate, gating.start, training.seed)
+            steps = min(STEPS, 2 * training.epochs * self.loaders.steps)
+            teach_gate(self.model, self.loaders, self.budget.rate, gating.start, training.seed, steps, self.progress)
 
     def _epoch(self, stage: Stage, epoch: int):
         """Train and evaluate for an epoch, and make both durable."""
