@@ -24,6 +24,7 @@ PARTS: dict[str, dict[str, Any]] = {
     "learned_gate": {"gating": "random"},
     "pretrained_dense": {},  # the row trains from scratch, for as many epochs in all
     "share_embedding": {"coarse_embed": "own"},
+    "warm_start": {"gate_start": "none"},
     "calibrate": {"calibrate": False},
 }
 MASKS = tuple(name for name in GATINGS if name not in (*LEARNED, "fine"))

@@ -29,7 +29,6 @@ from ..data.loaders import set_epoch
 from ..data.seeds import hashed
 from ..evaluation.evaluate import evaluate
 from ..evaluation.predictions import object_finder
-from ..gating.gate import Gate
 from .budget import choose_gate
 from .build import build, fit_head, load_data, takes_over_gate
 from .environment import environment
@@ -149,7 +148,7 @@ class Trainer:
         """Give a gate that is new its warm start, in twice the stage's batches at most; the same in each process."""
         gating, training = self.recipe.gating, self.recipe.training
         known = takes_over_gate(self.recipe.model, self.records.path.parent)
-        if gating.start != "none" and isinstance(self.model.gate, Gate) and training.gate_lr and not known:
+        if gating.start != "none" and gating.by == "learned" and training.gate_lr and not known:
             steps = min(STEPS, 2 * training.epochs * self.loaders.steps)
             teach_gate(self.model, self.loaders, self.budget.rate, gating.start, training.seed, steps, self.progress)
 

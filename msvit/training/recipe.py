@@ -99,7 +99,7 @@ class GatingSettings(Checked):
     )
     target: float = setting(0.58, "the budget: gate, priors and masks are held to it", "(0, 1)")
     start: str = setting(
-        "none",
+        "utility",
         "what the gate learns alone before the joint stage",
         choices=("none", "detail", "entropy", "utility"),
         flat="gate_start",

@@ -104,8 +104,12 @@ def test_interrupted_within_and_after_frozen_epochs(tmp_path):
     assert weights(run) == weights(whole)
 
 
-def test_two_processes_give_the_curve_of_one(whole, tmp_path):
-    process = torchrun(RECIPE, tmp_path / "two")
+def test_two_processes_give_the_curve_of_one(tmp_path):
+    """The gate starts with lost detail: utility, normalised by what masks cost a model that has learned nothing yet,
+    makes differences of 1e-4 of those of rounding."""
+    recipe = RECIPE.replace(gate_start="detail")
+    whole = train(recipe, tmp_path / "whole", progress=False)
+    process = torchrun(recipe, tmp_path / "two")
     output = process.communicate(timeout=240)[0]
     assert process.returncode == 0, output
     run = runs.read(tmp_path / "two")
