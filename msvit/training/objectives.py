@@ -138,7 +138,7 @@ class Gated(Objective):
 
     A picture's label hangs on each of its regions, a pixel's on its own alone: in dense tasks, whose loss is a mean
     over pixels, the task pulls at a gate less by as much as there are regions, and so does the gate loss unless
-    `loss_weight` says otherwise. The budget is the controller's to hold.
+    `loss_weight` says otherwise. The threshold meets the budget afterwards, or a controller holds it meanwhile.
 
     A quota holds its own: it has neither controller nor gate loss but, in dense tasks, that of the label maps.
 
