@@ -34,11 +34,12 @@ def in_repo(path: str) -> Path:
     return (root if (root / "notebooks").is_dir() else Path.cwd()) / path
 
 
-def guard(names: MutableMapping[str, Any], **rules: str | Iterable) -> None:
+def guard(names: MutableMapping[str, Any], may_be_empty: Iterable[str] = (), **rules: str | Iterable) -> None:
     """Convert the parameters in a notebook's globals in place, or raise a ParameterError.
 
     Args:
         names: `globals()` of the notebook, right after its cell of annotated defaults.
+        may_be_empty: Lists with a rule that may have no value at all.
         rules: For a parameter, the interval it lies in (such as "(0, 1)"), or the values it may have; for a list,
             what each of its elements must fulfil.
     """
@@ -50,7 +51,8 @@ def guard(names: MutableMapping[str, Any], **rules: str | Iterable) -> None:
     known_settings("this notebook", dict.fromkeys(injected(names.get("In", []))), kinds, ParameterError)
     for name, kind in kinds.items():
         names[name] = convert(name, names[name], kind)
-        check(name, names[name], rules.get(name))
+        if names[name] or name not in may_be_empty:
+            check(name, names[name], rules.get(name))
 
 
 def injected(cells: list[str]) -> list[str]:

@@ -142,3 +142,12 @@ def test_rules_and_defaults_must_fit():
     with pytest.raises(ParameterError, match="no annotated defaults"):
         guard({})
     guard(notebook(), target="(0, 1)", losses=("gbas",), seeds="[1, inf)", weight="[0, inf)")
+
+
+def test_only_some_lists_may_be_empty():
+    names = {"__annotations__": {"masks": list[str], "losses": list[str]}, "masks": [], "losses": ["gbas"]}
+    guard(names, may_be_empty=["masks"], masks=("random",), losses=("gbas",))
+    with pytest.raises(ParameterError, match="losses is an empty list; give at least one value"):
+        guard(names | {"losses": []}, may_be_empty=["masks"], losses=("gbas",))
+    with pytest.raises(ParameterError, match="masks"):
+        guard(names | {"masks": ["rando"]}, may_be_empty=["masks"], masks=("random",))
