@@ -17,7 +17,7 @@ from .commands import print_error
 from .training.files import RunError, RunWarning
 from .training.recipe import FIELDS, GROUPS, RecipeError, parse
 
-TEACHERS = ("detail", "entropy", "utility")
+TEACHERS = FIELDS["gate_start"].field.metadata["choices"][1:]  # all but none
 FITTED = ("model", "checkpoint", "pretrained", "scale", "data", "size", "batch", "val_n", "workers")
 FITTED += ("target", "seed", "device")  # settings of a recipe that fit-gate takes
 

@@ -147,8 +147,8 @@ class Trainer:
     def _start_gate(self):
         """Give a gate that is new its warm start, in twice the stage's batches at most; the same in each process."""
         gating, training = self.recipe.gating, self.recipe.training
-        known = takes_over_gate(self.recipe.model, self.records.path.parent)
-        if gating.start != "none" and gating.by == "learned" and training.gate_lr and not known:
+        starts = gating.start != "none" and gating.by == "learned" and training.gate_lr
+        if starts and not takes_over_gate(self.recipe.model, self.records.path.parent):
             steps = min(STEPS, 2 * training.epochs * self.loaders.steps)
             teach_gate(self.model, self.loaders, self.budget.rate, gating.start, training.seed, steps, self.progress)
 

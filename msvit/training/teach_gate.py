@@ -89,7 +89,7 @@ def _utility_losses(model: MSViT, loaders: Loaders, rate: float) -> Iterator[Ten
 def divergence(dense: Tensor, other: Tensor) -> Tensor:
     """Return KL(dense || other) of the answers `[B, K]` or, as a mean over the pixels, `[B, K, H, W]`, `[B]`."""
     p, q = dense.float().log_softmax(1), other.float().log_softmax(1)
-    return (p.exp() * (p - q)).sum(1).flatten(1).mean(1) if p.dim() > 2 else (p.exp() * (p - q)).sum(1)
+    return F.kl_div(q, p, reduction="none", log_target=True).sum(1).reshape(len(p), -1).mean(1)
 
 
 def _descend(gate: nn.Module, losses: Iterator[Tensor], steps: int, progress: bool):
