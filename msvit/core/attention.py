@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .precision import in_full
+
 PART = 1024  # rows
 
 
@@ -177,7 +179,7 @@ def attend_watched(
         if not learned:
             out.append(part.unpad((a @ v_).transpose(1, 2)))
         a = a.detach() if count is None else a.detach() * (count > 0)[:, None, :, None]
-        received.append(part.unpad(_wide(a).sum(2).mean(1)))
+        received.append(part.unpad(in_full(a).sum(2).mean(1)))
     return attend(layout, q, k, v, weight) if learned else torch.cat(out), torch.cat(received)
 
 
@@ -189,18 +191,13 @@ def attention_of_first(layout: Layout, q: Tensor, k: Tensor, weight: Tensor | No
     shares = []
     for part, q_, k_, w_ in _groups(layout, q, k, weight):
         first, keys = q_[part.ends[:-1]][:, :, None], part.pad(k_).permute(0, 2, 3, 1)
-        s = _wide((first * first.shape[-1] ** -0.5) @ keys)
+        s = in_full((first * first.shape[-1] ** -0.5) @ keys)
         w = part.pad(torch.ones_like(k_[:, 0, 0]) if w_ is None else w_).to(s.dtype)[:, None, None]
         e = (s - s.detach().masked_fill(w <= 0, -torch.inf).amax(-1, keepdim=True)).clamp(max=10).exp()
         most = WeightedAttention.MOST * (w * e).sum(-1, keepdim=True).detach()
         a = w * torch.where(w > 0, e, e.minimum(most))
         shares.append(part.unpad((a / a.sum(-1, keepdim=True)).mean(1)[:, 0]))
     return torch.cat(shares)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """Return float64 as it is, and all else in float32."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _groups(layout: Layout, *rows: Tensor | None):
@@ -217,7 +214,7 @@ def _shares(layout: Layout, q: Tensor, k: Tensor, weight: Tensor | None) -> tupl
     s = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     if weight is None and layout.uniform:
         return s.softmax(-1), None
-    rows = layout.picture.new_ones(len(layout.picture)).float() if weight is None else _wide(weight)
+    rows = layout.picture.new_ones(len(layout.picture)).float() if weight is None else in_full(weight)
     count = layout.pad(rows)
     log = count.to(torch.promote_types(count.dtype, s.dtype)).log()
     return (s + log[:, None, None].to(s.dtype)).softmax(-1), count
@@ -243,7 +240,7 @@ class WeightedAttention(torch.autograd.Function):
     def _scores(q: Tensor, k: Tensor) -> Tensor:
         """Return s, in float32 or better."""
         s = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        return s if s.dtype == torch.float64 else s.float()
+        return in_full(s)
 
     @staticmethod
     def forward(ctx, q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:

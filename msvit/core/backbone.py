@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .attention import Layout, attend
 from .candidates import Candidates
+from .precision import in_full
 from .tokens import Tokens
 
 POOLS = ("token", "avg", "avgmax", "max", "map")
@@ -76,8 +77,7 @@ def resized(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Te
     """Return positions `[h w, C]` on another grid, bicubic with antialias: timm's resize, but float64 stays float64."""
     if tuple(old) == tuple(new):
         return positions
-    wide = positions if positions.dtype == torch.float64 else positions.float()
-    grid = F.interpolate(wide.T.unflatten(1, old)[None], new, mode="bicubic", antialias=True)
+    grid = F.interpolate(in_full(positions).T.unflatten(1, old)[None], new, mode="bicubic", antialias=True)
     return grid[0].flatten(1).T.to(positions.dtype)
 
 

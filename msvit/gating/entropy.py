@@ -9,6 +9,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from ..checks import in_interval, one_of
+from ..core.precision import in_full
 from ..core.tokens import patchify
 from .base import Rule, Scores
 
@@ -71,7 +72,7 @@ class Entropy(Rule):
     def score(self, images: Tensor, grid: tuple[int, int]) -> Scores:
         if len(self.mean) != images.shape[1]:
             raise ValueError(f"mean={self.mean} for pictures of {images.shape[1]} channels; give one number for each")
-        wide = images if images.dtype == torch.float64 else images.float()
+        wide = in_full(images)
         pictures = wide * wide.new_tensor(self.std)[:, None, None] + wide.new_tensor(self.mean)[:, None, None]
         levels, scores = grey_bins(pictures, self.bins), []
         for i, threshold in enumerate(self.thresholds):

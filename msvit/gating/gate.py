@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from ..core.precision import in_full
 from ..core.sampling import add_logistic_noise, straight_through
 from ..core.tokens import patchify
 
@@ -54,11 +55,6 @@ class Decider(nn.Module):
         """Return m, and the decisions with its gradient: m above the threshold, which is 1/2 while training."""
         soft = self.soften(scores)
         return soft, straight_through(soft, 0.5 if self.training else threshold)
-
-
-def in_full(scores: Tensor) -> Tensor:
-    """Return scores in float32, or in float64 where they are."""
-    return scores if scores.dtype == torch.float64 else scores.float()
 
 
 class Gate(Decider, PyTorchModelHubMixin):

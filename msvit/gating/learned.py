@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..checks import in_interval
+from ..core.precision import in_full
 from ..core.sampling import add_logistic_noise, with_gradient_of
 from ..core.tokens import patchify
-from .gate import Decider, Gate, in_full
+from .gate import Decider, Gate
 
 
 class Quota(Gate):

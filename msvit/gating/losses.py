@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..checks import in_interval, known_settings, one_of
 from ..core.gather import global_batch
+from ..core.precision import in_full
 from .beta import beta_cdf
 from .cdf import GRADIENTS, TIES, cvm, normal_cdf, relaxed_bernoulli_cdf, route
 
@@ -127,7 +128,7 @@ class GateLoss(nn.Module):
                 f"gates are {gates.dtype} {list(gates.shape)}; expected floats [B, {self.grid[0]}, {self.grid[1]}] "
                 "(another picture size has another grid: make the loss for `model.grid(images.shape[-2:])`)"
             )
-        gates = global_batch(gates if gates.dtype == torch.float64 else gates.float())
+        gates = global_batch(in_full(gates))
         in_interval("gates", gates, "[0, 1]")
         return self.distance(gates)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..checks import one_of
 from ..core.blocks import run_blocks
+from ..core.precision import in_full
 from ..core.tokens import Tokens
 from .base import Reducer, merge
 from .pruning import groups_by_cell
@@ -175,4 +176,4 @@ def training_threshold(model: nn.Module, loader: Iterable, window: int = 2) -> f
 def _unit(tokens: Tokens) -> Tensor:
     """Return the embeddings as unit vectors, in float32 or better: rounding would decide what is alike."""
     x = tokens.x.detach()
-    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+    return F.normalize(in_full(x), dim=-1)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.attention import Layout
+from ..core.precision import in_full
 from ..core.tokens import Tokens
 
 
@@ -218,7 +219,7 @@ def merge(
     def add(rows: Tensor) -> Tensor:
         return rows.new_zeros(total, *rows.shape[1:]).index_add(0, into, rows)
 
-    wide = tokens.x if tokens.x.dtype == torch.float64 else tokens.x.float()
+    wide = in_full(tokens.x)
     weight = weight.to(wide.dtype)
     share, activity = add(weight), tokens.activity
     empty = share <= 0

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 from ..checks import in_interval
 from ..core.macs import block_costs, classifier_macs, embedding_macs
+from ..core.precision import in_full
 from ..core.sampling import with_gradient_of
 from ..core.tokens import Tokens
 from .base import Reducer, Teacher, merge, ranked, top_rows
-from .dynamicvit import wide
 from .tome import most_similar
 
 GMACS_OF_DEIT_SMALL = 4.6
@@ -208,7 +208,7 @@ class DiffRate(Reducer):
     @staticmethod
     def _merged(tokens: Tokens, active: Tensor, source: Tensor, target: Tensor) -> Tensor:
         """Return the rows, in targets the mean with their sources, weighted by the gate's part of the activity."""
-        x = wide(tokens.x)
+        x = in_full(tokens.x)
         own = (tokens.activity.where(active, 1.0) / tokens.policy.where(active, 1.0)).to(x.dtype)
         more = torch.zeros_like(own).index_add(0, target, own[source])
         sums = (x * own[:, None]).index_add(0, target, x[source] * own[source][:, None])
@@ -297,4 +297,4 @@ def tilted(numbers: Tensor, candidates: Tensor) -> Tensor:
 
 def _sizes(tokens: Tokens) -> Tensor:
     """Return the tokens' sizes, in float32 or better."""
-    return wide(torch.ones_like(tokens.x[:, 0])) if tokens.size is None else tokens.size
+    return in_full(torch.ones_like(tokens.x[:, 0])) if tokens.size is None else tokens.size

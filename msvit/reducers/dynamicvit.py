@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from ..checks import in_interval
 from ..core.attention import Layout
 from ..core.macs import linear_macs
+from ..core.precision import in_full
 from ..core.sampling import add_logistic_noise, straight_through
 from ..core.tokens import Tokens
-from .base import Keeping, Reducer, Teacher, patch_rows
+from .base import Keeping, Reducer, Teacher, patch_rows, ranked
 
 
 class Predictor(nn.Module):
@@ -34,7 +35,7 @@ class Predictor(nn.Module):
         local, rest = self.local(x).chunk(2, 1)
         kept = kept.to(rest.dtype)[:, None]
         mean = layout.sum(rest * kept) / layout.sum(kept).clamp(min=1e-6)
-        out = wide(self.out(torch.cat([local, mean.index_select(0, layout.picture)], 1)))
+        out = in_full(self.out(torch.cat([local, mean.index_select(0, layout.picture)], 1)))
         return out[:, 0] - out[:, 1]
 
 
@@ -122,12 +123,12 @@ class DynamicViT(Keeping):
             soft = torch.sigmoid(add_logistic_noise(logits))
             keep = straight_through(soft)
             return keep + (_best(layout, soft.where(present, -1.0)) * (1 - keep)).detach()
-        ranked = logits.masked_fill(~present, -torch.inf)
+        logits = logits.masked_fill(~present, -torch.inf)
         if left is None:
-            above = torch.sigmoid(ranked) > self.threshold
-            return above.to(logits.dtype).maximum(_best(layout, ranked))
+            above = torch.sigmoid(logits) > self.threshold
+            return above.to(logits.dtype).maximum(_best(layout, logits))
         counts = torch.tensor(left, device=logits.device)[:, None] - self.prefix
-        order = layout.pad(ranked, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+        order = ranked(layout, logits)
         first = torch.arange(order.shape[1], device=order.device) < counts
         return layout.unpad(torch.zeros_like(first).scatter(1, order, first)).to(logits.dtype)
 
@@ -153,7 +154,7 @@ class DynamicViT(Keeping):
         if self.needs_teacher and teacher is None:
             raise ValueError("DynamicViT learns from a dense teacher; give it, or set kl_weight=0 and token_weight=0")
         if self.weights["kl"]:
-            student, dense = (wide(x).log_softmax(1) for x in (result.logits, teacher.logits))
+            student, dense = (in_full(x).log_softmax(1) for x in (result.logits, teacher.logits))
             terms["kl"] = self.weights["kl"] * F.kl_div(student, dense, reduction="batchmean", log_target=True)
         if self.weights["tokens"]:
             terms["tokens"] = self.weights["tokens"] * token_distance(result.final, teacher.tokens)
@@ -163,16 +164,11 @@ class DynamicViT(Keeping):
 def token_distance(tokens: Tokens, dense: Tensor) -> Tensor:
     """Return the mean over kept tokens of (x - t)², t the mean of the dense tokens `[B, H_f, W_f, C]` under one."""
     seen = tokens.where >= 0
-    rows, x = tokens.where[seen], wide(tokens.x)
+    rows, x = tokens.where[seen], in_full(tokens.x)
     sums = torch.zeros_like(x).index_add(0, rows, dense[seen].to(x.dtype))
     count = sums.new_zeros(len(sums)).index_add(0, rows, sums.new_ones(len(rows)))
     here = count > 0
     return (x[here] - sums[here] / count[here][:, None]).square().mean()
-
-
-def wide(x: Tensor) -> Tensor:
-    """Return a tensor in float32 or better."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _best(layout: Layout, scores: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..core.precision import in_full
 from ..core.tokens import Tokens
 from .base import Keeping
 from .tome import merge_by_size
@@ -72,7 +73,7 @@ def match_energy(keys: Tensor, present: Tensor, pairs: Tensor, margin: float, al
         present: `[B, N]`, where there is a token.
         pairs: `[B]`, how many tokens shall merge into others.
     """
-    keys = F.normalize(keys if keys.dtype == torch.float64 else keys.float(), dim=-1)
+    keys = F.normalize(in_full(keys), dim=-1)
     with torch.autocast(keys.device.type, enabled=False):
         similarity = keys @ keys.transpose(1, 2)
     energies = energy(similarity, present, margin, alpha).masked_fill(~present, -torch.inf)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..checks import one_of
 from ..core.attention import Layout
+from ..core.precision import in_full
 from ..core.tokens import Tokens
 from .base import Keeping, merge
 
@@ -153,7 +154,7 @@ def kmedoids(x: Tensor, weight: Tensor, start: Tensor, beyond: Tensor | None, it
 
 def _products(x: Tensor) -> Tensor:
     """Return x_i . x_j, `[B, N, N]`, in float32 or better: rounding would decide who is nearest."""
-    x = x if x.dtype == torch.float64 else x.float()
+    x = in_full(x)
     with torch.autocast(x.device.type, enabled=False):
         return x @ x.transpose(1, 2)
 

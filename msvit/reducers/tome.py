@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..checks import in_interval, one_of
 from ..core.attention import Layout
+from ..core.precision import in_full
 from ..core.tokens import Tokens
 from .base import Reducer, merge
 
@@ -122,7 +123,7 @@ def match(keys: Tensor, merging: Tensor, r: Tensor) -> Tensor:
         merging: `[B, N]`, the tokens that may merge.
         r: `[B]`, how many shall.
     """
-    keys = F.normalize(keys if keys.dtype == torch.float64 else keys.float(), dim=-1)
+    keys = F.normalize(in_full(keys), dim=-1)
     with torch.autocast(keys.device.type, enabled=False):
         similarity = keys[:, ::2] @ keys[:, 1::2].transpose(1, 2)
     allowed = merging[:, ::2, None] & merging[:, None, 1::2]
@@ -148,7 +149,7 @@ def most_similar(
     """
     sources, given = _rows(layout, order, left, found)
     targets, taken = _rows(layout, order, [first] * len(left), left)
-    x = F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+    x = F.normalize(in_full(x), dim=-1)
     with torch.autocast(x.device.type, enabled=False):
         similarity = x[sources] @ x[targets].transpose(1, 2)
     cosine, best = similarity.masked_fill(~taken[:, None], -torch.inf).max(2)
