@@ -6,10 +6,11 @@ RUN := .venv/bin/python -m
 # Threads that wait without spinning: where other programs share the cores, spinning ones slow everything manyfold.
 export OMP_WAIT_POLICY ?= passive
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
-# Notebooks first: they are the longest, and tests fill what room is left on the other cores.
-NBVAL := $(if $(NOTEBOOKS),notebooks tests --nbval-lax --nbval-current-env --nbval-cell-timeout=1800)
+# Notebooks that train much at their defaults are run smaller, by tests/notebooks.
+NBVAL := $(if $(NOTEBOOKS),$(addprefix notebooks/,$(addsuffix .ipynb,ablation gate_explorer tradeoff report)) tests \
+    --nbval-lax --nbval-current-env --nbval-cell-timeout=1800)
 INSTALL = $(@D)/bin/python -m pip install --disable-pip-version-check --no-input -c $(LOCK) -e '.[all]'
-WORKERS := -n auto --maxprocesses 4 --dist loadfile
+WORKERS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 CORE := $(addprefix tests/,core gating reducers models data evaluation training)
 
 .DEFAULT_GOAL := help

@@ -18,6 +18,16 @@ if not torch.cuda.is_available():  # several CUDA kernels, attention's among the
     torch.use_deterministic_algorithms(True)  # also fills torch.empty with NaN, which shows what is read unset
 
 
+LONG = ("notebook", "browser", "long")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest come first, so that quick tests fill what room is left on the other cores."""
+    marked = {mark: {item.path for item in items if item.get_closest_marker(mark)} for mark in LONG}
+    marked["notebook"] |= {item.path for item in items if item.path.suffix == ".ipynb"}
+    items.sort(key=lambda item: [item.path not in marked[mark] for mark in LONG])
+
+
 @pytest.fixture(autouse=True)
 def seed():
     """The same random numbers in every test, whichever ran before."""

@@ -1,8 +1,13 @@
 """What several test files share: pictures on disk, models to compare, and checks that more than one makes."""
 
 import io
+import json
 import struct
+import subprocess
+import sys
 import zlib
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +26,31 @@ from msvit.explorer.sources import SceneSource
 from msvit.explorer.state import run_backbone, run_gate
 from msvit.models.heads import SegmentationHead
 from msvit.reducers.registry import make_reducer
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+
+
+def cells_of(notebook: str) -> Iterator[tuple[str, bool]]:
+    """The sources of a notebook's code cells, and whether each is the one with the parameters."""
+    for cell in json.loads((NOTEBOOKS / f"{notebook}.ipynb").read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            yield "".join(cell["source"]), "parameters" in cell["metadata"].get("tags", ())
+
+
+def papermill(notebook, to, /, *typed, **parameters):
+    """Run a notebook as a user does: `-p` for each parameter, `typed` as it is."""
+    words = [word for key, value in parameters.items() for word in ("-p", key, str(value))]
+    program = [sys.executable, "-m", "papermill", "--no-progress-bar"]
+    command = [*program, str(NOTEBOOKS / f"{notebook}.ipynb"), str(to), *words, *typed]
+    return subprocess.run(command, capture_output=True, text=True, timeout=400, cwd=to.parent)
+
+
+def run_small(notebook, folder, /, *typed, **parameters):
+    """Run a notebook into `folder/runs` and `folder/out`, and return the latter."""
+    folders = {"runs": folder / "runs", "out": folder / "out"}
+    done = papermill(notebook, folder / "out.ipynb", *typed, **folders | parameters)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folders["out"]
 
 
 def write_folder(root, train=6, val=3, classes=("cat", "dog"), size=(40, 30)):

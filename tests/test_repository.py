@@ -18,7 +18,7 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 EXTRAS = PROJECT["project"]["optional-dependencies"]
-WORKERS = "-n auto --maxprocesses 4 --dist loadfile"
+WORKERS = "-n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder"
 LINES = 300  # a file of the package that grows beyond is two ideas
 FOREIGN = {
     "names a package index": re.compile("pypi" + r"\.org|python" + r"hosted|--(?:extra-)?index-" + r"url\b"),
