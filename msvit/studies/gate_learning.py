@@ -9,6 +9,9 @@ A gate that knows ranks the regions by −u. What is there to win at all lies be
 a search finds who knows the labels (`best_of_random`, `greedy`): no gate can do better, few can do as well.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
@@ -17,9 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data.loaders import Loaders
+from ..evaluation.predictions import object_finder
 from ..gating.entropy import Entropy
 from ..gating.gate import Decider
 from ..models.msvit import MSViT
+from ..plots.style import PictureStyle
+from ..training.budget import Budget
+from .inspect import open_run
 
 
 class Answer(NamedTuple):
@@ -158,3 +165,74 @@ def winnings(
             "loss_sd": {"random": guessed.loss.mean(0).std().item()},
         }
     ).loc[list(rows)]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What a run's gate has learned, on the first pictures that it is evaluated on.
+
+    Attributes:
+        images: Normalised, `[B, 3, H, W]`.
+        gates: Soft decisions, `[B, h, w]`.
+        worth: The loss that each region saves if it stays fine, `[B, h, w]`, all others as the gate ranks them.
+        scores: Of `scores_of`.
+        winnings: Of `winnings`.
+        pulls: Of `gradient_signal`.
+        history: The run's metrics by epoch.
+    """
+
+    images: Tensor
+    gates: Tensor
+    worth: Tensor
+    scores: dict[str, Tensor]
+    winnings: pd.DataFrame
+    pulls: tuple[Tensor, Tensor]
+    history: pd.DataFrame
+    drawing: PictureStyle
+
+    @property
+    def agreement(self) -> dict[str, Tensor]:
+        """Spearman's correlation of the scores, turned round, with the regions' worth, `[B]`, by who gives them."""
+        return {name: rank_correlation(-score, self.worth) for name, score in self.scores.items()}
+
+    def first(self, count: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Return pictures, the worth of their regions, and the scores."""
+        return self.images[:count], self.worth[:count], {name: score[:count] for name, score in self.scores.items()}
+
+
+def measure(folder: Path, pictures: int = 64, draws: int = 200) -> Learned:
+    """Return what a finished run's gate has learned."""
+    run, model, loaders = open_run(folder)
+    batches, count = [], 0
+    for batch in loaders.val:
+        batches.append([part[: pictures - count] for part in batch])
+        count += len(batches[-1][0])
+        if count >= pictures:
+            break
+    images, targets, indices = (torch.cat(part) for part in zip(*batches, strict=True))
+    where = object_finder(loaders.val)
+    scores = scores_of(model, loaders, images, where(indices, model.coarse_patch) if where else None)
+    budget = Budget(model, images.shape[-2:], run.recipe.gating)
+    n_coarse = round(budget.rate * scores["gate"][0].numel())
+    with torch.no_grad():
+        gates = model.decide(images).soft
+    return Learned(
+        images=images,
+        gates=gates,
+        worth=flips(model, images, targets, highest(scores["gate"], n_coarse)),
+        scores=scores,
+        winnings=winnings(model, images, targets, scores, n_coarse, draws),
+        pulls=gradient_signal(model, images, targets),
+        history=pd.DataFrame(run.metrics).query("stage == 'gated'"),
+        drawing=PictureStyle(model.coarse_patch, model.scale, loaders.mean, loaders.std),
+    )
+
+
+def measure_runs(folder: Path, rows: pd.DataFrame, pictures: int = 64, draws: int = 200) -> dict[str, Learned]:
+    """Return `measure` of each row's run, by the names of the methods."""
+    return {row["method"]: measure(folder / row["run"], pictures, draws) for _, row in rows.iterrows()}
+
+
+def joined(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """Return tables one below another, their names in front."""
+    return pd.concat(tables, names=["model", "who chooses"])

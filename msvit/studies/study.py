@@ -122,11 +122,8 @@ def reducer_rows(names: Iterable[str], base: Recipe) -> list[StudyRow]:
 
 def typed_rows(texts: Iterable[str]) -> list[StudyRow]:
     """Return a row for each text of settings, as in "control=bias gate_lr=1e-2", which is its name too."""
-    pairs = ([part.partition("=") for part in text.split()] for text in texts)
-    return [
-        StudyRow(text, {name: parse(name, value) for name, _, value in row})
-        for text, row in zip(texts, pairs, strict=True)
-    ]
+    pairs = {text: [part.partition("=") for part in text.split()] for text in texts}
+    return [StudyRow(text, {name: parse(name, value) for name, _, value in row}) for text, row in pairs.items()]
 
 
 def without(parts: list[str]) -> StudyRow:
