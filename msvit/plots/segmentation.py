@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..data import IGNORE
-from .style import COLOURS, PICTURE_GRID, VERMILION, PictureStyle, draw_means
+from .looks import draw_means
+from .style import COLOURS, PICTURE_GRID, VERMILION, PictureStyle
 
 
 def quality(table: pd.DataFrame) -> Figure:
