@@ -1,7 +1,5 @@
 """The controls of the explorer's page: what there is to choose, to slide, to press, and how it is laid out."""
 
-from collections.abc import Iterable
-
 import ipywidgets as widgets
 
 from . import export
@@ -13,15 +11,18 @@ from .widgets import WRAP
 THRESHOLD_STEPS = 256
 BRUSHES = {"coarse": 1, "fine": 0, "as the gate": UNPAINTED}
 TOOLS = {"strokes": "stroke", "rectangles": "rectangle"}
-_LONG = {"style": {"description_width": "72px"}, "layout": {"flex": "1 1 240px", "min_width": "220px", "width": "auto"}}
+_LONG = {"style": {"description_width": "84px"}, "layout": {"flex": "1 1 240px", "min_width": "220px", "width": "auto"}}
 
 
 class Controls:
-    """All controls, without what they do."""
+    """All controls, without what they do.
 
-    def __init__(self, models: Iterable[str], shown: tuple[str, str], sources: list[str], source: str, budget: float):
-        models = list(models)
-        beside = [("nothing", ""), *((name, name) for name in models)]
+    Models are titles for people -> what `load_model` calls them.
+    """
+
+    def __init__(self, models: dict[str, str], shown: tuple[str, str], sources: list[str], source: str, budget: float):
+        models = list(models.items())
+        beside = [("nothing", ""), *models]
         self.model = widgets.Dropdown(options=models, value=shown[0], description="Model", **_LONG)
         self.second = widgets.Dropdown(options=beside, value=shown[1], description="Beside it", **_LONG)
         self.source = widgets.Dropdown(options=sources, value=source, description="Pictures", **_LONG)
@@ -35,8 +36,10 @@ class Controls:
         self.folder = widgets.Text(description="Folder", continuous_update=False, **_LONG)
         self.folder.placeholder = "a folder of pictures, then Enter"
         self.upload = _upload("Upload pictures", "image/*", multiple=True)
-        self.brush = widgets.ToggleButtons(options=BRUSHES, description="Paint", style=_toggles("92px"))
-        self.tool = widgets.ToggleButtons(options=TOOLS, description="in", style=_toggles("86px", "24px"))
+        self.brush, self.tool = (
+            widgets.ToggleButtons(options=options, style={"button_width": "110px"}, layout={"width": "max-content"})
+            for options in (BRUSHES, TOOLS)
+        )
         self.width = widgets.BoundedIntText(1, 1, 16, description="Brush", layout={"width": "110px"})
         self.width.tooltip = "regions that the brush is wide"
         self.width.style.description_width = "44px"
@@ -47,7 +50,7 @@ class Controls:
         lines = (
             (self.model, self.second, self.source, self.picture),
             (self.threshold, self.budget, self.layer, self.folder, self.upload),
-            (self.brush, self.tool, self.width, self.undo, self.redo, self.clear),
+            (widgets.Label("Paint"), self.brush, self.tool, self.width, self.undo, self.redo, self.clear),
             (self.save_mask, self.load_mask, self.save_png, self.save_svg),
         )
         tools = widgets.HBox([widgets.HBox(line, layout=WRAP) for line in lines[2:]], layout=WRAP)
@@ -61,7 +64,3 @@ def _button(name: str, width: str = "96px") -> widgets.Button:
 
 def _upload(name: str, accept: str, multiple: bool) -> widgets.FileUpload:
     return widgets.FileUpload(accept=accept, multiple=multiple, description=name, layout={"width": "auto"})
-
-
-def _toggles(width: str, description: str = "40px") -> dict[str, str]:
-    return {"button_width": width, "description_width": description}

@@ -137,7 +137,7 @@ def figures_html(state: State) -> str:
     """Return the figures of a state for the screen."""
     n = state.numbers()
     predicted, known = map(html.escape, prediction_and_truth(n))
-    note = f"<br>{html.escape(n['note'])}" if n["note"] else ""
+    note = f" · {html.escape(n['note'])}" if n["note"] else ""
     parts = [
         f'<b class="msvit-prediction">{predicted}</b> {known}',
         f'<b class="msvit-tokens">{n["tokens"]}</b> {tokens_text(n)}',

@@ -20,6 +20,7 @@ from ..gating.learned import Quota
 from ..models.msvit import MSViT
 from ..models.shipped import card, load, shipped
 from ..training.files import RunError
+from ..training.names import short_name
 from ..training.runs import read_recipe
 
 # What loading a folder raises that holds no model, or one of another version.
@@ -104,6 +105,15 @@ def find_models(runs: str | Path) -> list[str]:
     return [*shipped(), *sorted(found), "deit_tiny_patch16_224"]
 
 
+def title_of(name: str, folder: Path) -> str:
+    """Return what people read of a model: of a run its short name, of others the name that they go by."""
+    home = folder.parent if folder.name == "dense" else folder
+    try:
+        return short_name(read_recipe(home)) + (" · dense stage" if home != folder else "")
+    except RunError:
+        return name
+
+
 def suited_to(source: str) -> str:
     """Return the shipped model for the pictures of a source: that of the scenes, or of photographs if it is there."""
     return "photo" if not source.startswith("scenes") and "photo" in shipped() else "scenes"
@@ -134,12 +144,12 @@ def load_model(name: str, runs: str | Path) -> LoadedModel:
 
 def _load_folder(name: str, folder: Path) -> LoadedModel:
     """Load a folder's model, with the classes and the normalisation of the data that its run was trained on."""
-    loaded = LoadedModel.of(name, MSViT.from_pretrained(folder, fast_cpu=True))
     home = folder.parent if folder.name == "dense" else folder
     try:
         recipe = read_recipe(home)
     except RunError:  # a checkpoint without a run
-        return loaded
+        return LoadedModel.of(name, MSViT.from_pretrained(folder, fast_cpu=True))
+    loaded = LoadedModel.of(title_of(name, folder), MSViT.from_pretrained(folder, fast_cpu=True))
     untrained = ""
     if home != folder or not recipe.training.epochs:
         untrained = "the dense stage: its gate is untrained"

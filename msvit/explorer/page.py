@@ -15,7 +15,7 @@ from traitlets import dlink
 from ..models.shipped import shipped
 from . import export
 from .controls import THRESHOLD_STEPS, Controls
-from .models import LoadedModel, ModelError, find_models, load_model, suited_to
+from .models import LoadedModel, ModelError, find_models, load_model, suited_to, title_of
 from .painting import blank, mask_files, read_mask
 from .sources import PictureSource, built_in_sources, folder_source
 from .state import AFTER_TOKENIZER, GatedPicture, State, layer_name, run_gate
@@ -61,7 +61,8 @@ class Explorer(Controls):
         if source not in self.sources:
             self.sources[source] = folder_source(source)
         models = dict.fromkeys([*self._loaded, *find_models(self.runs), *filter(None, self._shown)])
-        super().__init__(models, self._shown, list(self.sources), source, budget)
+        titles = {title_of(name, self.runs / name): name for name in models}
+        super().__init__(titles, self._shown, list(self.sources), source, budget)
         self.picture.options = names = self.sources[source].names()
         self.picture.value = names[0]
         self.rows = [ModelRow(self._act, self._silently) for _ in range(2)]

@@ -70,7 +70,7 @@ class ModelRow:
         self.boxes = {
             title: widgets.VBox(
                 [widgets.HTML(f'<div class="msvit-title">{title}</div>'), self.images.get(title, self.painter)],
-                layout={"max_width": "300px", "margin": "0 12px 0 0"},
+                layout={"max_width": "360px", "margin": "0 12px 0 0"},
             )
             for title in PANELS
         }

@@ -60,9 +60,10 @@ def tradeoff(
         marker = {"color": look.color, "symbol": SYMBOLS[look.marker]}
         group = {"mode": "markers", "legendgroup": method}
         cost, accuracy = runs[x] * factor, runs["accuracy"] * 100
+        hover = runs[["name" if "name" in runs else "run", "seed"]]
         small = {"marker": marker | {"size": 7, "opacity": 0.5}, "showlegend": False}
         text = "%{customdata[0]}<br>seed %{customdata[1]}"
-        add(cost, accuracy, text, customdata=runs[["run", "seed"]], **small, **group)
+        add(cost, accuracy, text, customdata=hover, **small, **group)
         x_bar, y_bar = ({"array": [values.std(ddof=1)], "visible": len(runs) > 1} for values in (cost, accuracy))
         large = {"marker": marker | {"size": 12}, "name": look.name, "error_x": x_bar, "error_y": y_bar}
         add([cost.mean()], [accuracy.mean()], f"{look.name}<br>mean of {len(runs)}", **large, **group)

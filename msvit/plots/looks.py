@@ -43,6 +43,13 @@ LOOKS = {
     "ratio": Look("ratio loss", WINE, "<"),
     "none": Look("no gate loss", ROSE, ">"),
     "controller": Look("controller only", OLIVE, "d"),
+    "without gbas": Look("without GBaS", ORANGE, "v"),  # L0 stands in its place
+    "without trim": Look("without trimming", BLUE, "v"),
+    "without learned gate": Look("without learned gate", SKY, ">"),
+    "without pretrained dense": Look("from scratch", INDIGO, "^"),
+    "without share embedding": Look("own embedding", TEAL, "<"),
+    "without warm start": Look("without warm start", WINE, "v"),
+    "without calibrate": Look("without calibration", OLIVE, "^"),
     "quota": Look("quota", TEAL, "D"),
     "pattern": Look("learned pattern", SAND, "d"),
     "random": Look("random", SKY, "X"),
@@ -71,7 +78,6 @@ _WORDS = (
     (r"(\w+) mask$", r"\1"),
     (r"^gate$", "MSViT"),
     (r"^(dense, )?all coarse$", "coarse"),
-    (r"^without gbas$", "l0"),
 )
 _TAIL = re.compile(r" (at|on) \S+$|, \w*vit_\S+$|, tiny$")  # budget, backbone
 _GATE = re.compile(

@@ -55,7 +55,9 @@ def ranking(table: pd.DataFrame, by: str = "method") -> Figure:
     """Draw the accuracy of each method in a line of its own, the best on top: seeds, their mean, and what it costs."""
     means = table.groupby(by, sort=False)[["accuracy", "macs"]].mean().sort_values("accuracy")
     figure, axes = plt.subplots(figsize=(6.4, 0.9 + 0.3 * len(means)), layout="constrained")
-    for row, (method, look) in enumerate(looks(means.index).items()):
+    look_of = looks(table[by])
+    for row, method in enumerate(means.index):
+        look = look_of[method]
         values = table.loc[table[by] == method, "accuracy"] * 100
         axes.plot(values, [row] * len(values), look.marker, color=look.color, markersize=4, alpha=0.4)
         spread = values.std() if len(values) > 1 else None

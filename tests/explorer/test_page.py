@@ -92,7 +92,7 @@ def test_two_models_side_by_side(explorer):
 
 def test_what_cannot_be_loaded_gives_a_message_and_changes_nothing(explorer):
     before = explorer.states[0]
-    explorer.model.options = [*explorer.model.options, "nonsense"]
+    explorer.model.options = [*explorer.model.options, ("nonsense", "nonsense")]
     explorer.model.value = "nonsense"
     assert "neither" in explorer.message.value
     assert explorer.states[0] is before
@@ -151,7 +151,7 @@ def test_without_a_model_the_shipped_one_for_the_pictures_is_shown(tmp_path, mon
     monkeypatch.setattr("msvit.explorer.models.shipped", lambda: ["photo", "scenes"])
     monkeypatch.setattr("msvit.explorer.page.shipped", lambda: ["photo", "scenes"])
     explorer._loaded["photo"] = LoadedModel.of("photo", mini_model())
-    explorer.model.options = ["photo", *explorer.model.options]
+    explorer.model.options = [("photo", "photo"), *explorer.model.options]
     explorer.source.value = "photographs"
     assert explorer.states[0].gated.loaded.name == explorer.model.value == "photo"
     explorer.source.value = "scenes: hard"
