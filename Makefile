@@ -49,13 +49,14 @@ help: ## list these commands
 	@$(INSTALL) -qq || { echo "That failed. The same with all messages: $(INSTALL)" >&2; exit 1; }
 	@touch $@
 
-# Executes notebooks/$(1).ipynb. The copy gets its name when it is whole; a failed one is kept for reading.
+# Executes notebooks/$(1).ipynb. The copy gets its name when it is whole; a failed one is kept for reading. All of it
+# goes to results/, which git ignores; with ARGS='-p out reports/…' tables and figures go where they are committed.
 define execute
-	@mkdir -p reports/$(1)
-	$(RUN) papermill notebooks/$(1).ipynb reports/$(1)/unfinished.ipynb $(ARGS) || \
-	    { echo "It failed; reports/$(1)/unfinished.ipynb shows where." >&2; exit 1; }
-	@mv reports/$(1)/unfinished.ipynb reports/$(1)/$(1).ipynb
-	@echo "Wrote reports/$(1)/$(1).ipynb"
+	@mkdir -p results/$(1)
+	$(RUN) papermill notebooks/$(1).ipynb results/$(1)/unfinished.ipynb $(ARGS) || \
+	    { echo "It failed; results/$(1)/unfinished.ipynb shows where." >&2; exit 1; }
+	@mv results/$(1)/unfinished.ipynb results/$(1)/$(1).ipynb
+	@echo "Wrote results/$(1)/$(1).ipynb"
 endef
 
 ablation: .venv/.installed ## train the method with and without its parts, and compare (minutes)
@@ -76,16 +77,20 @@ test-oldest: .venv-oldest/.installed ## run the core's tests with the oldest ver
 test-slow: .venv/.installed ## run the tests that take longer than the suite can afford
 	$(RUN) pytest -m slow $(ARGS)
 
+# In a container one is root, which JupyterLab refuses unless it is told.
+AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
 lab: .venv/.installed ## open JupyterLab on the notebooks, for this machine only and with a token
-	$(RUN) jupyterlab --ServerApp.ip=127.0.0.1 --LabApp.default_url=/lab/tree/notebooks $(ARGS)
+	$(RUN) jupyterlab $(AS_ROOT) --ServerApp.ip=127.0.0.1 --LabApp.default_url=/lab/tree/notebooks $(ARGS)
 
-# Voila's template asks another host for icons; the browser is told to ask none.
+# A page cannot end its kernel when it goes (Voila refuses its request), so idle ones are ended here; a page that is
+# open keeps its kernel. Voila's template asks another host for icons; the browser is told to ask none.
 ONLY_HERE := default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'
 explorer: .venv/.installed ## open the gate explorer as a page, for this machine only and with a token
 	$(RUN) voila notebooks/gate_explorer.ipynb --Voila.ip=127.0.0.1 --Voila.auto_token=True \
+	    --MappingKernelManager.cull_idle_timeout=120 --MappingKernelManager.cull_interval=20 \
 	    --Voila.tornado_settings="{'headers': {'Content-Security-Policy': \"$(ONLY_HERE)\"}}" $(ARGS)
 
-report: .venv/.installed ## make reports/ anew from the runs
+report: .venv/.installed ## put all runs together in one page, results/report/index.html
 	$(call execute,report)
 
 bench: .venv/.installed ## time MSViT and reducers against dense timm (minutes)

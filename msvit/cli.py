@@ -1,10 +1,11 @@
-"""The command line: `msvit train`, `fit-gate`, `eval`, `runs`, `sweep`, `methods` and `bench`.
+"""The command line: `msvit train`, `fit-gate`, `eval`, `runs`, `diff`, `sweep`, `methods` and `bench`.
 
 Exit codes: 0 done, 1 failed, 2 a setting that does not exist or cannot be, 130 interrupted. What is typed is parsed
 before torch or timm are imported, so that help and mistakes come at once.
 """
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -36,10 +37,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     try:
         arguments.command(arguments)
+        sys.stdout.flush()
     except RecipeError as error:
         return print_error(error, 2)
     except RunError as error:
         return print_error(error, 1)
+    except BrokenPipeError:  # as of `msvit runs | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more is said, at the exit either
+        return 141
     except KeyboardInterrupt as stopped:
         return print_error(str(stopped) or "interrupted; the same command continues after the last whole epoch", 130)
     finally:
@@ -72,6 +77,18 @@ def _parser() -> argparse.ArgumentParser:
         "All runs in a folder as a table; with --json every setting and result of each.",
     )  # fmt: skip
     listing.add_argument("folder", nargs="?", default="runs", help="where runs are kept (default: runs)")
+    listing.add_argument("--sort", default="", metavar="NAME", help="a setting or result to sort by (default: age)")
+    listing.add_argument(
+        "--where", action="append", default=[], metavar="CONDITION",
+        help="only these, as in data=scenes:easy or 'accuracy>0.9'; may be said several times",
+    )  # fmt: skip
+    listing.add_argument("--wide", action="store_true", help="more of each run, its folder among it")
+    differing = _command(
+        subparsers, commands.diff, "diff", "say what differs between two runs",
+        "The settings that differ and can change a result, and the results that do.",
+    )  # fmt: skip
+    differing.add_argument("first", help="a run's folder")
+    differing.add_argument("second", help="another")
     return parser
 
 
@@ -135,7 +152,7 @@ def _add_sweep(subparsers):
 
 
 def _command(subparsers, run: Callable, name: str, about: str, description: str) -> argparse.ArgumentParser:
-    usage = f"msvit {name} [OPTIONS]" + {"eval": " RUN", "runs": " [FOLDER]"}.get(name, "")
+    usage = f"msvit {name} [OPTIONS]" + {"eval": " RUN", "runs": " [FOLDER]", "diff": " RUN RUN"}.get(name, "")
     parser = subparsers.add_parser(name, help=about, description=description, usage=usage, allow_abbrev=False)
     parser.set_defaults(command=run)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")

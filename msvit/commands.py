@@ -16,11 +16,6 @@ if TYPE_CHECKING:
 
     from .training.runs import Run
 
-RUN_COLUMNS = (
-    *("run", "status", "epoch", "accuracy", "dense_accuracy", "miou", "dense_miou"),
-    *("macs", "tokens", "coarse", "fine_object", "fine_rest"),
-)
-
 
 def train(arguments: argparse.Namespace):
     import torch
@@ -57,13 +52,26 @@ def eval(arguments: argparse.Namespace):
 
 
 def runs(arguments: argparse.Namespace):
-    from .training import runs
+    from .training import listing
 
-    table = runs.load(arguments.folder)
-    if table.empty and not arguments.json:
-        print(f"no runs in {arguments.folder}")
+    table = listing.table(arguments.folder, arguments.where, arguments.sort)
+    if arguments.json:
+        print(table.to_json(orient="records", indent=2))
+    elif table.empty:
+        some = " of that kind" if arguments.where else ""
+        print(f"no runs{some} in {arguments.folder}")
     else:
-        _put_table(table, RUN_COLUMNS, arguments.json)
+        print(listing.text(table, arguments.wide))
+
+
+def diff(arguments: argparse.Namespace):
+    from .training import listing
+
+    table = listing.differences(arguments.first, arguments.second)
+    if table.empty and not arguments.json:
+        print("the same settings and results")
+    else:
+        _put_table(table, tuple(table), arguments.json)
 
 
 def sweep(arguments: argparse.Namespace):

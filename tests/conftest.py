@@ -2,7 +2,10 @@
 
 import math
 import os
+import shutil
+import tempfile
 
+os.environ.setdefault("MSVIT_HOME", tempfile.mkdtemp(prefix="msvit-tests-"))  # runs and results of notebooks
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # huggingface_hub reads it once, when it is imported
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # for the subprocesses of tests too
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads starve each other where cores are shared
@@ -26,6 +29,12 @@ def pytest_collection_modifyitems(items):
     marked = {mark: {item.path for item in items if item.get_closest_marker(mark)} for mark in LONG}
     marked["notebook"] |= {item.path for item in items if item.path.suffix == ".ipynb"}
     items.sort(key=lambda item: [item.path not in marked[mark] for mark in LONG])
+
+
+def pytest_unconfigure(config):
+    """Remove what the notebooks wrote, once all workers are done."""
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["MSVIT_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -114,7 +114,7 @@ def check_panels(gated, titles):
 
 
 # Titles of the explorer's panels.
-COMMON = ["Picture", "Gate: probability of coarse", "Mixed-scale tokens", "Pixels in the tokens"]
+COMMON = ["Picture", "Gate: m (1 = coarse)", "Mixed-scale tokens", "Pixels in the tokens"]
 SEGMENTED = ["Prediction", "Ground truth", "Error"]
 
 

@@ -78,7 +78,7 @@ class BenchSettings:
     memory: bool | None = setting(None, "measure the memory of each method; it costs time on a CPU, none on CUDA")
     run: str = setting("", "a finished run's folder: its model, at its threshold, on its validation pictures")
     scaling: bool = setting(False, "dense against packed by picture size, by batch and by share of coarse regions")
-    out: str = setting("reports/bench", "folder of the files that are written")
+    out: str = setting("results/bench", "folder of the files that are written")
 
     def __post_init__(self):
         for field in dataclasses.fields(self):

@@ -1,7 +1,9 @@
 """The explorer's view in words, for the screen, and as a whole in one file."""
 
 import base64
+import hashlib
 import html
+import itertools
 import json
 import math
 from pathlib import Path
@@ -9,9 +11,14 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from .drawing import INK, PANEL_WIDTH, font, png
+from .painting import UNPAINTED
 from .panels import panels_of, threshold_text
-from .state import UNPAINTED, State
+from .state import State
+from .times import Times
 
+LONGEST = 120  # letters of a file's name
+# Said where the gated model is the slower one: it has as many steps as a large one, and hardly any work in them.
+TOO_SMALL = "no gain on the clock: so small a model spends its time between its matrix products (see msvit bench)"
 PANELS_IN_LINE = 6  # of a file; more are put into two lines
 CSS = """<style>
 .msvit-title, .msvit-figures, .msvit-message { font: 14px/22px var(--jp-ui-font-family, sans-serif); }
@@ -53,12 +60,20 @@ def caption(state: State) -> list[str]:
     parts = [
         f"{n['tokens']} {tokens_text(n)}",
         f"{macs_text(n['macs'])} of {macs_text(n['dense_macs'])}, {n['macs_share']:.0%} of dense",
-        f"{n['ms']:.1f} ms, dense {n['dense_ms']:.1f} ms",
+        *times_text(state.times),
         threshold_text(state.threshold),
         *([f"{by_hand} regions painted"] if by_hand else []),
     ]
     title = f"{n['model']} on {n['picture']}: " + ", ".join(prediction_and_truth(n))
     return [title, "  ·  ".join(parts), *filter(None, [n["note"]])]
+
+
+def times_text(times: Times | None) -> list[str]:
+    """Return the times in words, medians with their quartiles; nothing where they are not measured."""
+    if times is None:
+        return []
+    one, dense = (f"{t.median:.1f} ({t.low:.1f}–{t.high:.1f})" for t in times)
+    return [f"{one} ms, dense {dense} ms"]
 
 
 def macs_text(macs: float) -> str:
@@ -95,13 +110,24 @@ def as_svg(states: list[State]) -> str:
 
 def save(states: list[State], out: Path, name: str = "", kinds: tuple[str, ...] = ("png", "svg")) -> list[Path]:
     """Write the view, and its figures as JSON beside it; without a name they are called by what they show."""
-    numbers = [state.numbers() for state in states]
-    words = [*(n["model"] for n in numbers), numbers[0]["picture"], f"{numbers[0]['tokens']}-tokens"]
-    default = "_".join("".join(c if c.isalnum() or c in ".-" else "-" for c in word) for word in words)
     files = {kind: as_png(states) if kind == "png" else as_svg(states).encode() for kind in kinds}
-    files["json"] = (json.dumps(numbers, indent=1) + "\n").encode()
+    files["json"] = (json.dumps([state.numbers() for state in states], indent=1) + "\n").encode()
+    return write_files(out, name or name_of(states), files)
+
+
+def name_of(states: list[State]) -> str:
+    """Return a file's name for what is shown; one that would be too long ends with a hash of the whole."""
+    words = [*(s.gated.loaded.name for s in states), states[0].gated.picture.name, f"{states[0].tokens}-tokens"]
+    name = "_".join("".join(c if c.isalnum() or c in ".-" else "-" for c in word) for word in words)
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def write_files(out: Path, name: str, files: dict[str, bytes]) -> list[Path]:
+    """Write files of one name, by their suffixes, and return their paths; where one is there, all get a number."""
     out.mkdir(parents=True, exist_ok=True)
-    paths = [out / f"{name or default[:120]}.{kind}" for kind in files]
+    numbered = (name if k == 1 else f"{name}-{k}" for k in itertools.count(1))
+    free = next(stem for stem in numbered if not any((out / f"{stem}.{kind}").exists() for kind in files))
+    paths = [out / f"{free}.{kind}" for kind in files]
     for path, data in zip(paths, files.values(), strict=True):
         path.write_bytes(data)
     return paths
@@ -111,15 +137,17 @@ def figures_html(state: State) -> str:
     """Return the figures of a state for the screen."""
     n = state.numbers()
     predicted, known = map(html.escape, prediction_and_truth(n))
-    note = f"<br>{html.escape(n['note'])}" if n["note"] else ""
+    note = f" · {html.escape(n['note'])}" if n["note"] else ""
     parts = [
         f'<b class="msvit-prediction">{predicted}</b> {known}',
         f'<b class="msvit-tokens">{n["tokens"]}</b> {tokens_text(n)}',
         f"<b>{macs_text(n['macs'])}</b>, {n['macs_share']:.0%} of dense",
-        f"<b>{n['ms']:.1f} ms</b>, dense {n['dense_ms']:.1f} ms",
+        *(times_text(state.times) or ["time: measured at rest"]),
         threshold_text(n["threshold"]),
     ]
     title = f"<b>{html.escape(n['model'])}</b> on {html.escape(n['picture'])}{note}<br>"
+    slower = state.times is not None and state.times.gain < 1 and n["macs_share"] < 1
+    parts += [TOO_SMALL] if slower else []
     return f'<div class="msvit-figures">{title}{"".join(f"<span>{part}</span>" for part in parts)}</div>'
 
 

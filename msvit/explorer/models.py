@@ -1,14 +1,8 @@
-"""Models that the explorer can show: on disk, by name or trained on first use. Their pictures are in `sources`."""
+"""Models that the explorer can show: shipped ones, on disk, or by name. Their pictures are in `sources`."""
 
 import json
-import os
-import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
-from time import perf_counter
-from typing import Any
 
 import timm
 import torch
@@ -24,13 +18,11 @@ from ..data.scenes import DIFFICULTIES, Scenes
 from ..gating.base import Rule
 from ..gating.learned import Quota
 from ..models.msvit import MSViT
+from ..models.shipped import card, load, shipped
 from ..training.files import RunError
-from ..training.recipe import Recipe
+from ..training.names import short_name
 from ..training.runs import read_recipe
 
-DEMO = "demo"
-# The smallest that names nearly all easy scenes; the controller brings it near to its budget at a threshold of 0.5.
-DEMO_RECIPE = Recipe(train_n=4096, val_n=512, epochs_dense=2, epochs=4, lr=2e-3, calibrate=False)
 # What loading a folder raises that holds no model, or one of another version.
 LOAD_ERRORS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
 
@@ -81,24 +73,11 @@ class LoadedModel:
         """Height and width of its pictures: those of the backbone, cut to whole coarse patches."""
         return tuple(side - side % self.model.coarse_patch for side in self.model.vit.patch_embed.img_size)
 
-    @cached_property
-    def dense_ms(self) -> float:
-        """Milliseconds of the dense backbone on one picture, with the same linear layers as the model itself."""
-        pixels = torch.zeros(1, 3, *self.model.vit.patch_embed.img_size)
-        with torch.inference_mode(), fast_linear(self.model.fast_cpu):
-            run_dense(self.model, pixels)  # the first call is slower than all later ones
-            return fastest_call(lambda: run_dense(self.model, pixels))[1]
-
-
-def fastest_call(function: Callable[[], Any], patience: float = 40.0) -> tuple[Any, float]:
-    """Call a function for `patience` ms; return its result and the milliseconds of the fastest, least disturbed one."""
-    best, spent = float("inf"), 0.0
-    while spent + min(best, spent) <= patience or spent == 0:
-        start = perf_counter()
-        result = function()
-        ms = 1e3 * (perf_counter() - start)
-        best, spent = min(best, ms), spent + ms
-    return result, best
+    @torch.inference_mode()
+    def run_dense(self) -> torch.Tensor:
+        """Run the dense backbone on a picture of its size, with the same linear layers as the model itself."""
+        with fast_linear(self.model.fast_cpu):
+            return run_dense(self.model, torch.zeros(1, 3, *self.model.vit.patch_embed.img_size))
 
 
 def run_dense(model: MSViT, images: torch.Tensor) -> torch.Tensor:
@@ -120,17 +99,36 @@ def run_dense(model: MSViT, images: torch.Tensor) -> torch.Tensor:
 
 
 def find_models(runs: str | Path) -> list[str]:
-    """Return what `load_model` can load: the demo, runs and checkpoints under a folder, a network of random weights."""
+    """Return what `load_model` can load: shipped models, those in a folder, and a network of random weights."""
     folders = [path.parent for path in Path(runs).rglob("config.json")]
     found = [f.relative_to(runs).as_posix() for f in folders if (f / "model.safetensors").is_file()]
-    return [DEMO, *sorted(found), "deit_tiny_patch16_224"]
+    return [*shipped(), *sorted(found), "deit_tiny_patch16_224"]
+
+
+def title_of(name: str, folder: Path) -> str:
+    """Return what people read of a model: of a run its short name, of others the name that they go by."""
+    home = folder.parent if folder.name == "dense" else folder
+    try:
+        return short_name(read_recipe(home)) + (" · dense stage" if home != folder else "")
+    except RunError:
+        return name
+
+
+def suited_to(source: str) -> str:
+    """Return the shipped model for the pictures of a source: that of the scenes, or of photographs if it is there."""
+    return "photo" if not source.startswith("scenes") and "photo" in shipped() else "scenes"
 
 
 def load_model(name: str, runs: str | Path) -> LoadedModel:
-    """Load "demo", a folder under `runs`, any folder that `save_pretrained` wrote, or a timm name."""
-    folder = train_demo() if name == DEMO else next((f for f in (Path(runs) / name, Path(name)) if f.is_dir()), None)
+    """Load a shipped model, a folder under `runs`, any folder that `save_pretrained` wrote, or a timm name."""
+    if name in shipped():
+        about = card(name)
+        loaded = LoadedModel.of(name, load(name, fast_cpu=True), note=about.title)
+        return replace(loaded, classes=about.classes, mean=about.mean, std=about.std)
+    folder = next((f for f in (Path(runs) / name, Path(name)) if f.is_dir()), None)
     if folder is None and not timm.is_model(name):
-        raise ModelError(f"{name!r} is neither {DEMO!r}, a folder in {runs}, a folder, nor a model of timm")
+        known = ", ".join(shipped())
+        raise ModelError(f"{name!r} is neither shipped ({known}), a folder in {runs}, a folder, nor a model of timm")
     try:
         if folder is not None:
             return _load_folder(name, folder)
@@ -144,27 +142,14 @@ def load_model(name: str, runs: str | Path) -> LoadedModel:
         raise ModelError(why if folder else f"{name}: {error}") from error
 
 
-def train_demo() -> Path:
-    """Return the folder of a small gated model of the scenes, in the user's cache; train it if it cannot be read."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "msvit" / DEMO_RECIPE.run_name
-    try:
-        MSViT.from_pretrained(folder)
-    except LOAD_ERRORS:
-        from ..training.loop import train
-
-        shutil.rmtree(folder, ignore_errors=True)  # of another version, or torn
-        train(DEMO_RECIPE, folder)
-    return folder
-
-
 def _load_folder(name: str, folder: Path) -> LoadedModel:
     """Load a folder's model, with the classes and the normalisation of the data that its run was trained on."""
-    loaded = LoadedModel.of(name, MSViT.from_pretrained(folder, fast_cpu=True))
     home = folder.parent if folder.name == "dense" else folder
     try:
         recipe = read_recipe(home)
     except RunError:  # a checkpoint without a run
-        return loaded
+        return LoadedModel.of(name, MSViT.from_pretrained(folder, fast_cpu=True))
+    loaded = LoadedModel.of(title_of(name, folder), MSViT.from_pretrained(folder, fast_cpu=True))
     untrained = ""
     if home != folder or not recipe.training.epochs:
         untrained = "the dense stage: its gate is untrained"

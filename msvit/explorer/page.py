@@ -1,5 +1,6 @@
 """The page: its controls, and a row of panels for each of one or two models."""
 
+import asyncio
 import base64
 import html
 from collections.abc import Callable, Iterator
@@ -11,24 +12,27 @@ from pathlib import Path
 import ipywidgets as widgets
 from traitlets import dlink
 
+from ..models.shipped import shipped
 from . import export
-from .models import DEMO, LoadedModel, ModelError, find_models, load_model
+from .controls import THRESHOLD_STEPS, Controls
+from .models import LoadedModel, ModelError, find_models, load_model, suited_to, title_of
+from .painting import blank, mask_files, read_mask
 from .sources import PictureSource, built_in_sources, folder_source
-from .state import AFTER_TOKENIZER, UNPAINTED, GatedPicture, State, layer_name, run_gate
+from .state import AFTER_TOKENIZER, GatedPicture, State, layer_name, run_gate
 from .uploads import PictureError, read_picture
-from .widgets import WRAP, ModelRow
+from .widgets import ModelRow
 
-# Of the slider: sums of 0.01 are not exact, and a browser sends back what it rounds as if a user had moved it.
-THRESHOLD_STEPS = 256
-BRUSHES = {"paint coarse": 1, "paint fine": 0, "as the gate says": UNPAINTED}
+REST = 0.5  # seconds without a step after which the times are measured
+MIME = {"png": "image/png", "svg": "image/svg+xml", "npy": "application/octet-stream"}
 
 
-class Explorer:
+class Explorer(Controls):
     """The page: its controls, and a row of panels for each of one or two models.
 
     Args:
-        model: "demo" (a small model of the built-in scenes, trained when first asked for), a run under `runs`, a folder
-            that `save_pretrained` wrote, a timm name (random weights), or a `LoadedModel`.
+        model: A model that comes with msvit ("scenes"; "photo" where its file is there), a run under `runs`, a folder
+            that `save_pretrained` wrote, a timm name (random weights), or a `LoadedModel`. Empty: the shipped model for
+            the pictures shown. A shipped model makes room for another when pictures come that suit that one.
         second: A model to put beside it; empty: none.
         source: Where pictures come from: "scenes: easy", "scenes: middle", "scenes: hard", "photographs", or a folder.
         runs: The folder whose runs and checkpoints can be chosen.
@@ -38,59 +42,34 @@ class Explorer:
 
     def __init__(
         self,
-        model: str | LoadedModel = DEMO,
+        model: str | LoadedModel = "",
         second: str | LoadedModel = "",
-        source: str = "scenes: easy",
+        source: str = "scenes: middle",
         runs: str | Path = "runs",
         budget: float = 0.0,
-        out: str | Path = "reports/gate_explorer",
+        out: str | Path = "results/explorer",
     ):
         if not 0 <= budget <= 1:
             raise ValueError(f"budget={budget}: a share of the dense model's MACs such as 0.6, or 0")
         self.runs, self.out = Path(runs), Path(out)
         self.knob = "budget" if budget else "own"  # what sets the thresholds: the models' own, or a slider
-        self._quiet = False
-        self._loaded = {given.name: given for given in (model, second) if isinstance(given, LoadedModel)}
-        self._shown = tuple(given.name if isinstance(given, LoadedModel) else given for given in (model, second))
+        self._quiet, self._timer = False, None
+        given = model or suited_to(source), second
+        self._loaded = {one.name: one for one in given if isinstance(one, LoadedModel)}
+        self._shown = tuple(one.name if isinstance(one, LoadedModel) else one for one in given)
         self.sources = built_in_sources()
         if source not in self.sources:
             self.sources[source] = folder_source(source)
-        self.rows = [ModelRow(self._act) for _ in range(2)]
-        self._build(source, budget)
+        models = dict.fromkeys([*self._loaded, *find_models(self.runs), *filter(None, self._shown)])
+        titles = {title_of(name, self.runs / name): name for name in models}
+        super().__init__(titles, self._shown, list(self.sources), source, budget)
+        self.picture.options = names = self.sources[source].names()
+        self.picture.value = names[0]
+        self.rows = [ModelRow(self._act, self._silently) for _ in range(2)]
+        self.page = widgets.VBox([self.box, *(row.box for row in self.rows)])
+        self.page.add_class("msvit")
         self._wire()
         self._choose_models()
-
-    def _build(self, source: str, budget: float):
-        """Build the controls and the page."""
-        names = list(dict.fromkeys([*self._loaded, *find_models(self.runs), *filter(None, self._shown)]))
-        beside = [("nothing", ""), *((name, name) for name in names)]
-        wide = {"style": {"description_width": "76px"}, "layout": {"width": "420px"}}
-        self.model = widgets.Dropdown(options=names, value=self._shown[0], description="Model", **wide)
-        self.second = widgets.Dropdown(options=beside, value=self._shown[1], description="Beside it", **wide)
-        self.source = widgets.Dropdown(options=list(self.sources), value=source, description="Pictures", **wide)
-        self.picture = widgets.Dropdown(options=self.sources[source].names(), description="Picture", **wide)
-        self.folder = widgets.Text(description="Folder", continuous_update=False, **wide)
-        self.folder.placeholder = "or a folder of pictures: type it, then Enter"
-        self.upload = widgets.FileUpload(multiple=True, description="Upload pictures", layout={"width": "160px"})
-        self.threshold = widgets.FloatSlider(0.5, max=1, step=1 / THRESHOLD_STEPS, description="Threshold", **wide)
-        self.threshold.tooltip = "a region is coarse where its m lies above"
-        self.budget = widgets.IntSlider(round(100 * budget), description="Budget (%)", **wide)
-        self.budget.tooltip = "share of the dense model's MACs that the threshold is set for"
-        self.layer = widgets.SelectionSlider(options=[AFTER_TOKENIZER], description="Layer", **wide)
-        self.layer.tooltip = "the block at which to show where each pixel's token is"
-        self.brush = widgets.ToggleButtons(options=BRUSHES, style={"button_width": "126px"})
-        for row in self.rows:
-            dlink((self.brush, "value"), (row.painter, "brush"))
-        self.clear, self.save_png, self.save_svg = (
-            widgets.Button(description=name, layout={"width": "120px"})
-            for name in ("Clear painting", "Save PNG", "Save SVG")
-        )
-        self.message = widgets.HTML()
-        pairs = (self.model, self.second), (self.source, self.picture), (self.folder, self.upload)
-        sliders, buttons = (self.threshold, self.budget), (self.brush, self.clear, self.save_png, self.save_svg)
-        controls = [widgets.HBox(line, layout=WRAP) for line in (*pairs, sliders, (self.layer,), buttons)]
-        self.page = widgets.VBox([widgets.HTML(export.CSS), *controls, self.message, *(row.box for row in self.rows)])
-        self.page.add_class("msvit")
 
     def _wire(self):
         """Connect the controls with what they do."""
@@ -104,12 +83,19 @@ class Explorer:
             self.threshold: partial(self._step, "threshold"),
             self.budget: partial(self._step, "budget"),
             self.layer: self._choose_layer,
+            self.load_mask: self._load_mask,
         }
         clicks = {
-            self.clear: self._clear,
+            self.undo: partial(self._step_painting, "undo"),
+            self.redo: partial(self._step_painting, "redo"),
+            self.clear: lambda: self._paint(blank),
             self.save_png: partial(self._save, "png"),
             self.save_svg: partial(self._save, "svg"),
+            self.save_mask: self._save_mask,
         }
+        for row in self.rows:
+            for control, name in ((self.brush, "brush"), (self.tool, "tool"), (self.width, "width")):
+                dlink((control, "value"), (row.painter, name))
         for control, action in changes.items():
             control.observe(lambda _, action=action: self._act(action), "value")
         for control, action in clicks.items():
@@ -126,7 +112,8 @@ class Explorer:
         return [row.state for row in self.rows if row.gated is not None]
 
     def save(self, name: str = "", kinds: tuple[str, ...] = ("png", "svg")) -> list[Path]:
-        """Write the view as it is, and its figures as JSON beside it, into the folder `out`."""
+        """Write the view as it is, and its figures as JSON beside it, into the folder `out`; nothing is overwritten."""
+        self._measure()
         return export.save(self.states, self.out, name, kinds)
 
     # ---- what the controls do
@@ -141,9 +128,9 @@ class Explorer:
         except (ValueError, OSError, RuntimeError) as error:
             self._show_message(str(error), good=False)
 
-    def _show_message(self, text: str, good: bool, link: str = ""):
+    def _show_message(self, text: str, good: bool, more: str = ""):
         kind = "msvit-message msvit-good" if good else "msvit-message"
-        self.message.value = f'<div class="{kind}" role="status">{html.escape(text)}{link}</div>'
+        self.message.value = f'<div class="{kind}" role="status">{html.escape(text)}{more}</div>'
 
     @contextmanager
     def _silently(self) -> Iterator[None]:
@@ -158,7 +145,9 @@ class Explorer:
         chosen = self.model.value, self.second.value
         try:
             for name in set(filter(None, chosen)) - self._loaded.keys():
+                self._show_message(f"Loading {name} …", good=True, more=" <progress></progress>")
                 self._loaded[name] = load_model(name, self.runs)
+                self.message.value = ""
         except ModelError:
             with self._silently():
                 self.model.value, self.second.value = self._shown
@@ -169,10 +158,12 @@ class Explorer:
         self._show_picture()
 
     def _choose_source(self, picture: str = ""):
-        names = self.sources[self.source.value].names()
+        names, suited = self.sources[self.source.value].names(), suited_to(self.source.value)
         with self._silently():
             self.picture.options, self.picture.value = names, picture or names[0]
-        self._show_picture()
+            if self.model.value in shipped() and self.model.value not in (suited, self.second.value):
+                self.model.value = suited
+        self._choose_models()
 
     def _show_picture(self):
         """Run the models on the picture. Nothing changes on the page before all gates have run."""
@@ -180,7 +171,7 @@ class Explorer:
         gated = [run_gate(loaded, source.picture(self.picture.value, loaded.size)) for loaded in models]
         with self._silently():
             for row, one in zip_longest(self.rows, gated):
-                row.show(one)
+                row.show(one, (self.source.value, self.picture.value))
             self._set_layers(models)
         self._step()
 
@@ -206,6 +197,20 @@ class Explorer:
                 self.threshold.value = round(threshold * THRESHOLD_STEPS) / THRESHOLD_STEPS
             if self.knob != "budget":
                 self.budget.value = round(100 * gated.share(threshold))
+        self._measure_at_rest()
+
+    def _measure_at_rest(self):
+        """Measure the times once nothing has moved for a while: no step waits for them."""
+        if self._timer is not None:
+            self._timer.cancel()
+        try:
+            self._timer = asyncio.get_running_loop().call_later(REST, self._measure)
+        except RuntimeError:  # no kernel runs; `save` will measure
+            self._timer = None
+
+    def _measure(self):
+        for row in self.rows:
+            row.measure()
 
     def _threshold(self, gated: GatedPicture) -> float:
         if self.knob == "budget":
@@ -244,14 +249,40 @@ class Explorer:
         for row in self.rows:
             row.show_layer(self.layer.value)
 
-    def _clear(self):
+    def _paint(self, values: Callable[[tuple[int, int]], list[int]]):
+        """Paint on the pictures shown, as one stroke, what a function makes of their grids."""
+        shown = [row for row in self.rows if row.gated is not None]
+        for row, painted in [(row, values(row.gated.soft.shape)) for row in shown]:
+            row.paint(painted)
+        self._measure_at_rest()
+
+    def _step_painting(self, step: str):
+        for row in self.rows:
+            if row.gated is not None:
+                row.step_painting(step)
+        self._measure_at_rest()
+
+    def _load_mask(self):
+        files = self.load_mask.value
         with self._silently():
-            for row in self.rows:
-                row.painter.painted = [UNPAINTED] * len(row.painter.painted)
-        self._step()
+            self.load_mask.value = ()
+        for file in files:
+            self._paint(partial(read_mask, bytes(file["content"]), file["name"]))
+
+    def _save_mask(self):
+        state = self.states[0]
+        paths = export.write_files(self.out, f"{export.name_of([state])}_mask", mask_files(state.coarse))
+        self._show_saved(paths, "the decisions of the first model")
 
     def _save(self, kind: str):
         path, _ = self.save(kinds=(kind,))
-        data, mime = base64.b64encode(path.read_bytes()).decode(), {"png": "image/png", "svg": "image/svg+xml"}[kind]
-        link = f' · <a download="{html.escape(path.name)}" href="data:{mime};base64,{data}">download</a>'
-        self._show_message(f"Saved {path} and its figures as JSON beside it", good=True, link=link)
+        self._show_saved([path], "its figures as JSON beside it")
+
+    def _show_saved(self, paths: list[Path], what: str):
+        """Name the files that were written, with links for those whose browser is elsewhere."""
+        links = "".join(
+            f' · <a download="{html.escape(path.name)}" href="data:{MIME[path.suffix[1:]]};base64,'
+            f'{base64.b64encode(path.read_bytes()).decode()}">{path.suffix[1:]}</a>'
+            for path in paths
+        )
+        self._show_message(f"Saved {paths[0]}, {what}; download", good=True, more=links)

@@ -13,7 +13,8 @@ from ..data import IGNORE
 from ..evaluation.segmentation import near_edges
 from .drawing import INK, Colour, colours, enlarged, font, frame, hatched, ink_on, legend, shortened, stacked, strip
 from .models import LoadedModel
-from .state import UNPAINTED, State, layer_name, pixels_of_tokens, shares_of
+from .painting import UNPAINTED
+from .state import State, layer_name, pixels_of_tokens, shares_of
 
 TOKEN_MAP_TITLE = "Where each pixel's token ended"
 # Okabe and Ito's sky blue and orange, which readers with any colour vision tell apart.
@@ -213,7 +214,7 @@ class Panel(NamedTuple):
 _segments = attrgetter("segments")
 PANELS = {
     "Picture": Panel(picture_panel, fixed=True),
-    "Gate: probability of coarse": Panel(gate_panel),
+    "Gate: m (1 = coarse)": Panel(gate_panel),
     "Mixed-scale tokens": Panel(grid_panel),
     "Pixels in the tokens": Panel(lambda state: enlarged(Image.fromarray(pixels_of_tokens(state)))),
     TOKEN_MAP_TITLE: Panel(token_map_panel, lambda loaded: loaded.model.reducer is not None),

@@ -6,7 +6,7 @@ on the tokens that are left (`run_backbone`). `panels` draws the result.
 
 import math
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -21,10 +21,11 @@ from ..evaluation.segmentation import class_table, confusion
 from ..models.calibrate import nearest_to_budget, thresholds
 from ..models.msvit import Result
 from ..plots.style import as_the_model_sees
-from .models import LoadedModel, fastest_call
+from .models import LoadedModel
+from .painting import UNPAINTED
 from .sources import Picture
+from .times import Times, time_in_turns
 
-UNPAINTED = -1
 AFTER_TOKENIZER, LAST_LAYER = -1, sys.maxsize  # layers of the slider: before the first block, and behind all blocks
 
 
@@ -36,7 +37,6 @@ class GatedPicture:
         pixels: The model's input, `[1, 3, H, W]`.
         scores: The gate's logits, `[h, w]`; None where a rule replaces it.
         soft: m in [0, 1], coarse where it is high, `[h, w]`: the gate's probability of coarse, or the rule's value.
-        gate_ms: Milliseconds that the gate took.
     """
 
     loaded: LoadedModel
@@ -44,7 +44,6 @@ class GatedPicture:
     pixels: Tensor
     scores: np.ndarray | None
     soft: np.ndarray
-    gate_ms: float
 
     @property
     def truth(self) -> np.ndarray | None:
@@ -106,9 +105,9 @@ class State:
         labels: A segmenter's class of each pixel, `[H, W]`; None of a classifier.
         tokens: Active ones that enter the first block, prefix included.
         macs: Of the active tokens, gate included.
-        ms: Milliseconds of gate and packed model, measured in this very step.
         token_maps: With a reducer, the tokens after the tokenizer and after each of its steps.
         layer: The token map to be shown is the one nearest to this block.
+        times: Of this model and of the dense one on this picture, once they are measured.
     """
 
     gated: GatedPicture
@@ -119,9 +118,9 @@ class State:
     labels: np.ndarray | None
     tokens: int
     macs: float
-    ms: float
     token_maps: tuple[TokenMap, ...]
     layer: int = LAST_LAYER
+    times: Times | None = None
 
     @property
     def token_map(self) -> TokenMap:
@@ -158,8 +157,7 @@ class State:
             "macs": int(self.macs),
             "dense_macs": dense,
             "macs_share": self.macs / dense,
-            "ms": self.ms,
-            "dense_ms": gated.loaded.dense_ms,
+            **self._time_numbers(),
             "stages": [
                 {"layer": None if m.layer == AFTER_TOKENIZER else m.layer, "tokens": m.tokens, "dropped": m.dropped}
                 for m in self.token_maps
@@ -168,6 +166,17 @@ class State:
             "painted": self.painted.tolist(),
             "soft": gated.soft.tolist(),
             "scores": None if gated.scores is None else gated.scores.tolist(),
+        }
+
+    def _time_numbers(self) -> dict:
+        """Return medians and quartiles of the times, where they are measured."""
+        if self.times is None:
+            return {"ms": None, "dense_ms": None}
+        pairs = {"": self.times.gated, "dense_": self.times.dense}
+        return {
+            f"{prefix}ms{end}": value
+            for prefix, spread in pairs.items()
+            for end, value in zip(("", "_low", "_high"), spread, strict=True)
         }
 
     def _prediction_numbers(self) -> dict:
@@ -198,10 +207,9 @@ def shares_of(labels: np.ndarray, classes: int) -> np.ndarray:
 def run_gate(loaded: LoadedModel, picture: Picture) -> GatedPicture:
     """Run a model's gate on a picture."""
     pixels, model = TF.normalize(TF.to_tensor(picture.image), loaded.mean, loaded.std)[None], loaded.model
-    model.run(pixels)  # the first call of a size is slower than all later ones
-    gating, ms = fastest_call(lambda: model.decide(pixels))
+    gating = model.decide(pixels)
     scores = None if gating.scores is None else gating.scores[0].numpy()
-    return GatedPicture(loaded, picture, pixels, scores, gating.soft[0].numpy(), ms)
+    return GatedPicture(loaded, picture, pixels, scores, gating.soft[0].numpy())
 
 
 @torch.inference_mode()
@@ -211,7 +219,7 @@ def run_backbone(
     """Run the backbone on the tokens that the threshold and the painting leave."""
     painted = np.full(gated.soft.shape, UNPAINTED) if painted is None else painted
     coarse = np.where(painted == UNPAINTED, gated.decisions(threshold), painted == 1)
-    result, ms = fastest_call(lambda: gated.run(coarse))
+    result = gated.run(coarse)
     segments = gated.loaded.segments
     return State(
         gated,
@@ -222,13 +230,24 @@ def run_backbone(
         labels=result.logits[0].argmax(0).numpy() if segments else None,
         tokens=int(result.tokens),
         macs=gated.macs(result),
-        ms=gated.gate_ms + ms,
         token_maps=tuple(
             TokenMap(AFTER_TOKENIZER if stage.layer is None else stage.layer, stage.where[0].numpy(), int(stage.kept))
             for stage in (result.stages if gated.loaded.model.reducer is not None else ())
         ),
         layer=layer,
     )
+
+
+def with_times(state: State) -> State:
+    """Return the state with the times of gate and packed model, and of the dense one, on its picture."""
+    gated, model = state.gated, state.gated.loaded.model
+
+    @torch.inference_mode()
+    def run_gated():
+        model.decide(gated.pixels)
+        gated.run(state.coarse)
+
+    return replace(state, times=time_in_turns(run_gated, gated.loaded.run_dense))
 
 
 def pixels_of_tokens(state: State) -> np.ndarray:

@@ -151,7 +151,7 @@ def save_folder(model: nn.Module, folder: Path):
     if model.head.dense:
         config["head"] = model.head.settings
     with torch.device("meta"):
-        again = _assemble(type(model), json.loads(json.dumps(config)))
+        again = assemble(type(model), json.loads(json.dumps(config)))
     _check_same(model, again)
     (Path(folder) / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     state = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
@@ -168,7 +168,7 @@ def load_folder(
 ) -> nn.Module:
     """Build the model of a folder or a hub id, in the precision that it was saved in, without timm's own weights."""
     config = json.loads(_fetch(model_id, CONFIG, download).read_text())
-    model = _assemble(cls, config, fast_cpu=fast_cpu)
+    model = assemble(cls, config, fast_cpu=fast_cpu)
     state = load_file(_fetch(model_id, WEIGHTS, download), device=map_location)
     for key, value in model.state_dict(keep_vars=True).items():
         value.data = value.data.to(state[key].dtype if key in state else value.dtype)
@@ -176,7 +176,7 @@ def load_folder(
     return model.to(map_location).eval()
 
 
-def _assemble(cls: type[nn.Module], config: Mapping[str, Any], **options: Any) -> nn.Module:
+def assemble(cls: type[nn.Module], config: Mapping[str, Any], **options: Any) -> nn.Module:
     """Return the model of a config, with new weights."""
     backbone = config["backbone"]
     vit = timm.create_model(backbone["name"], pretrained=False, **read_args(backbone["args"]))

@@ -8,7 +8,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .style import style
+from .looks import looks
 
 LINE_COLOUR = "#666666"
 AXIS_TITLES = {"size": "side of the pictures (pixels)", "batch": "pictures at once", "coarse": "share coarse"}
@@ -17,7 +17,7 @@ AXIS_TITLES = {"size": "side of the pictures (pixels)", "batch": "pictures at on
 def speeds_against_macs(timings: list[dict[str, Any]]) -> Figure:
     """Draw pictures per second against MACs, a panel per model and batch, and the speed that MACs promise."""
     table = pd.DataFrame(timings).query("kind == 'model'").dropna(subset="ms")
-    styles = {label: style(index) | {"label": label} for index, label in enumerate(table["label"].unique())}
+    styles = {label: look.line | {"label": label} for label, look in looks(table["label"]).items()}
     panels = table.groupby(["model", "size", "batch"], sort=False)
     columns = table.groupby(["model", "size"])["batch"].nunique().max()
     rows = -(-len(panels) // columns)
@@ -57,12 +57,12 @@ def gains_by_axis(timings: list[dict[str, Any]]) -> Figure:
     )
     for axes, name in zip(grid[0], axis_names, strict=True):
         varied = table[table["axis"] == name]
-        for index, model in enumerate(table["model"].unique()):
+        for model, look in looks(table["model"]).items():
             shown = varied[varied["model"] == model]
             gain = shown["vs_dense"]
             spread = np.abs([shown["vs_dense_low"] - gain, shown["vs_dense_high"] - gain])
-            axes.errorbar(shown[name], gain, yerr=spread, markersize=6, capsize=3, label=model, **style(index))
-            promised = {"color": style(index)["color"], "label": f"{model}, promised by MACs"}
+            axes.errorbar(shown[name], gain, yerr=spread, markersize=6, capsize=3, label=model, **look.line)
+            promised = {"color": look.color, "label": f"{model}, promised by MACs"}
             axes.plot(shown[name], shown["promised"], "--", **promised)
         axes.axhline(1, color=LINE_COLOUR, linewidth=0.8)
         axes.set(xlabel=AXIS_TITLES[name])

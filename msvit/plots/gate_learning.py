@@ -8,7 +8,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from .style import BLUE, GREY, PICTURE_GRID, VERMILION, PictureStyle, style
+from .looks import looks
+from .style import BLUE, GREY, PICTURE_GRID, VERMILION, PictureStyle
 
 SEARCHED = ("best of", "greedy")  # what knows the labels
 
@@ -66,13 +67,12 @@ def decidedness(histories: Mapping[str, pd.DataFrame], gates: Mapping[str, Tenso
         gates: Model -> soft decisions of any shape.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.2, 3.4), layout="constrained")
-    for index, (name, history) in enumerate(histories.items()):
-        left.plot(history["epoch"], 100 * history["val_decided"], label=name, **style(index))
+    for name, look in looks(histories).items():
+        history = histories[name]
+        left.plot(history["epoch"], 100 * history["val_decided"], label=look.name, **look.line)
         values = gates[name].flatten().numpy()
         share = np.full(len(values), 100 / len(values))
-        right.hist(
-            values, np.linspace(0, 1, 21), weights=share, histtype="step", color=style(index)["color"], label=name
-        )
+        right.hist(values, np.linspace(0, 1, 21), weights=share, histtype="step", color=look.color, label=look.name)
     left.set(xlabel="epoch", ylabel="m outside of 0.25 to 0.75 (% of the regions)", ylim=(0, 102))
     left.xaxis.get_major_locator().set_params(integer=True)
     left.legend(fontsize=8, frameon=False)
@@ -88,11 +88,12 @@ def pulls(signals: Mapping[str, tuple[Tensor, Tensor]]) -> Figure:
         signals: Model -> mean and standard deviation over the noise of the task's pull at each score.
     """
     figure, axes = plt.subplots(figsize=(5.6, 3.4), layout="constrained")
-    for index, (name, (mean, spread)) in enumerate(signals.items()):
+    for name, look in looks(signals).items():
+        mean, spread = signals[name]
         ratio = (mean.abs() / spread.clamp(min=1e-12)).flatten().sort().values.numpy()
         heights = np.linspace(0, 100, len(ratio))
-        label = f"{name}: median {np.median(ratio):.2f}"
-        axes.plot(ratio, heights, color=style(index)["color"], label=label)
+        label = f"{look.name}: median {np.median(ratio):.2f}"
+        axes.plot(ratio, heights, color=look.color, label=label)
     axes.axvline(1, color=GREY, linewidth=0.8, linestyle="--")
     axes.set(xscale="log", xlim=(0.01, 3), ylim=(0, 100), ylabel="share of the regions (%)")
     axes.set_xlabel("|mean pull of the task| / its standard deviation over the noise")

@@ -9,10 +9,26 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from .anchors import ANCHORS_TITLE
-from .style import COSTS, GREY, MARKERS, SKY, VERMILION, style
+from .looks import looks
+from .style import COSTS, GREY, SKY, VERMILION
 
-_NAMES = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "star", "x", "pentagon", "hexagon")
-SYMBOLS = dict(zip(MARKERS, _NAMES, strict=True))
+SYMBOLS = {  # of matplotlib's markers
+    "o": "circle",
+    "s": "square",
+    "D": "diamond",
+    "d": "diamond-tall",
+    "^": "triangle-up",
+    "v": "triangle-down",
+    "<": "triangle-left",
+    ">": "triangle-right",
+    "P": "cross",
+    "X": "x",
+    "*": "star",
+    "p": "pentagon",
+    "h": "hexagon",
+    "H": "hexagon2",
+    "8": "octagon",
+}
 LAYOUT = {"template": "plotly_white", "height": 480, "margin": {"l": 60, "r": 20, "t": 40, "b": 60}}
 
 
@@ -39,22 +55,25 @@ def tradeoff(
         text += ": %{y:.1f} % at %{x:.1f}<extra></extra>"
         figure.add_scatter(x=across, y=up, hovertemplate=text, **options)
 
-    for index, (method, runs) in enumerate(table.groupby(by, sort=False)):
-        marker = {"color": style(index)["color"], "symbol": SYMBOLS[style(index)["marker"]]}
+    for method, look in looks(table[by]).items():
+        runs = table[table[by] == method]
+        marker = {"color": look.color, "symbol": SYMBOLS[look.marker]}
         group = {"mode": "markers", "legendgroup": method}
         cost, accuracy = runs[x] * factor, runs["accuracy"] * 100
+        hover = runs[["name" if "name" in runs else "run", "seed"]]
         small = {"marker": marker | {"size": 7, "opacity": 0.5}, "showlegend": False}
         text = "%{customdata[0]}<br>seed %{customdata[1]}"
-        add(cost, accuracy, text, customdata=runs[["run", "seed"]], **small, **group)
+        add(cost, accuracy, text, customdata=hover, **small, **group)
         x_bar, y_bar = ({"array": [values.std(ddof=1)], "visible": len(runs) > 1} for values in (cost, accuracy))
-        large = {"marker": marker | {"size": 12}, "name": method, "error_x": x_bar, "error_y": y_bar}
-        add([cost.mean()], [accuracy.mean()], f"{method}<br>mean of {len(runs)}", **large, **group)
+        large = {"marker": marker | {"size": 12}, "name": look.name, "error_x": x_bar, "error_y": y_bar}
+        add([cost.mean()], [accuracy.mean()], f"{look.name}<br>mean of {len(runs)}", **large, **group)
     line = {"mode": "lines+markers", "line": {"color": GREY, "width": 1, "dash": "dot"}, "marker": {"size": 4}}
     for run, points in curves.groupby("run", sort=False) if curves is not None else ():
         text, extra = f"{run}<br>threshold %{{customdata[0]:.2f}}", {"customdata": points[["threshold"]]}
         add(points[x] * factor, points["accuracy"] * 100, text, name=f"other thresholds of {run}", **extra, **line)
-    for index, anchor in enumerate(anchors.itertuples() if anchors is not None else ()):
-        marker = {"color": GREY, "symbol": f"{SYMBOLS[style(index)['marker']]}-open", "size": 9}
+    marks = looks(anchors["label"]).values() if anchors is not None else ()
+    for anchor, look in zip(anchors.itertuples() if anchors is not None else (), marks, strict=True):
+        marker = {"color": GREY, "symbol": f"{SYMBOLS[look.marker]}-open", "size": 9}
         group = {"mode": "markers", "legendgroup": ANCHORS_TITLE, "legendgrouptitle": {"text": ANCHORS_TITLE}}
         point = [anchor.macs * factor], [anchor.accuracy * 100]
         add(*point, f"{anchor.label}<br>{ANCHORS_TITLE}", marker=marker, name=anchor.label, **group)

@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
-from .style import COLOURS, GREY, PICTURE_GRID, PictureStyle, style
+from .looks import looks
+from .style import COLOURS, GREY, PICTURE_GRID, PictureStyle
 
 # Where the names of a front's points stand, in turns, so that those of neighbours do not meet: offset and alignment.
 BESIDE = (((0, 6), "center"), ((0, -12), "center"), ((6, -3), "left"), ((-6, -3), "right"))
@@ -33,8 +34,9 @@ def cost_shares(table: pd.DataFrame) -> Figure:
     left.invert_yaxis()
     left.tick_params(axis="y", labelsize=8)
     left.legend(loc="lower center", bbox_to_anchor=(0.4, 1), ncols=3, fontsize=8, frameon=False)
-    for index, (model, sizes) in enumerate(table.groupby("model", sort=False)):
-        right.plot(sizes["size"], sizes["attention's products"] * 100, label=model, **style(index))
+    for model, look in looks(table["model"]).items():
+        sizes = table[table["model"] == model]
+        right.plot(sizes["size"], sizes["attention's products"] * 100, label=model, **look.line)
     right.set(xlabel="side of the picture (pixels)", ylabel="attention's products (% of the MACs)", ylim=(0, None))
     right.grid(alpha=0.3)
     right.legend(fontsize=8, frameon=False)
@@ -60,8 +62,8 @@ def low_pass(response: Tensor, singular: Tensor, similarity: Tensor) -> Figure:
     middle.set(xlabel="number", ylabel="singular value of attention (largest = 1)", yscale="log", ylim=(1e-4, 1.5))
     steps = [layer + offset for layer in range(len(similarity)) for offset in (0, 1 / 3, 2 / 3)]
     right.plot(steps, similarity.flatten(), "-", color=GREY)
-    for index, name in enumerate(("before the block", "after attention", "after the MLP")):
-        right.plot(steps[index::3], similarity[:, index], linestyle="", label=name, **style(index))
+    for index, look in enumerate(looks(("before the block", "after attention", "after the MLP")).values()):
+        right.plot(steps[index::3], similarity[:, index], linestyle="", label=look.name, **look.line)
     right.set(xlabel="block", ylabel="cosine between two patch tokens (mean)")
     right.xaxis.get_major_locator().set_params(integer=True)
     for axes in (left, middle, right):
@@ -77,10 +79,11 @@ def reconstruction(table: pd.DataFrame) -> Figure:
         table: `method`, `layer`, `error` (a share of the tokens' variance), `accuracy`.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10.4, 4.2), layout="constrained")
-    for index, (method, layers) in enumerate(table.groupby("method", sort=False)):
-        left.plot(layers["layer"], layers["error"] * 100, label=method, **style(index))
+    for method, look in looks(table["method"]).items():
+        layers = table[table["method"] == method]
+        left.plot(layers["layer"], layers["error"] * 100, label=look.name, **look.line)
         total = 100 * layers["error"].sum(), 100 * layers["accuracy"].iloc[0]
-        right.plot(*total, linestyle="", **style(index))
+        right.plot(*total, linestyle="", **look.line)
     left.set(xlabel="block", ylabel="reconstruction error (% of the tokens' variance)", ylim=(0, None))
     left.xaxis.get_major_locator().set_params(integer=True)
     right.set(xlabel="sum over the blocks (% of the tokens' variance)", ylabel="accuracy without training (%)")
@@ -98,16 +101,17 @@ def fronts(table: pd.DataFrame) -> Figure:
     """
     figure, axes = plt.subplots(figsize=(7.6, 4.6), layout="constrained")
     unit, name = (1e9, "GMACs") if table["macs"].max() >= 1e9 else (1e6, "MMACs")
-    for index, (series, runs) in enumerate(table.groupby("series", sort=False)):
+    for index, (series, look) in enumerate(looks(table["series"]).items()):
+        runs = table[table["series"] == series]
         points = runs.groupby("point", sort=False)
         mean = points[["macs", "accuracy"]].mean().sort_values("macs")
         spread = points["accuracy"].std().loc[mean.index].fillna(0) * 100
         x, y = mean["macs"] / unit, mean["accuracy"] * 100
-        axes.errorbar(x, y, spread, linewidth=1, markersize=6, capsize=2, label=series, **style(index))
+        axes.errorbar(x, y, spread, linewidth=1, markersize=6, capsize=2, label=look.name, **look.line)
         offset, side = BESIDE[index % len(BESIDE)]
-        look = {"ha": side, "fontsize": 7, "color": style(index)["color"], "textcoords": "offset points"}
+        text = {"ha": side, "fontsize": 7, "color": look.color, "textcoords": "offset points"}
         for point, *place in zip(mean.index, x, y, strict=True):
-            axes.annotate(point, place, offset, **look)
+            axes.annotate(point, place, offset, **text)
     axes.set(xscale="log", xlabel=f"{name} per picture, gate and reducer included", ylabel="accuracy (%)")
     axes.margins(x=0.2, y=0.12)
     axes.xaxis.set_major_formatter("{x:g}")

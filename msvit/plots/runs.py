@@ -10,33 +10,65 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from torch import Tensor
 
 from .anchors import ANCHORS_TITLE
-from .style import BLUE, COSTS, GREY, PICTURE_GRID, SKY, VERMILION, PictureStyle, as_the_model_sees, draw_means, style
+from .looks import display, draw_means, looks
+from .style import BLUE, COSTS, GREY, ORANGE, PICTURE_GRID, SKY, VERMILION, PictureStyle, as_the_model_sees
 
 
-def gate_maps(images: Tensor, decisions: Mapping[str, Tensor], drawing: PictureStyle) -> Figure:
+def gate_maps(
+    images: Tensor, decisions: Mapping[str, Tensor], drawing: PictureStyle, words: Mapping[str, list[str]] | None = None
+) -> Figure:
     """Draw pictures in columns: a row for the pictures, one for each method's tokens, and what the first method sees.
 
     Args:
         images: Normalised, `[B, 3, H, W]`.
         decisions: Method -> coarse regions, bool `[B, h, w]`.
+        words: Method -> what to say under each of its pictures; under "" of the pictures themselves.
     """
-    names = ["picture", *decisions, "as the model sees it"]
-    size = (1.7 * len(images), 1.75 * len(names))
+    words, first = words or {}, next(iter(decisions))
+    names = ["picture", *map(display, decisions), f"pixels in the tokens of {display(first)}"]
+    size = (1.7 * len(images), 1.9 * len(names) + 0.3)
     figure, grid = plt.subplots(len(names), len(images), figsize=size, **PICTURE_GRID)
-    first = next(iter(decisions.values()))
     for column, image in enumerate(images):
         drawing.draw(grid[0, column], image)
-        for axes, masks in zip(grid[1:-1, column], decisions.values(), strict=True):
+        if "" in words:
+            grid[0, column].set_xlabel(words[""][column], fontsize=8)
+        for axes, (name, masks) in zip(grid[1:-1, column], decisions.items(), strict=True):
             coarse = masks[column]
             drawing.draw(axes, image, coarse)
             tokens = int(coarse.sum() + (~coarse).sum() * drawing.scale**2)
-            axes.set_xlabel(f"{tokens} patch tokens", fontsize=8)
-        drawing.draw(grid[-1, column], as_the_model_sees(image, first[column], drawing.scale))
+            said = f"\n{words[name][column]}" if name in words else ""
+            axes.set_xlabel(f"{tokens} patch tokens{said}", fontsize=8)
+        drawing.draw(grid[-1, column], as_the_model_sees(image, decisions[first][column], drawing.scale))
     for axes, name in zip(grid[:, 0], names, strict=True):
         axes.set_ylabel(textwrap.fill(name, 18), fontsize=9)
+    frames = [Patch(fill=False, edgecolor=ORANGE, linewidth=1.5, label="one coarse token")]
+    frames += [Patch(fill=False, edgecolor=SKY, linewidth=1.5, label="a fine token each")]
+    figure.legend(handles=frames, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    return figure
+
+
+def ranking(table: pd.DataFrame, by: str = "method") -> Figure:
+    """Draw the accuracy of each method in a line of its own, the best on top: seeds, their mean, and what it costs."""
+    means = table.groupby(by, sort=False)[["accuracy", "macs"]].mean().sort_values("accuracy")
+    figure, axes = plt.subplots(figsize=(6.4, 0.9 + 0.3 * len(means)), layout="constrained")
+    look_of = looks(table[by])
+    for row, method in enumerate(means.index):
+        look = look_of[method]
+        values = table.loc[table[by] == method, "accuracy"] * 100
+        axes.plot(values, [row] * len(values), look.marker, color=look.color, markersize=4, alpha=0.4)
+        spread = values.std() if len(values) > 1 else None
+        axes.errorbar(values.mean(), row, xerr=spread, **look.line, markersize=7, capsize=3)
+        axes.text(
+            1.01, row, f"{means.loc[method, 'macs']:.0%}", transform=axes.get_yaxis_transform(), va="center", fontsize=8
+        )
+    axes.set_yticks(range(len(means)), map(display, means.index), fontsize=8)
+    axes.text(1.01, len(means) - 0.3, "MACs", transform=axes.get_yaxis_transform(), fontsize=8)
+    axes.set(xlabel="accuracy (%)", ylim=(-0.6, len(means) - 0.4))
+    axes.grid(axis="x", alpha=0.3)
     return figure
 
 
@@ -111,23 +143,28 @@ def tradeoff(
 def _draw_anchors(axes: Axes, anchors: pd.DataFrame, factor: float) -> list[Line2D]:
     """Draw published results as hollow grey marks below all others, and return these."""
     marks = []
-    for index, anchor in enumerate(anchors.itertuples()):
-        look = {"marker": style(index)["marker"], "color": GREY, "markerfacecolor": "none", "linestyle": ""}
+    for anchor, look in zip(anchors.itertuples(), looks(anchors["label"]).values(), strict=True):
+        style = {"marker": look.marker, "color": GREY, "markerfacecolor": "none", "linestyle": ""}
         point = anchor.macs * factor, anchor.accuracy * 100
-        marks += axes.plot(*point, **look, markersize=7, zorder=1, label=anchor.label)
+        marks += axes.plot(*point, **style, markersize=7, zorder=1, label=anchor.label)
     return marks
 
 
-def token_counts(counts: Mapping[str, Tensor], lowest: int, highest: int) -> Figure:
-    """Draw how many tokens each picture gets, a row per method: from all coarse (`lowest`) to all fine (`highest`)."""
+def token_counts(counts: Mapping[str, Tensor], lowest: int, highest: int, step: int = 1) -> Figure:
+    """Draw how many tokens each picture gets, a row per method: from all coarse (`lowest`) to all fine (`highest`).
+
+    Args:
+        step: Tokens that one region more or less makes; bars stand on the counts that there can be.
+    """
     size = (6.4, 0.9 + 0.75 * len(counts))
     figure, grid = plt.subplots(len(counts), 1, figsize=size, sharex=True, squeeze=False, layout="constrained")
-    bins = np.linspace(lowest, highest, 33)
-    for index, (name, values) in enumerate(counts.items()):
-        axes, values = grid[index, 0], values.double().cpu().numpy()
-        axes.hist(values, bins=bins, color=style(index)["color"])
+    width = step * max(1, math.ceil((highest - lowest) / (48 * step)))
+    bins = np.arange(lowest - width / 2, highest + width, width)
+    for axes, (name, look) in zip(grid[:, 0], looks(counts).items(), strict=True):
+        values = counts[name].double().cpu().numpy()
+        axes.hist(values, bins=bins, color=look.color)
         axes.axvline(values.mean(), color="black", linestyle="--", linewidth=1)
-        axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
+        axes.set_ylabel(look.name, rotation=0, ha="right", va="center", fontsize=8)
         axes.set_yticks([])
         mean = f"{values.mean():.1f} ± {values.std():.1f}"
         axes.text(0.99, 0.8, mean, transform=axes.transAxes, ha="right", fontsize=8)

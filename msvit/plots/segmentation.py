@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..data import IGNORE
-from .style import COLOURS, PICTURE_GRID, VERMILION, PictureStyle, draw_means
+from .looks import draw_means
+from .style import COLOURS, PICTURE_GRID, VERMILION, PictureStyle
 
 
 def quality(table: pd.DataFrame) -> Figure:
@@ -25,7 +26,7 @@ def quality(table: pd.DataFrame) -> Figure:
     grid[2].plot([0, 100], [0, 100], color="grey", linestyle="--", linewidth=1)
     grid[2].set(xlabel="pixels in fine regions (%)", ylabel="boundary pixels in fine regions (%)")
     grid[2].text(98, 62, "as by chance", fontsize=8, color="grey", ha="right")
-    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     return figure
 
 

@@ -1,10 +1,9 @@
-"""The style of all figures: colours and markers of methods, pictures and their tokens, and files of the same bytes."""
+"""The style of all figures: colours, pictures and their tokens, and files of the same bytes."""
 
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from matplotlib import pyplot as plt
@@ -15,10 +14,10 @@ from torch import Tensor
 
 from ..core.tokens import shrink
 
-# Okabe and Ito's colours, which readers with any colour vision tell apart; and markers, for those who print in grey.
+# Okabe and Ito's colours, which readers with any colour vision tell apart. Those of methods are in `looks`.
 BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"
-COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, "#000000", "#999933", "#882255", "#44AA99")
-MARKERS = "osD^vP*Xph"
+BLACK = "#000000"
+COLOURS = (BLUE, VERMILION, GREEN, PURPLE, ORANGE, SKY, BLACK, "#999933", "#882255", "#44AA99")
 GREY = "#666666"  # of what is there for comparison
 
 # How `plt.subplots` lays out pictures.
@@ -29,11 +28,6 @@ COSTS = {
     "macs": (100, "MACs per picture, gate included (% of the dense model's)"),
     "pictures_per_s": (1, "pictures per second on this machine"),
 }
-
-
-def style(index: int) -> dict:
-    """Return colour and marker of the index-th method, the same in every figure of a report."""
-    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]}
 
 
 def save(figure: Figure, folder: str | Path, name: str, kinds: tuple[str, ...] = ("png", "svg")) -> Figure:
@@ -47,19 +41,14 @@ def save(figure: Figure, folder: str | Path, name: str, kinds: tuple[str, ...] =
 
 
 def with_note(figure: Figure, note: str, title: str = "") -> Figure:
-    """Put a note in brackets below the figure's title, and `title` before it."""
+    """Put a note in brackets below the figure's title, and `title` before it; over the axes where there is one pair."""
     titles = ": ".join(text for text in (title, figure.get_suptitle()) if text)
-    figure.suptitle(f"{titles}\n({note})".strip(), fontsize=9)
+    text = f"{titles}\n({note})".strip()
+    if len(figure.axes) == 1 and not titles:
+        figure.axes[0].set_title(text, fontsize=9)  # beside an outer legend, which a figure's title would run into
+    else:
+        figure.suptitle(text, fontsize=9)
     return figure
-
-
-def draw_means(axes: Axes, x: pd.Series, y: pd.Series, methods: pd.Series, markersize: int):
-    """Draw a point per method: mean over seeds, bars of one standard deviation."""
-    for index, method in enumerate(methods.unique()):
-        across, up = x[methods == method], y[methods == method]
-        spread = {"xerr": across.std(), "yerr": up.std()} if len(up) > 1 else {}
-        marks = style(index) | {"markersize": markersize, "capsize": 3, "linestyle": ""}
-        axes.errorbar(across.mean(), up.mean(), **spread, **marks, label=method)
 
 
 def as_the_model_sees(image: Tensor, coarse: Tensor, scale: int) -> Tensor:

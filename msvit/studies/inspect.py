@@ -37,6 +37,7 @@ class Inspection:
         tokens: Per picture, int64 `[B]`.
         predicted, targets: Numbers of the classes, int64 `[B]`.
         mean, std: What the pictures were normalised with.
+        classes: Their names.
     """
 
     model: MSViT
@@ -48,6 +49,7 @@ class Inspection:
     targets: Tensor
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    classes: tuple[str, ...] = ()
 
     @property
     def correct(self) -> Tensor:
@@ -93,7 +95,9 @@ def inspect_run(folder: str | Path, pictures: int = 512) -> Inspection:
         count += len(images)
         if count >= pictures:
             break
-    return Inspection(model, *(torch.cat(part) for part in zip(*seen, strict=True)), loaders.mean, loaders.std)
+    return Inspection(
+        model, *(torch.cat(part) for part in zip(*seen, strict=True)), loaders.mean, loaders.std, tuple(loaders.classes)
+    )
 
 
 def inspect_runs(folder: Path, rows: pd.DataFrame, pictures: int = 512) -> dict[str, Inspection]:
@@ -105,7 +109,17 @@ def draw_gate_maps(inspections: Mapping[str, Inspection], count: int = 6, start:
     """Draw the tokens of several models on the same pictures, from number `start`."""
     first, part = next(iter(inspections.values())), slice(start, start + count)
     decisions = {name: inspection.coarse[part] for name, inspection in inspections.items()}
-    return plots.gate_maps(first.images[part], decisions, first.drawing)
+    words = None
+    if first.classes and first.targets.dim() == 1:
+        words = {name: predictions(inspection, part) for name, inspection in inspections.items()}
+        words[""] = [first.classes[k] for k in first.targets[part].tolist()]
+    return plots.gate_maps(first.images[part], decisions, first.drawing, words)
+
+
+def predictions(inspection: Inspection, part: slice) -> list[str]:
+    """Return the predicted class of some pictures, with a cross where it is wrong."""
+    pairs = zip(inspection.predicted[part].tolist(), inspection.correct[part].tolist(), strict=True)
+    return [f"{inspection.classes[k]} {'✓' if right else '✗'}" for k, right in pairs]
 
 
 def draw_token_counts(inspections: Mapping[str, Inspection]) -> Figure:
@@ -113,7 +127,8 @@ def draw_token_counts(inspections: Mapping[str, Inspection]) -> Figure:
     model, coarse = (first := next(iter(inspections.values()))).model, first.coarse[0]
     prefix = model.vit.num_prefix_tokens
     counts = {name: inspection.tokens for name, inspection in inspections.items()}
-    return plots.token_counts(counts, prefix + coarse.numel(), prefix + coarse.numel() * model.scale**2)
+    lowest, highest = prefix + coarse.numel(), prefix + coarse.numel() * model.scale**2
+    return plots.token_counts(counts, lowest, highest, model.scale**2 - 1)
 
 
 class ShapedGates(NamedTuple):
@@ -166,6 +181,29 @@ def _backbone(model: MSViT, images: Tensor) -> Tensor:
     """Run the backbone alone, with the linear layers that all methods have."""
     with fast_linear(model.fast_cpu):
         return model.vit(images)
+
+
+def clock_remark(table: pd.DataFrame, by: str = "method") -> str:
+    """Return in words what `speeds` says of the gated models, beside the dense one; empty if there is no such pair.
+
+    Args:
+        table: Runs with `pictures_per_s`, `macs`, `dense_macs` and `epochs` or a method "dense".
+    """
+    dense, gated = table[table["method"] == "dense"], table[table["macs"] < 0.99]
+    if dense.empty or gated.empty:
+        return ""
+    pace = gated.groupby(by, sort=False)[["pictures_per_s", "macs"]].mean()
+    best, base = pace["pictures_per_s"].idxmax(), dense["pictures_per_s"].mean()
+    gain, macs = pace.loc[best, "pictures_per_s"] / base, pace.loc[best, "macs"]
+    text = f"On the clock here: dense {base:,.0f} pictures/s; the fastest other row, {best}, {gain:.2f} times that at "
+    text += f"{macs:.0%} of the MACs."
+    if gain < 1:
+        text += (
+            f" A picture costs {dense['dense_macs'].mean() / 1e6:.0f} M MACs, so little that the steps around the "
+            "matrix products take longer than these; `make bench` times "
+            "larger ones."
+        )
+    return text
 
 
 class AccuracyAndMacs(NamedTuple):

@@ -6,6 +6,7 @@ parameters there are and of what type, the cell that papermill injects says what
 """
 
 import ast
+import os
 import types
 from collections.abc import Iterable, MutableMapping
 from pathlib import Path
@@ -29,9 +30,13 @@ class ParameterError(ValueError):
 
 
 def in_repo(path: str) -> Path:
-    """Return a relative path from the repository's root, or from the working folder where there is no repository."""
+    """Return a relative path from the repository's root, or from the working folder where there is no repository.
+
+    With the variable MSVIT_HOME in the environment, as the tests set it, from that folder.
+    """
     root = Path(__file__).resolve().parents[2]
-    return (root if (root / "notebooks").is_dir() else Path.cwd()) / path
+    home = os.environ.get("MSVIT_HOME") or (root if (root / "notebooks").is_dir() else Path.cwd())
+    return Path(home) / path
 
 
 def guard(names: MutableMapping[str, Any], may_be_empty: Iterable[str] = (), **rules: str | Iterable) -> None:

@@ -15,9 +15,10 @@ from .. import plots
 from ..core.macs import vit_macs
 from ..training import runs
 from ..training.build import build
+from ..training.names import mask_label
 from ..training.recipe import Recipe
 from .inspect import Inspection, accuracy_and_macs
-from .study import FULL, StudyRow, mask_label, reducer_rows, run_rows
+from .study import FULL, StudyRow, reducer_rows, run_rows
 
 REDUCED = ("dense, trained on", f"{FULL}, gbas", f"{FULL}, l0", "random mask", "dynamicvit", "tome")
 BUDGETS = (0.5, 0.75)

@@ -13,31 +13,14 @@ from pathlib import Path
 import pandas as pd
 
 from .. import plots
+from ..training.names import method_name
 from ..training.recipe import FIELDS
-from .study import SUMMARY_COLUMNS, finished, mask_label, summarise
-
-
-def method_of(run: pd.Series) -> str:
-    """Return a run's name in tables and figures: what decides, what shapes it, and which parts are off."""
-    if not run["epochs"]:
-        return "dense"
-    after = f" + {run['reducer']}" if run["reducer"] else ""
-    if run["gating"] == "fine":
-        return run["reducer"] or "dense, trained on"
-    if run["gating"] not in ("learned", "pattern"):
-        return mask_label(run["gating"]) + after
-    who = "MSViT" if run["gating"] == "learned" else "pattern"
-    words = [f"{who} {run['loss']}" + ("" if run["control"] == "none" else f" + {run['control']}")]
-    if run["loss"] == "none" and run["control"] != "none":
-        words = [f"{who}, controller only ({run['control']})"]
-    words += [{"none": "untrimmed", "batch": "trimmed by batch"}[run["trim"]]] if run["trim"] != "margin" else []
-    words += {"shared": [], "own": ["own embedding"], "apt": ["APT's path"]}[run["coarse_embed"]]
-    return ", ".join(words) + after
+from .study import SUMMARY_COLUMNS, finished, summarise
 
 
 def groups(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Return title -> the runs that may be compared, on the same pictures at the same size, with their methods."""
-    table = table.assign(method=[method_of(run) for _, run in table.iterrows()])
+    table = table.assign(method=[method_name(run) for _, run in table.iterrows()])
     budget = table["target"].map("{:.2f}".format).where(table["epochs"] > 0, "")
     table = table.assign(budget=budget, label=table["method"] + budget.map(lambda b: f" at {b}" if b else ""))
     order = table.sort_values(["data", "size", "method", "budget", "seed"])
@@ -67,7 +50,7 @@ def write_tables(table: pd.DataFrame, folder: Path, name: str, by: str = "method
     return shown
 
 
-def report(runs: str | Path, out: str | Path, notebooks: list[Path] = ()) -> Path:
+def report(runs: str | Path, out: str | Path) -> Path:
     """Write tables, figures and index.html of all finished runs under `runs` into `out`, and return the page."""
     out, table = Path(out), finished(runs)
     if table.empty:
@@ -78,8 +61,7 @@ def report(runs: str | Path, out: str | Path, notebooks: list[Path] = ()) -> Pat
         shown = write_tables(group, out / "tables", name, by="label")
         plots.save(plots.tradeoff(group, "label"), out / "figures", f"tradeoff-{name}", ("png", "svg", "pdf"))
         parts.append(_section(title, shown, out / "figures" / f"tradeoff-{name}.png", group))
-    links = "".join(f"<li><a href='{p.as_posix()}'>{html.escape(p.stem)}</a></li>" for p in notebooks)
-    page = PAGE.format(date=datetime.date.today().isoformat(), parts="\n".join(parts), links=links, runs=len(table))
+    page = PAGE.format(date=datetime.date.today().isoformat(), parts="\n".join(parts), runs=len(table))
     path = out / "index.html"
     path.write_text(page)
     return path
@@ -109,7 +91,6 @@ code {{ overflow-wrap: anywhere }}
 <h1>msvit report</h1>
 <p>{runs} finished runs; made on {date}. Figures are means ± one standard deviation over seeds.
 MACs include the gate.</p>
-<ul>{links}</ul>
 {parts}
 </html>
 """

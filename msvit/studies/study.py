@@ -15,6 +15,7 @@ from ..reducers.registry import REDUCERS
 from ..training import runs
 from ..training.build import build
 from ..training.loop import train
+from ..training.names import mask_label
 from ..training.recipe import GATINGS, LEARNED, MEAN_LOSSES, Recipe, parse
 
 # What each part of the method is replaced by when it is switched off.
@@ -96,11 +97,6 @@ def ablation(
     for row in rows:
         different.setdefault(repr((sorted(row.changes.items()), row.dense)), row)
     return list(different.values())
-
-
-def mask_label(name: str) -> str:
-    """Return what tables call who decides in the gate's place; APT is more than a mask, and a quota learns."""
-    return {"apt": "APT", "quota": "quota"}.get(name, f"{name} mask")
 
 
 def reducer_rows(names: Iterable[str], base: Recipe) -> list[StudyRow]:

@@ -27,6 +27,7 @@ import pandas as pd
 import torch
 
 from .files import RunError, RunWarning, digest, locked, read_json, write_whole
+from .names import short_name
 from .recipe import Recipe, RecipeError
 
 TIMINGS = ("seconds", "pictures_per_s")  # of a line of metrics: all that two equal runs may differ in
@@ -218,7 +219,7 @@ def load(folder: str | Path = "runs") -> pd.DataFrame:
         try:
             run = read(path.parent)
             row |= {"status": "unfinished" if run.summary is None else "finished", "epoch": len(run.metrics)}
-            row |= _flat(run.recipe.to_dict())
+            row |= {"name": short_name(run.recipe)} | dict(_flat(run.recipe.to_dict()))
             results = dict(_flat((run.metrics[-1] if run.metrics else {}) if run.summary is None else run.summary))
             row |= {f"val_{name}" if name in row else name: value for name, value in results.items()}
         except RunError as error:

@@ -1,7 +1,7 @@
 """The explorer in a real headless Chromium: as a notebook in JupyterLab, and as a Voila page.
 
 A server is started for each on 127.0.0.1 with a token, and is stopped with all that it has started. Where a test fails,
-a screenshot is kept in reports/failures/.
+a screenshot is kept in results/failures/.
 """
 
 import json
@@ -19,6 +19,7 @@ from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import pytest
 import timm
 import torch
@@ -29,7 +30,7 @@ from msvit.data.scenes import Scenes
 from msvit.reducers.registry import make_reducer
 
 ROOT = Path(__file__).resolve().parents[2]
-FAILURES = ROOT / "reports" / "failures"
+FAILURES = ROOT / "results" / "failures"
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PACKAGES = ("playwright", "jupyterlab", "voila", "anywidget")
 MISSING = [name for name in PACKAGES if not find_spec(name)] + ([] if CHROMIUM else ["chromium"])
@@ -70,6 +71,13 @@ def workspace(tmp_path_factory):
     notebook["cells"].insert(at + 1, notebook["cells"][at] | {"id": "given", "source": source, "metadata": {}})
     (folder / "explorer.ipynb").write_text(json.dumps(notebook))
     return folder
+
+
+@pytest.fixture
+def untouched(tmp_path):
+    """A folder with the notebook as it is in the repository, and nothing else."""
+    shutil.copy(ROOT / "notebooks/gate_explorer.ipynb", tmp_path / "explorer.ipynb")
+    return tmp_path
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +127,7 @@ def serve(workspace, tmp_path):
     """A function that starts a server and returns its address; all of its processes end with the test."""
     started = []
 
-    def start(module: str, *options: str) -> str:
+    def start(module: str, *options: str, folder: Path = workspace) -> str:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -135,7 +143,7 @@ def serve(workspace, tmp_path):
         log = open(tmp_path / "server.log", "wb")  # noqa: SIM115 (closed below, with the server)
         server = subprocess.Popen(
             [sys.executable, "-m", module, *options],
-            cwd=workspace,
+            cwd=folder,
             env=environment,
             stdout=log,
             stderr=log,
@@ -158,6 +166,21 @@ def serve(workspace, tmp_path):
         with suppress(ProcessLookupError):
             os.killpg(server.pid, signal.SIGKILL)  # its own session; kernels end by themselves when it is gone
         log.close()
+
+
+def kernels() -> int:
+    """How many kernels live of those that this test has started."""
+    found = 0
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            found += "ipykernel_launcher" in process.cmdline()
+    return found
+
+
+def clipped(page) -> list[str]:
+    """Texts of the explorer that do not fit where they stand."""
+    return page.evaluate("""() => [...document.querySelectorAll('.msvit button, .msvit .widget-label, .msvit-title')]
+        .filter(e => e.offsetParent && e.scrollWidth > e.clientWidth + 1).map(e => e.textContent)""")
 
 
 def answers(address: str) -> bool:
@@ -219,8 +242,9 @@ def drive(page, out: Path):
     until(page, 65 - 4 * 3)
     assert figure(page, "prediction") != fine
     assert re.match(r"row 0, column 3: score -?\d+\.\d+, m 0\.\d+, coarse, painted", page.inner_text(".msvit-readout"))
-    page.get_by_role("button", name="Clear painting").click()
+    page.get_by_role("button", name="Clear", exact=True).click()
     until(page, 65)
+    edit_painting(page)
 
     send(page, good_png=encoded(gradient()), text_png=b"no picture")
     page.wait_for_function("document.querySelector('.msvit-figures').textContent.includes('good.png')")
@@ -236,6 +260,47 @@ def drive(page, out: Path):
     page.get_by_role("button", name="Save PNG").click()
     page.wait_for_selector(".msvit-good a[download]")
     assert sorted(path.suffix for path in out.iterdir()) == [".json", ".png"]
+
+
+def edit_painting(page):
+    """Undo and redo, a rectangle, the keyboard, and strokes that stay with their picture; all fine before and after."""
+    canvas = page.locator(".msvit-canvas").first
+    canvas.focus()
+    page.keyboard.press("Control+z")
+    until(page, 53)
+    page.keyboard.press("Control+z")
+    until(page, 65)
+    page.keyboard.press("Control+Shift+z")
+    until(page, 53)
+    page.get_by_role("button", name="Undo").click()
+    until(page, 65)
+
+    page.get_by_role("button", name="rectangles").click()
+    canvas.scroll_into_view_if_needed()
+    box, step = canvas.bounding_box(), canvas.bounding_box()["width"] / 4
+    page.mouse.move(box["x"] + step / 2, box["y"] + step / 2)
+    page.mouse.down()
+    page.mouse.move(box["x"] + 1.5 * step, box["y"] + 2.5 * step, steps=6)
+    until(page, 65)
+    page.mouse.up()
+    until(page, 65 - 6 * 3)
+    page.get_by_role("button", name="Clear", exact=True).click()
+    until(page, 65)
+
+    page.get_by_role("button", name="strokes").click()
+    canvas.focus()
+    for key in ("ArrowRight", "ArrowDown", "Space"):
+        page.keyboard.press(key)
+    until(page, 62)
+    assert page.inner_text(".msvit-readout").startswith("row ")
+    picture = page.locator(".widget-dropdown select").nth(3)
+    first, second = (option.inner_text() for option in picture.locator("option").all()[:2])
+    picture.select_option(second)
+    until(page, 65)
+    picture.select_option(first)
+    until(page, 62)
+    page.get_by_role("button", name="Undo").click()
+    until(page, 65)
 
 
 def label_pixels(page):
@@ -300,3 +365,39 @@ def test_voila(page, serve, workspace):
         drive(page, workspace / "out")
         label_pixels(page)
     shutil.rmtree(workspace / "out")
+
+
+def voila_options(idle: int) -> list[str]:
+    """The options with which `make explorer` starts Voila, kernels culled after so many seconds."""
+    recipe = (ROOT / "Makefile").read_text().partition("\nexplorer:")[2].partition("\n\n")[0]
+    culling = re.findall(r"--MappingKernelManager\.(\w+)=\d+", recipe)
+    assert culling == ["cull_idle_timeout", "cull_interval"]
+    return [f"--MappingKernelManager.{name}={seconds}" for name, seconds in zip(culling, (idle, 1), strict=True)]
+
+
+def test_first_sight(page, serve, untouched):
+    """As `make explorer` opens it: a picture at once, above the fold; and no kernel outlives its page."""
+    address = serve(
+        "voila", "explorer.ipynb", "--no-browser", "--Voila.ip=127.0.0.1", "--port={port}", "--Voila.token={token}",
+        "--Voila.tornado_settings={headers}", *voila_options(idle=6), folder=untouched,
+    )  # fmt: skip
+    with kept(page, "first-sight"):
+        page.set_viewport_size({"width": 1440, "height": 900})
+        page.goto(f"{address}/?token={TOKEN}")
+        page.wait_for_selector(".msvit-tokens")
+        page.wait_for_function("document.querySelector('.msvit-figures').textContent.includes('ms, dense')")
+        boxes = [box.bounding_box() for box in page.locator(".msvit-title:visible").all()]
+        assert len({round(box["y"]) for box in boxes}) == 1, "the panels stand in one line"
+        canvas = page.locator(".msvit-canvas").first.bounding_box()
+        assert canvas["y"] + canvas["height"] < 900, "and above the fold"
+        assert clipped(page) == []
+        page.set_viewport_size({"width": 1920, "height": 1080})
+        assert clipped(page) == []
+        page.wait_for_timeout(10_000)
+        assert kernels() == 1, "a page that is looked at keeps its kernel"
+        page.goto("about:blank")
+        for _ in range(PATIENCE // 200):
+            if not kernels():
+                break
+            page.wait_for_timeout(200)
+        assert kernels() == 0

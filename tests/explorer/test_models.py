@@ -18,6 +18,7 @@ from msvit.explorer.sources import SceneSource
 from msvit.explorer.state import run_backbone, run_gate
 from msvit.gating.learned import Pattern, Quota
 from msvit.gating.rules import make_rule
+from msvit.models.shipped import card, shipped
 from msvit.training.recipe import Recipe
 from msvit.training.runs import RunFolder
 
@@ -27,14 +28,14 @@ def test_models_are_found_and_loaded(tmp_path):
     (tmp_path / "runs/half").mkdir()
     (tmp_path / "runs/half/config.json").write_text("{}")
     runs = tmp_path / "runs"
-    assert find_models(runs) == ["demo", "deep/one", "deit_tiny_patch16_224"]
-    assert find_models(tmp_path / "none") == ["demo", "deit_tiny_patch16_224"]
+    assert find_models(runs) == [*shipped(), "deep/one", "deit_tiny_patch16_224"]
+    assert find_models(tmp_path / "none") == [*shipped(), "deit_tiny_patch16_224"]
     loaded = load_model("deep/one", runs)
     assert loaded.classes == tuple(f"class {i}" for i in range(8))
     assert load_model(str(runs / "deep/one"), "elsewhere").size == (64, 64)
     with pytest.raises(ModelError, match="holds no model that can be read"):
         load_model("half", runs)
-    with pytest.raises(ModelError, match="'nonsense' is neither"):
+    with pytest.raises(ModelError, match="'nonsense' is neither shipped"):
         load_model("nonsense", runs)
     with pytest.raises(ModelError, match="resnet18: ResNet is no plain vision transformer"):
         load_model("resnet18", runs)
@@ -59,17 +60,17 @@ def test_a_run_brings_its_classes_and_its_normalisation(tmp_path):
     assert "untrained" in load_model("run/dense", tmp_path).note
 
 
-@pytest.mark.long
-def test_the_demo_is_trained_once_and_anew_if_it_is_torn(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    small = {"train_n": 64, "val_n": 16, "batch": 32, "epochs_dense": 1, "epochs": 1}
-    monkeypatch.setattr(models, "DEMO_RECIPE", models.DEMO_RECIPE.replace(**small))
-    weights = models.train_demo() / "model.safetensors"
-    written = weights.stat().st_mtime_ns
-    assert load_model("demo", tmp_path).classes[0] == "rows"
-    assert weights.stat().st_mtime_ns == written
-    weights.write_bytes(b"torn")
-    assert load_model("demo", tmp_path).size == (64, 64)
+def test_a_shipped_model_brings_its_classes_and_its_normalisation(tmp_path):
+    loaded, about = load_model("scenes", tmp_path), card("scenes")
+    assert (loaded.classes, loaded.mean, loaded.std) == (about.classes, Scenes.mean, Scenes.std)
+    assert about.title in loaded.note
+    source = SceneSource("middle")
+    states = [
+        run_backbone(run_gate(loaded, source.picture(name, loaded.size)), loaded.model.threshold)
+        for name in source.names()[:24]
+    ]
+    right = [state.numbers()["prediction"] == state.numbers()["truth"] for state in states]
+    assert sum(right) >= 20
 
 
 def test_a_run_of_segmentation_can_be_chosen(tmp_path):
@@ -78,7 +79,7 @@ def test_a_run_of_segmentation_can_be_chosen(tmp_path):
     records.save_model(segmenter_of(decoder="linear"))
     records.save_model(segmenter_of(), "dense")
     records.close()
-    assert find_models(tmp_path) == ["demo", "run", "run/dense", "deit_tiny_patch16_224"]
+    assert find_models(tmp_path) == [*shipped(), "run", "run/dense", "deit_tiny_patch16_224"]
     loaded = load_model("run", tmp_path)
     assert loaded.segments
     assert loaded.classes == tuple(Scenes(1).regions)
@@ -86,7 +87,7 @@ def test_a_run_of_segmentation_can_be_chosen(tmp_path):
     assert loaded.note == ""
     assert gate_of(loaded).truth is not None
     assert "untrained" in load_model("run/dense", tmp_path).note
-    explorer = open_explorer("run", runs=tmp_path, out=tmp_path / "out")
+    explorer = open_explorer("run", source="scenes: easy", runs=tmp_path, out=tmp_path / "out")
     row = explorer.rows[0]
     visible = [title for title, box in row.boxes.items() if box.layout.display != "none"]
     assert visible == [*COMMON, *SEGMENTED]
@@ -186,7 +187,7 @@ def test_the_dense_model_has_the_same_linear_layers(monkeypatch, fast_cpu):
     loaded.model.fast_cpu = fast_cpu
     loaded.model.vit.head.register_forward_hook(lambda *_: within.append(bool(depth)))
     monkeypatch.setattr(models, "fast_linear", Watched)
-    assert loaded.dense_ms > 0
+    loaded.run_dense()
     assert within
     assert all(within)
 

@@ -2,14 +2,15 @@
 
 from datetime import UTC, datetime
 
+import numpy as np
 import pytest
 from helpers import bomb, encoded, mini_model, open_explorer, reduced
 from PIL import Image
 
 from msvit.explorer import drawing, panels
 from msvit.explorer.models import LoadedModel
+from msvit.explorer.painting import UNPAINTED
 from msvit.explorer.panels import TOKEN_MAP_TITLE
-from msvit.explorer.state import UNPAINTED
 
 GREY = (120, 130, 140)
 
@@ -17,7 +18,7 @@ GREY = (120, 130, 140)
 @pytest.fixture
 def explorer(loaded, tmp_path):
     mini_model(1).save_pretrained(tmp_path / "runs/other")
-    return open_explorer(loaded, runs=tmp_path / "runs", out=tmp_path / "out")
+    return open_explorer(loaded, source="scenes: easy", runs=tmp_path / "runs", out=tmp_path / "out")
 
 
 def files_of(**files):
@@ -59,12 +60,20 @@ def test_the_brush_paints_and_clears(explorer):
 
 
 def test_a_new_picture_begins_unpainted(explorer):
+    first = explorer.picture.value
     explorer.rows[0].painter.painted = [1] * 16
     explorer.picture.value = explorer.picture.options[3]
     assert explorer.states[0].gated.picture.name == "easy scene #3"
     assert (explorer.states[0].painted == UNPAINTED).all()
     explorer.source.value = "scenes: hard"
     assert explorer.states[0].gated.picture.name == "hard scene #0"
+    explorer.source.value = "scenes: easy"
+    explorer.picture.value = first
+    assert (explorer.states[0].painted == 1).all(), "each picture keeps its strokes"
+    explorer.undo.click()
+    assert (explorer.states[0].painted == UNPAINTED).all()
+    explorer.redo.click()
+    assert (explorer.states[0].painted == 1).all()
 
 
 def test_two_models_side_by_side(explorer):
@@ -83,7 +92,7 @@ def test_two_models_side_by_side(explorer):
 
 def test_what_cannot_be_loaded_gives_a_message_and_changes_nothing(explorer):
     before = explorer.states[0]
-    explorer.model.options = [*explorer.model.options, "nonsense"]
+    explorer.model.options = [*explorer.model.options, ("nonsense", "nonsense")]
     explorer.model.value = "nonsense"
     assert "neither" in explorer.message.value
     assert explorer.states[0] is before
@@ -110,8 +119,43 @@ def test_saved_files_and_their_link(explorer, tmp_path):
     explorer.save_svg.click()
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     tokens = explorer.states[0].tokens
-    assert names == [f"mini_easy-scene--0_{tokens}-tokens.json", f"mini_easy-scene--0_{tokens}-tokens.svg"]
+    stem = f"mini_easy-scene--0_{tokens}-tokens"
+    assert names == [f"{stem}.json", f"{stem}.svg"]
     assert "data:image/svg+xml;base64," in explorer.message.value
+    explorer.save_svg.click()
+    assert {path.name for path in (tmp_path / "out").iterdir()} - set(names) == {f"{stem}-2.json", f"{stem}-2.svg"}
+    assert explorer.states[0].times.dense.low > 0
+
+
+def test_a_mask_goes_to_a_file_and_comes_back(explorer, tmp_path):
+    explorer.threshold.value = 0.5
+    coarse = explorer.states[0].coarse
+    explorer.save_mask.click()
+    saved = {path.suffix: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    assert saved.keys() == {".png", ".npy"}
+    for suffix, data in saved.items():
+        explorer.threshold.value = 1.0
+        explorer.load_mask.value = files_of(**{f"mask_{suffix[1:]}": data})
+        assert np.array_equal(explorer.states[0].coarse, coarse)
+        explorer.undo.click()
+        assert not explorer.states[0].coarse.any(), "a mask is one stroke"
+    explorer.load_mask.value = files_of(mask_png=b"text")
+    assert "mask.png is no mask" in explorer.message.value
+
+
+def test_without_a_model_the_shipped_one_for_the_pictures_is_shown(tmp_path, monkeypatch):
+    explorer = open_explorer(runs=tmp_path, out=tmp_path)
+    assert (explorer.model.value, explorer.source.value) == ("scenes", "scenes: middle")
+    assert explorer.states[0].numbers()["truth"] == explorer.states[0].numbers()["prediction"]
+    mini_model().save_pretrained(tmp_path / "photo")
+    monkeypatch.setattr("msvit.explorer.models.shipped", lambda: ["photo", "scenes"])
+    monkeypatch.setattr("msvit.explorer.page.shipped", lambda: ["photo", "scenes"])
+    explorer._loaded["photo"] = LoadedModel.of("photo", mini_model())
+    explorer.model.options = [("photo", "photo"), *explorer.model.options]
+    explorer.source.value = "photographs"
+    assert explorer.states[0].gated.loaded.name == explorer.model.value == "photo"
+    explorer.source.value = "scenes: hard"
+    assert explorer.model.value == "scenes"
 
 
 def test_a_copy_without_a_kernel_has_a_picture(explorer):
@@ -127,7 +171,8 @@ def test_an_impossible_budget_is_refused(loaded, tmp_path):
 
 @pytest.mark.long
 def test_a_classifier_beside_a_segmenter(segmenter, tmp_path):
-    explorer = open_explorer(segmenter, LoadedModel.of("names", mini_model()), runs=tmp_path, out=tmp_path)
+    pair = segmenter, LoadedModel.of("names", mini_model())
+    explorer = open_explorer(*pair, source="scenes: easy", runs=tmp_path, out=tmp_path)
     assert "of pixels right" in explorer.rows[0].figures.value
     assert "it is " in explorer.rows[1].figures.value
     explorer.budget.value = 60

@@ -11,8 +11,9 @@ import msvit
 from msvit.data.scenes import Scenes
 from msvit.explorer import drawing, export, panels
 from msvit.explorer.models import LoadedModel
+from msvit.explorer.painting import UNPAINTED
 from msvit.explorer.sources import Picture
-from msvit.explorer.state import UNPAINTED, pixels_of_tokens, run_backbone, run_gate
+from msvit.explorer.state import pixels_of_tokens, run_backbone, run_gate
 
 GREY = (120, 130, 140)
 

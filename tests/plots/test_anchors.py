@@ -97,7 +97,7 @@ def test_the_static_layer():
     np.testing.assert_allclose([line.get_xydata()[0] for line in hollow], 100 * marks[["macs", "accuracy"]])
     assert {to_hex(line.get_color()) for line in hollow} == {style.GREY}
     own, others = figure.legends
-    assert [text.get_text() for text in own.get_texts()] == ["dense", "tome"]
+    assert [text.get_text() for text in own.get_texts()] == ["dense", "ToMe"]
     assert [text.get_text() for text in others.get_texts()] == marks["label"].tolist()
     assert others.get_title().get_text().startswith("published, ImageNet")
     assert len(plots.tradeoff(RUNS).legends) == 1

@@ -105,8 +105,11 @@ def test_messages_name_the_value_and_what_is_expected(name, typed, expected):
         guard(notebook(**{name: typed}))
 
 
-def test_paths_are_from_the_repository_root():
+def test_paths_are_from_the_repository_root(tmp_path, monkeypatch):
     root = Path(__file__).resolve().parents[2]
+    monkeypatch.setenv("MSVIT_HOME", str(tmp_path))
+    assert in_repo("runs/x") == tmp_path / "runs" / "x", "of the tests"
+    monkeypatch.delenv("MSVIT_HOME")
     assert in_repo("runs/x") == root / "runs" / "x"
     assert in_repo(str(root.parent / "elsewhere")) == root.parent / "elsewhere"
 

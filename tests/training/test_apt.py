@@ -7,9 +7,10 @@ import torch
 import msvit
 from msvit.gating.entropy import Entropy
 from msvit.models.coarse import FullResolution
-from msvit.studies import report, study
+from msvit.studies import study
 from msvit.training.evaluate_run import evaluate_run
 from msvit.training.loop import train
+from msvit.training.names import method_name
 from msvit.training.recipe import Recipe, RecipeError
 
 SMALL = Recipe(train_n=64, val_n=32, batch=32, epochs_dense=0, epochs=1, device="cpu")
@@ -74,6 +75,6 @@ def test_its_name_in_tables():
     rows = study.ablation(dict.fromkeys(study.PARTS, True), ["gbas"], ["entropy", "apt"])
     assert [row.label for row in rows] == ["MSViT", "entropy mask", "APT"]
     for row, expected in zip(rows, ["MSViT gbas", "entropy mask", "APT"], strict=True):
-        assert report.method_of(pd.Series(SMALL.replace(**row.changes).to_dict())) == expected
+        assert method_name(pd.Series(SMALL.replace(**row.changes).to_dict())) == expected
     path = SMALL.replace(coarse_embed="apt").to_dict()
-    assert report.method_of(pd.Series(path)) == "MSViT gbas, APT's path"
+    assert method_name(pd.Series(path)) == "MSViT gbas, APT's path"

@@ -7,13 +7,13 @@ import msvit
 from msvit.cli import main
 from msvit.gating.learned import Pattern, Quota, sharing_loss
 from msvit.gating.losses import GBaS
-from msvit.studies.report import method_of
 from msvit.studies.study import MASKS
 from msvit.training import runs
 from msvit.training.budget import Budget, choose_gate
 from msvit.training.build import build, fit_head, load_data
 from msvit.training.evaluate_run import evaluate_run
 from msvit.training.loop import train
+from msvit.training.names import method_name
 from msvit.training.objectives import Gated
 from msvit.training.recipe import GATINGS, LEARNED, Recipe, RecipeError
 
@@ -51,7 +51,7 @@ def test_who_learns_what():
     methods = [Recipe(gating=by, loss="l0").method for by in LEARNED]
     assert methods == ["l0", "quota", "pattern-l0"]
     table = [{**Recipe(gating=by).to_dict(), "epochs": 1} for by in ("quota", "pattern", "random")]
-    assert [method_of(run) for run in table] == ["quota", "pattern gbas", "random mask"]
+    assert [method_name(run) for run in table] == ["quota", "pattern gbas", "random mask"]
 
 
 def test_runs_meet_their_budget_and_load(finished):

@@ -1,0 +1,42 @@
+"""Packs a finished run into one small file of the package, which `msvit.load(NAME)` reads.
+
+msvit train --data scenes:middle --epochs-dense 10 --epochs 12 --folder runs/scenes     # minutes on one core
+python benchmarks/ship.py runs/scenes scenes --title "built-in scenes, middle" --command "msvit train ..."
+"""
+
+import argparse
+from pathlib import Path
+
+from msvit.models.hub import load_folder
+from msvit.models.msvit import MSViT
+from msvit.models.shipped import Card, card, pack
+from msvit.training.build import load_data
+from msvit.training.runs import read_finished
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("name", help="what msvit.load calls it")
+    parser.add_argument("--title", required=True, help="what it is, in a few words")
+    parser.add_argument("--command", required=True, help="the command that trained it, for the card")
+    args = parser.parse_args()
+
+    run = read_finished(args.run)
+    loaders = load_data(run.recipe.data, run.recipe.training.seed, load_folder(MSViT, str(args.run)))
+    found = {name: round(run.summary[name], 4) for name in ("accuracy", "dense_accuracy", "macs")}
+    about = Card(
+        title=args.title,
+        data=run.recipe.data.source,
+        classes=tuple(run.summary["classes"]),
+        mean=tuple(loaders.mean),
+        std=tuple(loaders.std),
+        command=args.command,
+        **found,
+    )
+    path = pack(args.run, args.name, about)
+    print(f"{path}: {path.stat().st_size / 1e3:.0f} kB\n{card(args.name)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""The controls of the explorer's page: what there is to choose, to slide, to press, and how it is laid out."""
+
+import ipywidgets as widgets
+
+from . import export
+from .painting import UNPAINTED
+from .state import AFTER_TOKENIZER
+from .widgets import WRAP
+
+# Of the slider: sums of 0.01 are not exact, and a browser sends back what it rounds as if a user had moved it.
+THRESHOLD_STEPS = 256
+BRUSHES = {"coarse": 1, "fine": 0, "as the gate": UNPAINTED}
+TOOLS = {"strokes": "stroke", "rectangles": "rectangle"}
+_LONG = {"style": {"description_width": "84px"}, "layout": {"flex": "1 1 240px", "min_width": "220px", "width": "auto"}}
+
+
+class Controls:
+    """All controls, without what they do.
+
+    Models are titles for people -> what `load_model` calls them.
+    """
+
+    def __init__(self, models: dict[str, str], shown: tuple[str, str], sources: list[str], source: str, budget: float):
+        models = list(models.items())
+        beside = [("nothing", ""), *models]
+        self.model = widgets.Dropdown(options=models, value=shown[0], description="Model", **_LONG)
+        self.second = widgets.Dropdown(options=beside, value=shown[1], description="Beside it", **_LONG)
+        self.source = widgets.Dropdown(options=sources, value=source, description="Pictures", **_LONG)
+        self.picture = widgets.Dropdown(description="Picture", **_LONG)
+        self.threshold = widgets.FloatSlider(0.5, max=1, step=1 / THRESHOLD_STEPS, description="Threshold", **_LONG)
+        self.threshold.tooltip = "a region is coarse where its m lies above"
+        self.budget = widgets.IntSlider(round(100 * budget), description="Budget (%)", **_LONG)
+        self.budget.tooltip = "share of the dense model's MACs that the threshold is set for"
+        self.layer = widgets.SelectionSlider(options=[AFTER_TOKENIZER], description="Layer", **_LONG)
+        self.layer.tooltip = "the block at which to show where each pixel's token is"
+        self.folder = widgets.Text(description="Folder", continuous_update=False, **_LONG)
+        self.folder.placeholder = "a folder of pictures, then Enter"
+        self.upload = _upload("Upload pictures", "image/*", multiple=True)
+        self.brush, self.tool = (
+            widgets.ToggleButtons(options=options, style={"button_width": "110px"}, layout={"width": "max-content"})
+            for options in (BRUSHES, TOOLS)
+        )
+        self.width = widgets.BoundedIntText(1, 1, 16, description="Brush", layout={"width": "110px"})
+        self.width.tooltip = "regions that the brush is wide"
+        self.width.style.description_width = "44px"
+        self.undo, self.redo, self.clear = map(_button, ("Undo", "Redo", "Clear"), ("72px",) * 3)
+        self.save_mask, self.load_mask = _button("Save mask"), _upload("Load mask", ".png,.npy", multiple=False)
+        self.save_png, self.save_svg = _button("Save PNG"), _button("Save SVG")
+        self.message = widgets.HTML()
+        lines = (
+            (self.model, self.second, self.source, self.picture),
+            (self.threshold, self.budget, self.layer, self.folder, self.upload),
+            (widgets.Label("Paint"), self.brush, self.tool, self.width, self.undo, self.redo, self.clear),
+            (self.save_mask, self.load_mask, self.save_png, self.save_svg),
+        )
+        tools = widgets.HBox([widgets.HBox(line, layout=WRAP) for line in lines[2:]], layout=WRAP)
+        boxes = [*(widgets.HBox(line, layout=WRAP) for line in lines[:2]), tools]
+        self.box = widgets.VBox([widgets.HTML(export.CSS), *boxes, self.message])
+
+
+def _button(name: str, width: str = "96px") -> widgets.Button:
+    return widgets.Button(description=name, layout={"width": width})
+
+
+def _upload(name: str, accept: str, multiple: bool) -> widgets.FileUpload:
+    return widgets.FileUpload(accept=accept, multiple=multiple, description=name, layout={"width": "auto"})
