@@ -20,6 +20,7 @@ def used(monkeypatch):
     """How many linear layers took the fast way."""
     calls = []
     suits = linear._suits
+    monkeypatch.setattr(linear, "FASTER", True)
     monkeypatch.setattr(linear, "_suits", lambda *args: suits(*args) and calls.append(args[0].shape) is None)
     return calls
 
@@ -78,6 +79,14 @@ def test_hooks_still_run_and_macs_are_still_counted(used):
     assert seen == [(5, 3)]
     assert len(used) == 1
     assert macs == 5 * 8 * 3
+
+
+def test_where_it_is_not_faster_nothing_changes(used, monkeypatch):
+    monkeypatch.setattr(linear, "FASTER", False)
+    layer, x = nn.Linear(8, 3), torch.ones(5, 8)
+    with linear.fast_linear():
+        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    assert not used
 
 
 @pytest.mark.slow
