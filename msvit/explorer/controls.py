@@ -3,14 +3,16 @@
 import ipywidgets as widgets
 
 from . import export
+from .inside import INSIDE
+from .models import LoadedModel
 from .painting import UNPAINTED
-from .state import AFTER_TOKENIZER
+from .state import AFTER_TOKENIZER, layer_name
 from .widgets import WRAP
 
 # Of the slider: sums of 0.01 are not exact, and a browser sends back what it rounds as if a user had moved it.
 THRESHOLD_STEPS = 256
 BRUSHES = {"coarse": 1, "fine": 0, "as the gate": UNPAINTED}
-TOOLS = {"strokes": "stroke", "rectangles": "rectangle"}
+TOOLS = {"strokes": "stroke", "rectangles": "rectangle", "pick a token": "pick"}
 _LONG = {"style": {"description_width": "84px"}, "layout": {"flex": "1 1 240px", "min_width": "220px", "width": "auto"}}
 
 
@@ -46,6 +48,13 @@ class Controls:
         self.undo, self.redo, self.clear = map(_button, ("Undo", "Redo", "Clear"), ("72px",) * 3)
         self.save_mask, self.load_mask = _button("Save mask"), _upload("Load mask", ".png,.npy", multiple=False)
         self.save_png, self.save_svg = _button("Save PNG"), _button("Save SVG")
+        self.inside = {
+            title: widgets.ToggleButton(description=title, layout={"width": "max-content"}) for title in INSIDE
+        }
+        self.block = widgets.BoundedIntText(99, 0, 99, description="Block", layout={"width": "110px"})
+        self.head = widgets.Dropdown(options=[("mean", None)], description="Head", layout={"width": "140px"})
+        for control in (self.block, self.head):
+            control.style.description_width = "44px"
         self.message = widgets.HTML()
         lines = (
             (self.model, self.second, self.source, self.picture),
@@ -54,8 +63,27 @@ class Controls:
             (self.save_mask, self.load_mask, self.save_png, self.save_svg),
         )
         tools = widgets.HBox([widgets.HBox(line, layout=WRAP) for line in lines[2:]], layout=WRAP)
-        boxes = [*(widgets.HBox(line, layout=WRAP) for line in lines[:2]), tools]
+        inside = widgets.HBox([widgets.Label("Look inside"), *self.inside.values(), self.block, self.head], layout=WRAP)
+        boxes = [*(widgets.HBox(line, layout=WRAP) for line in lines[:2]), tools, inside]
         self.box = widgets.VBox([widgets.HTML(export.CSS), *boxes, self.message])
+
+    def set_layers(self, models: list[LoadedModel]):
+        """Let the layer slider choose from the layers of all reducers shown; it begins with the last."""
+        reducers = [loaded.model.reducer for loaded in models if loaded.model.reducer is not None]
+        self.layer.layout.display = None if reducers else "none"
+        blocks = sorted({block for reducer in reducers for block in reducer.layers})
+        layers = [(layer_name(layer), layer) for layer in (AFTER_TOKENIZER, *blocks)]
+        if list(self.layer.options) != layers:
+            self.layer.options, self.layer.value = layers, layers[-1][1]
+
+    def set_heads(self, models: list[LoadedModel]):
+        """Let block and head be chosen among those that a model shown has."""
+        blocks = [block for loaded in models for block in loaded.model.vit.blocks]
+        last = max(len(loaded.model.vit.blocks) for loaded in models) - 1
+        self.block.value, self.block.max = min(self.block.value, last), last
+        heads = [("mean", None), *((str(k), k) for k in range(max(block.attn.num_heads for block in blocks)))]
+        if list(self.head.options) != heads:
+            self.head.options, self.head.value = heads, None
 
 
 def _button(name: str, width: str = "96px") -> widgets.Button:

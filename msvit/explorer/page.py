@@ -18,7 +18,7 @@ from .controls import THRESHOLD_STEPS, Controls
 from .models import LoadedModel, ModelError, find_models, load_model, suited_to, title_of
 from .painting import blank, mask_files, read_mask
 from .sources import PictureSource, built_in_sources, folder_source
-from .state import AFTER_TOKENIZER, GatedPicture, State, layer_name, run_gate
+from .state import GatedPicture, State, run_gate
 from .uploads import PictureError, read_picture
 from .widgets import ModelRow
 
@@ -84,6 +84,9 @@ class Explorer(Controls):
             self.budget: partial(self._step, "budget"),
             self.layer: self._choose_layer,
             self.load_mask: self._load_mask,
+            self.block: self._measure_at_rest,
+            self.head: self._measure_at_rest,
+            **dict.fromkeys(self.inside.values(), self._switch),
         }
         clicks = {
             self.undo: partial(self._step_painting, "undo"),
@@ -96,6 +99,7 @@ class Explorer(Controls):
         for row in self.rows:
             for control, name in ((self.brush, "brush"), (self.tool, "tool"), (self.width, "width")):
                 dlink((control, "value"), (row.painter, name))
+            row.painter.observe(lambda _: self._act(self._measure_at_rest), "picked")
         for control, action in changes.items():
             control.observe(lambda _, action=action: self._act(action), "value")
         for control, action in clicks.items():
@@ -172,18 +176,11 @@ class Explorer(Controls):
         with self._silently():
             for row, one in zip_longest(self.rows, gated):
                 row.show(one, (self.source.value, self.picture.value))
-            self._set_layers(models)
+            self.set_layers(models)
+            self.set_heads(models)
+            self._choose_layer()
+            self._switch()
         self._step()
-
-    def _set_layers(self, models: list[LoadedModel]):
-        """Let the layer slider choose from the layers of all reducers shown; it begins with the last."""
-        reducers = [loaded.model.reducer for loaded in models if loaded.model.reducer is not None]
-        self.layer.layout.display = None if reducers else "none"
-        blocks = sorted({block for reducer in reducers for block in reducer.layers})
-        layers = [(layer_name(layer), layer) for layer in (AFTER_TOKENIZER, *blocks)]
-        if list(self.layer.options) != layers:
-            self.layer.options, self.layer.value = layers, layers[-1][1]
-        self._choose_layer()
 
     def _step(self, knob: str = ""):
         """Run the models under the knob and the painting, and move the other slider to where that leads."""
@@ -210,7 +207,13 @@ class Explorer(Controls):
 
     def _measure(self):
         for row in self.rows:
+            row.look_inside(self.block.value, self.head.value)
             row.measure()
+
+    def _switch(self):
+        for row in self.rows:
+            row.switch(tuple(title for title, button in self.inside.items() if button.value))
+        self._measure_at_rest()
 
     def _threshold(self, gated: GatedPicture) -> float:
         if self.knob == "budget":
