@@ -12,7 +12,7 @@ from .models import LoadedModel
 from .state import State
 
 PICKED: Colour = (213, 94, 0)
-RED, BLUE = np.array((178, 24, 43)), np.array((33, 102, 172))
+_RED, _BLUE = np.array((178, 24, 43)), np.array((33, 102, 172))
 
 
 class Inside:
@@ -78,7 +78,7 @@ def _signed(inside: Inside, values: np.ndarray, what: str) -> Image.Image:
     """Draw signed values of regions: red where coarse costs, blue where it helps, paler towards zero."""
     most = max(float(np.abs(values).max()), 1e-12)
     share = (np.abs(values) / most)[..., None]
-    hue = np.where(values[..., None] > 0, RED, BLUE)
+    hue = np.where(values[..., None] > 0, _RED, _BLUE)
     panel = _over(inside, (255 + share * (hue - 255)).round().astype(np.uint8), 0.7)
     if max(values.shape) <= 10:
         sy, sx = panel.height / values.shape[0], panel.width / values.shape[1]

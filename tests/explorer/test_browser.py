@@ -246,6 +246,8 @@ def drive(page, out: Path):
     until(page, 65)
     edit_painting(page)
 
+    look_inside(page)
+
     send(page, good_png=encoded(gradient()), text_png=b"no picture")
     page.wait_for_function("document.querySelector('.msvit-figures').textContent.includes('good.png')")
     page.wait_for_function("document.querySelector('.msvit-message')?.textContent.includes('text.png is no picture')")
@@ -301,6 +303,22 @@ def edit_painting(page):
     until(page, 62)
     page.get_by_role("button", name="Undo").click()
     until(page, 65)
+
+
+def look_inside(page):
+    """What a token sees, and another token; the panel is taller than the empty square before it."""
+    page.get_by_role("button", name="Attention").click()
+    image = page.locator(".widget-vbox:has(> .widget-html .msvit-title:text-is('Attention')) img").first
+    page.wait_for_function("image => image.naturalHeight > image.naturalWidth", arg=image.element_handle())
+    before = image.get_attribute("src")
+    page.get_by_role("button", name="pick a token").click()
+    canvas = page.locator(".msvit-canvas").first
+    canvas.scroll_into_view_if_needed()
+    canvas.click(position={"x": 100, "y": 100})
+    page.wait_for_function("([image, before]) => image.src !== before", arg=[image.element_handle(), before])
+    until(page, 65)  # nothing was painted
+    page.get_by_role("button", name="strokes").click()
+    page.get_by_role("button", name="Attention").click()
 
 
 def label_pixels(page):
