@@ -42,6 +42,7 @@ ONLY_HERE = {
     "Content-Security-Policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
 }
 PATIENCE = 60_000  # milliseconds that a page may take on a machine that others use too
+IDLE = 15  # seconds after which a kernel without a page is ended; longer than one takes to start
 
 pytestmark = [
     pytest.mark.browser,
@@ -397,7 +398,7 @@ def test_first_sight(page, serve, untouched):
     """As `make explorer` opens it: a picture at once, above the fold; and no kernel outlives its page."""
     address = serve(
         "voila", "explorer.ipynb", "--no-browser", "--Voila.ip=127.0.0.1", "--port={port}", "--Voila.token={token}",
-        "--Voila.tornado_settings={headers}", *voila_options(idle=6), folder=untouched,
+        "--Voila.tornado_settings={headers}", *voila_options(idle=IDLE), folder=untouched,
     )  # fmt: skip
     with kept(page, "first-sight"):
         page.set_viewport_size({"width": 1440, "height": 900})
@@ -411,7 +412,7 @@ def test_first_sight(page, serve, untouched):
         assert clipped(page) == []
         page.set_viewport_size({"width": 1920, "height": 1080})
         assert clipped(page) == []
-        page.wait_for_timeout(10_000)
+        page.wait_for_timeout(1200 * IDLE)
         assert kernels() == 1, "a page that is looked at keeps its kernel"
         page.goto("about:blank")
         for _ in range(PATIENCE // 200):
