@@ -1,5 +1,9 @@
 """The controls of the explorer's page: what there is to choose, to slide, to press, and how it is laid out."""
 
+import html
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 import ipywidgets as widgets
 
 from . import export
@@ -17,12 +21,13 @@ _LONG = {"style": {"description_width": "84px"}, "layout": {"flex": "1 1 240px",
 
 
 class Controls:
-    """All controls, without what they do.
+    """All controls, and messages; what the controls do is the page's.
 
     Models are titles for people -> what `load_model` calls them.
     """
 
     def __init__(self, models: dict[str, str], shown: tuple[str, str], sources: list[str], source: str, budget: float):
+        self._quiet = False
         models = list(models.items())
         beside = [("nothing", ""), *models]
         self.model = widgets.Dropdown(options=models, value=shown[0], description="Model", **_LONG)
@@ -55,17 +60,42 @@ class Controls:
         self.head = widgets.Dropdown(options=[("mean", None)], description="Head", layout={"width": "140px"})
         for control in (self.block, self.head):
             control.style.description_width = "44px"
+        self.survey = _button("Gallery of all")
+        self.survey.tooltip = "every picture of the source, to sort and filter by what the model makes of it"
         self.message = widgets.HTML()
         lines = (
             (self.model, self.second, self.source, self.picture),
             (self.threshold, self.budget, self.layer, self.folder, self.upload),
             (widgets.Label("Paint"), self.brush, self.tool, self.width, self.undo, self.redo, self.clear),
-            (self.save_mask, self.load_mask, self.save_png, self.save_svg),
+            (self.save_mask, self.load_mask, self.save_png, self.save_svg, self.survey),
         )
         tools = widgets.HBox([widgets.HBox(line, layout=WRAP) for line in lines[2:]], layout=WRAP)
         inside = widgets.HBox([widgets.Label("Look inside"), *self.inside.values(), self.block, self.head], layout=WRAP)
         boxes = [*(widgets.HBox(line, layout=WRAP) for line in lines[:2]), tools, inside]
         self.box = widgets.VBox([widgets.HTML(export.CSS), *boxes, self.message])
+
+    def _act(self, action: Callable[[], None]):
+        """Do what a control asks, unless the page itself moved it; show what goes wrong as a message."""
+        if self._quiet:
+            return
+        self.message.value = ""
+        try:
+            action()
+        except (ValueError, OSError, RuntimeError) as error:
+            self._show_message(str(error), good=False)
+
+    def _show_message(self, text: str, good: bool, more: str = ""):
+        kind = "msvit-message msvit-good" if good else "msvit-message"
+        self.message.value = f'<div class="{kind}" role="status">{html.escape(text)}{more}</div>'
+
+    @contextmanager
+    def _silently(self) -> Iterator[None]:
+        """Move controls, inside, without calling anything."""
+        self._quiet = True
+        try:
+            yield
+        finally:
+            self._quiet = False
 
     def set_layers(self, models: list[LoadedModel]):
         """Let the layer slider choose from the layers of all reducers shown; it begins with the last."""

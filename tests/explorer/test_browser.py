@@ -336,6 +336,22 @@ def label_pixels(page):
     page.wait_for_function("([image, before]) => image.src !== before", arg=[ended.element_handle(), before])
 
 
+def browse(page):
+    """The gallery of a source: thumbnails come, a filter leaves fewer, and a click opens the picture."""
+    page.locator(".widget-dropdown select").nth(0).select_option("one")
+    page.wait_for_function("!document.querySelector('.msvit-prediction')?.textContent.includes('of pixels right')")
+    page.get_by_role("button", name="Gallery of all").click()
+    page.wait_for_selector(".msvit-thumb div[style*='url']")
+    shown = page.locator(".msvit-thumb").count()
+    assert 20 <= shown < 150, "of two hundred only those in sight are in the page"
+    page.get_by_label("show").select_option("wrong")
+    page.wait_for_function("document.querySelector('.msvit-thumb').textContent.includes('✗')")
+    title = page.locator(".msvit-thumb").nth(1).get_attribute("title")
+    page.locator(".msvit-thumb").nth(1).click()
+    number = re.match(r"#(\d+) ", title)[1]
+    page.wait_for_function(f"document.querySelector('.msvit-figures').textContent.includes('scene #{number}')")
+
+
 def run_all(page, address: str):
     """Through the menu, once the kernel listens; the notebook's own indicator is idle before there is one."""
     for _ in range(PATIENCE // 200):
@@ -383,6 +399,7 @@ def test_voila(page, serve, workspace):
         page.goto(f"{address}/?token={TOKEN}")
         drive(page, workspace / "out")
         label_pixels(page)
+        browse(page)
     shutil.rmtree(workspace / "out")
 
 
