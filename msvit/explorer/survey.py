@@ -18,7 +18,7 @@ from .models import LoadedModel, run_dense
 from .sources import Picture, PictureSource
 from .uploads import PictureError
 
-MOST = 10_000  # pictures of a survey
+MOST_PICTURES = 10_000  # pictures of a survey
 THUMB = 64  # side of a thumbnail in pixels
 SHEET = 16  # thumbnails along the side of a sheet
 BATCH = 32
@@ -59,14 +59,14 @@ class Survey:
 def survey(
     loaded: LoadedModel, source: PictureSource, tell: Callable[[int, int], None] = lambda done, of: None
 ) -> Survey:
-    """Run a classifier and its dense backbone on the first MOST pictures of a source.
+    """Run a classifier and its dense backbone on the first MOST_PICTURES pictures of a source.
 
     Args:
         tell: Called with how many pictures are done, and of how many.
     """
     if loaded.segments:
         raise ValueError(f"{loaded.name} labels pixels; the gallery is of pictures with one class each")
-    names, found, good = source.names()[:MOST], [], []
+    names, found, good = source.names()[:MOST_PICTURES], [], []
     for batch in _batches(loaded, source, names):
         found.append(_run(loaded, [picture for _, picture in batch]))
         good += [name for name, _ in batch]
