@@ -5,7 +5,8 @@ import os
 import shutil
 import tempfile
 
-os.environ.setdefault("MSVIT_HOME", tempfile.mkdtemp(prefix="msvit-tests-"))  # runs and results of notebooks
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have that of the process that started them
+    os.environ["MSVIT_HOME"] = tempfile.mkdtemp(prefix="msvit-tests-")  # for the runs and results of notebooks
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # huggingface_hub reads it once, when it is imported
 os.environ.setdefault("OMP_NUM_THREADS", "2")  # for the subprocesses of tests too
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads starve each other where cores are shared

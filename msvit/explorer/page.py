@@ -3,8 +3,7 @@
 import asyncio
 import base64
 import html
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -15,10 +14,12 @@ from traitlets import dlink
 from ..models.shipped import shipped
 from . import export
 from .controls import THRESHOLD_STEPS, Controls
+from .gallery import Gallery
 from .models import LoadedModel, ModelError, find_models, load_model, suited_to, title_of
 from .painting import blank, mask_files, read_mask
 from .sources import PictureSource, built_in_sources, folder_source
-from .state import AFTER_TOKENIZER, GatedPicture, State, layer_name, run_gate
+from .state import GatedPicture, State, run_gate
+from .survey import survey
 from .uploads import PictureError, read_picture
 from .widgets import ModelRow
 
@@ -53,7 +54,7 @@ class Explorer(Controls):
             raise ValueError(f"budget={budget}: a share of the dense model's MACs such as 0.6, or 0")
         self.runs, self.out = Path(runs), Path(out)
         self.knob = "budget" if budget else "own"  # what sets the thresholds: the models' own, or a slider
-        self._quiet, self._timer = False, None
+        self._timer = None
         given = model or suited_to(source), second
         self._loaded = {one.name: one for one in given if isinstance(one, LoadedModel)}
         self._shown = tuple(one.name if isinstance(one, LoadedModel) else one for one in given)
@@ -66,7 +67,9 @@ class Explorer(Controls):
         self.picture.options = names = self.sources[source].names()
         self.picture.value = names[0]
         self.rows = [ModelRow(self._act, self._silently) for _ in range(2)]
-        self.page = widgets.VBox([self.box, *(row.box for row in self.rows)])
+        self.gallery = Gallery()
+        self.gallery_box = widgets.VBox([self.gallery], layout={"display": "none"})
+        self.page = widgets.VBox([self.box, *(row.box for row in self.rows), self.gallery_box])
         self.page.add_class("msvit")
         self._wire()
         self._choose_models()
@@ -84,6 +87,9 @@ class Explorer(Controls):
             self.budget: partial(self._step, "budget"),
             self.layer: self._choose_layer,
             self.load_mask: self._load_mask,
+            self.block: self._measure_at_rest,
+            self.head: self._measure_at_rest,
+            **dict.fromkeys(self.inside.values(), self._switch),
         }
         clicks = {
             self.undo: partial(self._step_painting, "undo"),
@@ -92,12 +98,15 @@ class Explorer(Controls):
             self.save_png: partial(self._save, "png"),
             self.save_svg: partial(self._save, "svg"),
             self.save_mask: self._save_mask,
+            self.survey: self._open_gallery,
         }
         for row in self.rows:
             for control, name in ((self.brush, "brush"), (self.tool, "tool"), (self.width, "width")):
                 dlink((control, "value"), (row.painter, name))
+            row.painter.observe(lambda _: self._act(self._measure_at_rest), "picked")
         for control, action in changes.items():
             control.observe(lambda _, action=action: self._act(action), "value")
+        self.gallery.observe(lambda _: self._act(self._open_chosen), "chosen")
         for control, action in clicks.items():
             control.on_click(lambda _, action=action: self._act(action))
 
@@ -117,29 +126,6 @@ class Explorer(Controls):
         return export.save(self.states, self.out, name, kinds)
 
     # ---- what the controls do
-
-    def _act(self, action: Callable[[], None]):
-        """Do what a control asks, unless the page itself moved it; show what goes wrong as a message."""
-        if self._quiet:
-            return
-        self.message.value = ""
-        try:
-            action()
-        except (ValueError, OSError, RuntimeError) as error:
-            self._show_message(str(error), good=False)
-
-    def _show_message(self, text: str, good: bool, more: str = ""):
-        kind = "msvit-message msvit-good" if good else "msvit-message"
-        self.message.value = f'<div class="{kind}" role="status">{html.escape(text)}{more}</div>'
-
-    @contextmanager
-    def _silently(self) -> Iterator[None]:
-        """Move controls, inside, without calling anything."""
-        self._quiet = True
-        try:
-            yield
-        finally:
-            self._quiet = False
 
     def _choose_models(self):
         chosen = self.model.value, self.second.value
@@ -172,18 +158,11 @@ class Explorer(Controls):
         with self._silently():
             for row, one in zip_longest(self.rows, gated):
                 row.show(one, (self.source.value, self.picture.value))
-            self._set_layers(models)
+            self.set_layers(models)
+            self.set_heads(models)
+            self._choose_layer()
+            self._switch()
         self._step()
-
-    def _set_layers(self, models: list[LoadedModel]):
-        """Let the layer slider choose from the layers of all reducers shown; it begins with the last."""
-        reducers = [loaded.model.reducer for loaded in models if loaded.model.reducer is not None]
-        self.layer.layout.display = None if reducers else "none"
-        blocks = sorted({block for reducer in reducers for block in reducer.layers})
-        layers = [(layer_name(layer), layer) for layer in (AFTER_TOKENIZER, *blocks)]
-        if list(self.layer.options) != layers:
-            self.layer.options, self.layer.value = layers, layers[-1][1]
-        self._choose_layer()
 
     def _step(self, knob: str = ""):
         """Run the models under the knob and the painting, and move the other slider to where that leads."""
@@ -210,7 +189,13 @@ class Explorer(Controls):
 
     def _measure(self):
         for row in self.rows:
+            row.look_inside(self.block.value, self.head.value)
             row.measure()
+
+    def _switch(self):
+        for row in self.rows:
+            row.switch(tuple(title for title, button in self.inside.items() if button.value))
+        self._measure_at_rest()
 
     def _threshold(self, gated: GatedPicture) -> float:
         if self.knob == "budget":
@@ -244,6 +229,25 @@ class Explorer(Controls):
         with self._silently():
             self.source.options, self.source.value = list(self.sources), name
         self._choose_source(picture)
+
+    def _open_gallery(self):
+        """Run the first model on all pictures of the source and show them below."""
+
+        def tell(done: int, of: int):
+            bar = f' <progress value="{done}" max="{of}"></progress>'
+            self._show_message(f"{done} of {of} pictures", good=True, more=bar)
+
+        loaded = self.rows[0].gated.loaded
+        self.gallery.show(survey(loaded, self.sources[self.source.value], tell), loaded)
+        self.gallery_box.layout.display, self.message.value = None, ""
+        self._surveyed = self.source.value
+
+    def _open_chosen(self):
+        """Show the picture that was chosen in the gallery."""
+        if self.gallery.chosen:
+            with self._silently():
+                self.source.value = self._surveyed
+            self._choose_source(self.gallery.chosen)
 
     def _choose_layer(self):
         for row in self.rows:

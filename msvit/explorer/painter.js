@@ -17,6 +17,7 @@ function render({ model, el }) {
   readout.style.cssText = "font: 12px/18px var(--jp-ui-font-family, sans-serif); min-height: 36px; padding-top: 4px";
   el.append(canvas, readout);
   let at = -1, from = -1, drawing = false, url = "";  // the region pointed at, and where a rectangle began
+  let within = null;  // where in that region, [0, 1) down and across
   const get = (name) => model.get(name);
   const level = (i) => (get("painted")[i] < 0 ? get("coarse")[i] : get("painted")[i]);
 
@@ -90,7 +91,17 @@ function render({ model, el }) {
     model.save_changes();
   }
 
+  function pick() {  // the token of the fine patch pointed at
+    const w = get("grid")[1], k = get("scale");
+    if (at < 0) return;
+    const [r, c] = within ?? [0, 0];
+    model.set("picked", (Math.floor(at / w) * k + Math.floor(r * k)) * w * k + (at % w) * k + Math.floor(c * k));
+    model.save_changes();
+    draw();
+  }
+
   function begin() {  // a stroke
+    if (get("tool") === "pick") return pick();
     model.set("stroke", get("stroke") + 1);
     drawing = true;
     if (get("tool") === "rectangle") from = at; else paint();
@@ -104,7 +115,9 @@ function render({ model, el }) {
 
   function pointed(event) {
     const box = canvas.getBoundingClientRect(), [h, w] = get("grid");
-    const c = Math.floor(((event.clientX - box.left) / box.width) * w), r = Math.floor(((event.clientY - box.top) / box.height) * h);
+    const x = ((event.clientX - box.left) / box.width) * w, y = ((event.clientY - box.top) / box.height) * h;
+    const c = Math.floor(x), r = Math.floor(y);
+    within = [y - r, x - c];
     if (r >= 0 && r < h && c >= 0 && c < w) return r * w + c;
     return drawing ? at : -1;
   }
@@ -129,9 +142,10 @@ function render({ model, el }) {
     else if (control || e.altKey) return;
     else if (MOVES[e.key]) {
       const [down, across] = MOVES[e.key], i = Math.max(at, 0);
+      within = null;
       at = Math.min(Math.max(Math.floor(i / w) + down, 0), h - 1) * w + Math.min(Math.max((i % w) + across, 0), w - 1);
     } else if (e.key === " ") {
-      if (get("tool") === "stroke") { begin(); end(); }
+      if (get("tool") !== "rectangle") { begin(); end(); }
       else if (drawing) end();
       else begin();
     } else if (e.key === "Escape" && drawing) { drawing = false; from = -1; }

@@ -17,7 +17,7 @@ PACKAGED = {  # photographs that come with packages which are installed anyway: 
     "a flower": ("sklearn", "datasets/images/flower.jpg"),
     "Grace Hopper": ("matplotlib", "mpl-data/sample_data/grace_hopper.jpg"),
 }
-SCENES_SHOWN = 48
+SCENES_SHOWN = 200
 
 
 class Picture(NamedTuple):

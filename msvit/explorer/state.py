@@ -46,6 +46,11 @@ class GatedPicture:
     soft: np.ndarray
 
     @property
+    def fine_patches(self) -> int:
+        """How many fine patches the picture has."""
+        return self.soft.size * self.loaded.model.scale**2
+
+    @property
     def truth(self) -> np.ndarray | None:
         """The true class of each pixel, `[H, W]`, if it is known and among the model's."""
         return self.picture.labels if self.picture.regions == self.loaded.classes else None

@@ -11,6 +11,7 @@ import traitlets
 
 from .drawing import png
 from .export import PANELS_IN_LINE, figures_html
+from .inside import INSIDE, WAITING, Inside, looks_inside
 from .painting import UNPAINTED, Painting, blank
 from .panels import PANELS, TOKEN_MAP_TITLE, grid_panel, panels_of
 from .state import LAST_LAYER, GatedPicture, State, run_backbone, with_times
@@ -35,7 +36,8 @@ class Painter(anywidget.AnyWidget):
     stroke = traitlets.Int(0).tag(sync=True)  # the browser counts them: what comes under one number is one stroke
     brush = traitlets.Int(1).tag(sync=True)
     width = traitlets.Int(1).tag(sync=True)  # of the brush, in regions
-    tool = traitlets.Unicode("stroke").tag(sync=True)  # or "rectangle"
+    tool = traitlets.Unicode("stroke").tag(sync=True)  # or "rectangle", or "pick"
+    picked = traitlets.Int(-1).tag(sync=True)  # the fine patch whose token is picked; -1: the class token
 
     def reset(self, gated: GatedPicture, painted: list[int]):
         """Show another picture or model, and what is painted on it."""
@@ -50,6 +52,11 @@ class Painter(anywidget.AnyWidget):
     def valid(self) -> bool:
         """Return whether what is painted fits the grid: a browser may send it late."""
         return len(self.painted) == self.grid[0] * self.grid[1] and set(self.painted) <= {UNPAINTED, 0, 1}
+
+
+def _panel_box(title: str, panel: widgets.Widget) -> widgets.VBox:
+    heading = widgets.HTML(f'<div class="msvit-title">{title}</div>')
+    return widgets.VBox([heading, panel], layout={"max_width": "360px", "margin": "0 12px 0 0", "flex": "1 1 150px"})
 
 
 class ModelRow:
@@ -67,14 +74,14 @@ class ModelRow:
         self.painter.on_msg(lambda _, asked, __: act(lambda: self.step_painting(asked.get("do", ""))))
         # On the screen the painter replaces the panel that draws the grid.
         self.images = {title: widgets.Image() for title, panel in PANELS.items() if panel.draw is not grid_panel}
-        self.boxes = {
-            title: widgets.VBox(
-                [widgets.HTML(f'<div class="msvit-title">{title}</div>'), self.images.get(title, self.painter)],
-                layout={"max_width": "360px", "margin": "0 12px 0 0"},
-            )
-            for title in PANELS
-        }
-        self.box = widgets.VBox([self.figures, widgets.HBox(list(self.boxes.values()), layout=WRAP)])
+        self.boxes = {title: _panel_box(title, self.images.get(title, self.painter)) for title in PANELS}
+        self.inside: Inside | None = None
+        self.switched: tuple[str, ...] = ()  # of INSIDE
+        self.inside_images = {title: widgets.Image() for title in INSIDE}
+        self.inside_boxes = {title: _panel_box(title, image) for title, image in self.inside_images.items()}
+        lines = [widgets.HBox(list(boxes.values()), layout=WRAP) for boxes in (self.boxes, self.inside_boxes)]
+        self.box = widgets.VBox([self.figures, *lines])
+        self.switch(())
 
     def show(self, gated: GatedPicture | None, picture: Hashable = None):
         """Show another picture or model, with what was painted on that picture before; None hides the row."""
@@ -100,7 +107,27 @@ class ModelRow:
             if title in self.images and (last is None or not panel.fixed):
                 self.images[title].value = png(panel.draw(new))
         self.figures.value = figures_html(new)
-        self.state = new
+        self.state, self.inside = new, None
+        for image in self.inside_images.values():
+            image.value = WAITING  # not what was before
+
+    def switch(self, titles: tuple[str, ...]):
+        """Show these panels of INSIDE, where the model can be looked into."""
+        self.switched = titles if self.gated is None or looks_inside(self.gated.loaded) else ()
+        for title, box in self.inside_boxes.items():
+            box.layout.display = None if title in self.switched else "none"
+
+    def look_inside(self, block: int, head: int | None):
+        """Compute the panels that are switched on, and show them."""
+        if not self.switched or self.state is None:
+            return
+        self.inside = self.inside or Inside(self.state)
+        vit = self.gated.loaded.model.vit
+        self.inside.picked = self.painter.picked if self.painter.picked < self.gated.fine_patches else -1
+        self.inside.block = min(block, len(vit.blocks) - 1)
+        self.inside.head = head if head is None or head < vit.blocks[0].attn.num_heads else None
+        for title in self.switched:
+            self.inside_images[title].value = png(INSIDE[title](self.inside))
 
     def paint(self, values: list[int]):
         """Paint all at once, as one stroke."""

@@ -2,6 +2,7 @@
 
 # ruff: noqa: F401  (names for `from msvit import plots`)
 from .anchors import ANCHORS, anchors_beside
+from .curves import learning_curves
 from .gate_learning import agreement, decidedness, pulls, winnings, worth_maps
 from .gate_loss import cdf_fit, hyperprior_fit, prior_map
 from .methods import cost_shares, fronts, low_pass, reconstruction, stage_maps

@@ -42,6 +42,7 @@ ONLY_HERE = {
     "Content-Security-Policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
 }
 PATIENCE = 60_000  # milliseconds that a page may take on a machine that others use too
+IDLE = 15  # seconds after which a kernel without a page is ended; longer than one takes to start
 
 pytestmark = [
     pytest.mark.browser,
@@ -246,6 +247,8 @@ def drive(page, out: Path):
     until(page, 65)
     edit_painting(page)
 
+    look_inside(page)
+
     send(page, good_png=encoded(gradient()), text_png=b"no picture")
     page.wait_for_function("document.querySelector('.msvit-figures').textContent.includes('good.png')")
     page.wait_for_function("document.querySelector('.msvit-message')?.textContent.includes('text.png is no picture')")
@@ -303,6 +306,22 @@ def edit_painting(page):
     until(page, 65)
 
 
+def look_inside(page):
+    """What a token sees, and another token; the panel is taller than the empty square before it."""
+    page.get_by_role("button", name="Attention").click()
+    image = page.locator(".widget-vbox:has(> .widget-html .msvit-title:text-is('Attention')) img").first
+    page.wait_for_function("image => image.naturalHeight > image.naturalWidth", arg=image.element_handle())
+    before = image.get_attribute("src")
+    page.get_by_role("button", name="pick a token").click()
+    canvas = page.locator(".msvit-canvas").first
+    canvas.scroll_into_view_if_needed()
+    canvas.click(position={"x": 100, "y": 100})
+    page.wait_for_function("([image, before]) => image.src !== before", arg=[image.element_handle(), before])
+    until(page, 65)  # nothing was painted
+    page.get_by_role("button", name="strokes").click()
+    page.get_by_role("button", name="Attention").click()
+
+
 def label_pixels(page):
     """A segmenter with a reducer in the first row: its figures, its panels, and its tokens at another block."""
     page.locator(".widget-dropdown select").nth(1).select_option("nothing")
@@ -315,6 +334,22 @@ def label_pixels(page):
     before = ended.get_attribute("src")
     press(page, 2, "Home")
     page.wait_for_function("([image, before]) => image.src !== before", arg=[ended.element_handle(), before])
+
+
+def browse(page):
+    """The gallery of a source: thumbnails come, a filter leaves fewer, and a click opens the picture."""
+    page.locator(".widget-dropdown select").nth(0).select_option("one")
+    page.wait_for_function("!document.querySelector('.msvit-prediction')?.textContent.includes('of pixels right')")
+    page.get_by_role("button", name="Gallery of all").click()
+    page.wait_for_selector(".msvit-thumb div[style*='url']")
+    shown = page.locator(".msvit-thumb").count()
+    assert 20 <= shown < 150, "of two hundred only those in sight are in the page"
+    page.get_by_label("show").select_option("wrong")
+    page.wait_for_function("document.querySelector('.msvit-thumb').textContent.includes('✗')")
+    title = page.locator(".msvit-thumb").nth(1).get_attribute("title")
+    page.locator(".msvit-thumb").nth(1).click()
+    number = re.match(r"#(\d+) ", title)[1]
+    page.wait_for_function(f"document.querySelector('.msvit-figures').textContent.includes('scene #{number}')")
 
 
 def run_all(page, address: str):
@@ -364,6 +399,7 @@ def test_voila(page, serve, workspace):
         page.goto(f"{address}/?token={TOKEN}")
         drive(page, workspace / "out")
         label_pixels(page)
+        browse(page)
     shutil.rmtree(workspace / "out")
 
 
@@ -379,7 +415,7 @@ def test_first_sight(page, serve, untouched):
     """As `make explorer` opens it: a picture at once, above the fold; and no kernel outlives its page."""
     address = serve(
         "voila", "explorer.ipynb", "--no-browser", "--Voila.ip=127.0.0.1", "--port={port}", "--Voila.token={token}",
-        "--Voila.tornado_settings={headers}", *voila_options(idle=6), folder=untouched,
+        "--Voila.tornado_settings={headers}", *voila_options(idle=IDLE), folder=untouched,
     )  # fmt: skip
     with kept(page, "first-sight"):
         page.set_viewport_size({"width": 1440, "height": 900})
@@ -393,7 +429,7 @@ def test_first_sight(page, serve, untouched):
         assert clipped(page) == []
         page.set_viewport_size({"width": 1920, "height": 1080})
         assert clipped(page) == []
-        page.wait_for_timeout(10_000)
+        page.wait_for_timeout(1200 * IDLE)
         assert kernels() == 1, "a page that is looked at keeps its kernel"
         page.goto("about:blank")
         for _ in range(PATIENCE // 200):
