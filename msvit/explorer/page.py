@@ -12,6 +12,7 @@ from pathlib import Path
 import ipywidgets as widgets
 from traitlets import dlink
 
+from ..data.decode import PictureError
 from ..models.shipped import shipped
 from . import export
 from .controls import THRESHOLD_STEPS, Controls
@@ -19,7 +20,7 @@ from .models import LoadedModel, ModelError, find_models, load_model, suited_to,
 from .painting import blank, mask_files, read_mask
 from .sources import PictureSource, built_in_sources, folder_source
 from .state import AFTER_TOKENIZER, GatedPicture, State, layer_name, run_gate
-from .uploads import PictureError, read_picture
+from .uploads import read_picture
 from .widgets import ModelRow
 
 REST = 0.5  # seconds without a step after which the times are measured
