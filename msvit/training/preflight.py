@@ -101,11 +101,13 @@ def _ahead(recipe: Recipe, planned: dict[str, Recipe], runs: Path) -> Recipe:
 
 
 def _refuse_unused(recipe: Recipe):
-    """Raise for settings that would be accepted and ignored. (Runs of earlier versions may have them.)"""
+    """Raise for what would be accepted and ignored; not in the recipe, since runs of earlier versions may have it."""
     if recipe.model.gate and recipe.training.epochs and not recipe.gating.learned:
         raise RecipeError(f"gate={recipe.model.gate!r} is a trained gate, and gating={recipe.gating.by!r} has none")
     if recipe.reducer.settings and not recipe.reducer.name:
         raise RecipeError(f"reducer_settings={recipe.reducer.settings} are of no reducer; name one by reducer=…")
+    if recipe.training.epochs_dense and not recipe.training.lr:
+        raise RecipeError("lr=0 leaves the dense stage nothing to train; raise it, or make epochs_dense 0")
 
 
 def _make_mixup(recipe: Recipe, loaders: Loaders, processes: int) -> Mixup | None:

@@ -181,8 +181,6 @@ class Recipe:
         training, gating, task = self.training, self.gating, self.data.task
         if training.epochs_dense + training.epochs == 0:
             raise RecipeError("epochs_dense=0 and epochs=0 train nothing; make one of them positive")
-        if training.epochs_dense and not training.lr:
-            raise RecipeError("lr=0 leaves the dense stage nothing to train; raise it, or make epochs_dense 0")
         flat = self.to_dict()
         foreign = ("mixup", "cutmix", "distill") if task == "segment" else ("short", "sliding")
         if wrong := [name for name in foreign if flat[name]]:

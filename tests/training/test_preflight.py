@@ -36,6 +36,7 @@ def _no_step(monkeypatch):
         ({"model": "tiny", "pretrained": True}, "model='tiny' has no published weights"),
         ({"gate": "hub:a/b", "gating": "random"}, "is a trained gate, and gating='random' has none"),
         ({"reducer_settings": {"keep": 0.5}}, "are of no reducer"),
+        ({"lr": 0.0}, "lr=0 leaves the dense stage nothing to train"),
         ({"holdout": 0.99}, "leaves none to train on"),
         ({"model": "x" * 300}, "is no model of timm, no folder"),
         ({"model": "hf-hub:"}, "cannot be built"),
@@ -56,7 +57,6 @@ def test_what_cannot_be_trained(tmp_path, settings, words):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"lr": 0.0}, "lr=0 leaves the dense stage nothing to train"),
         ({"loss_settings": {"sigma": float("nan")}}, "numbers that are finite"),
         ({"loss_settings": {"sigma": float("inf")}}, "numbers that are finite"),
         ({"reducer_settings": {"layers": [1.0, float("nan")]}}, "numbers that are finite"),
