@@ -153,7 +153,7 @@ def _saved(name: str, runs: Path) -> MSViT:
     if not name.startswith(HUB) and not os.path.isdir(path):
         near = closest(name, ["tiny", *timm.list_models(module=["vision_transformer", "deit"])], 3)
         hint = f"did you mean {', '.join(near)}?" if near else "see timm.list_models('*vit*')"
-        raise RecipeError(f"{name!r} is no model of timm, no folder and no {HUB}OWNER/NAME; {hint}")
+        raise RecipeError(f"{name!r} is no model of timm, no folder and no hub id ({HUB}OWNER/NAME); {hint}")
     try:
         return MSViT.from_pretrained(name if name.startswith(HUB) else path)
     except (OSError, ModelFolderError) as error:

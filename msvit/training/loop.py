@@ -107,7 +107,7 @@ class Trainer:
         training, accelerator, state = self.recipe.training, self.accelerator, self.records.load_state()
         if state is not None:
             with self._taking_up():
-                self.history = state["history"]
+                self.history = [dict(line) for line in state["history"]]
                 self.model.load_state_dict(state["model"])
         if len(set(gather_object([len(self.history)]))) > 1:
             raise RunError(f"not all processes see the state in {self.records.path}; put it where all machines can")
