@@ -47,7 +47,7 @@ def test_a_recipe_survives_json_and_is_frozen():
         ({"lr": 0.0, "gating": "random"}, r"leave nothing to train"),
         ({"lr_scale": 0.0, "gate_lr": 0.0}, r"lr \* lr_scale = 0 .* leave nothing to train"),
         ({"freeze": 2, "gating": "random"}, r"freeze=2 and .* gating='random' leave nothing to train"),
-        ({"freeze": -1}, r"freeze=-1: expected a whole number in \[0, 1000000\]"),
+        ({"freeze": -1}, r"freeze=-1: expected a whole number in \[0, inf\)"),
         ({"lr": 0.0, "gating": "apt"}, r"leave nothing to train"),
         ({"lr": 0.0, "gating": "entropy", "coarse_lr": 1e-3}, r"leave nothing to train"),
         ({"gating": "apt", "coarse_embed": "own"}, r"gating='apt' embeds .* leave coarse_embed at shared or apt"),
