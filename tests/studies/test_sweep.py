@@ -102,7 +102,8 @@ def test_what_a_sweep_cannot_search(storage, tmp_path, how, words):
 def killed(study, number_of_trials=1):
     """Trials whose worker died an hour ago, as the database then shows them."""
     for _ in range(number_of_trials):
-        trial = study.ask()
+        with pytest.warns(UserWarning, match="Heartbeat of storage is supposed"):
+            trial = study.ask()
         with study._storage.engine.begin() as connection:
             connection.execute(sqlalchemy.text(
                 f"INSERT INTO trial_heartbeats (trial_id, heartbeat) VALUES ({trial._trial_id}, '2020-01-01 00:00:00')"
