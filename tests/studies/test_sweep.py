@@ -104,7 +104,7 @@ def killed(study, number_of_trials=1):
     for _ in range(number_of_trials):
         with pytest.warns(UserWarning, match="Heartbeat of storage is supposed"):
             trial = study.ask()
-        with study._storage.engine.begin() as connection:
+        with study._storage._backend.engine.begin() as connection:
             connection.execute(sqlalchemy.text(
                 f"INSERT INTO trial_heartbeats (trial_id, heartbeat) VALUES ({trial._trial_id}, '2020-01-01 00:00:00')"
             ))  # fmt: skip
