@@ -14,7 +14,7 @@ WORKERS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 CORE := $(addprefix tests/,core gating reducers models data evaluation training)
 
 .DEFAULT_GOAL := help
-.PHONY: help ablation test test-fast test-oldest test-slow lab explorer report bench lint clean
+.PHONY: help ablation test test-fast test-oldest test-slow fuzz reliability lab explorer report bench lint clean
 
 help: ## list these commands
 	@echo "usage: make COMMAND [ARGS='…'] [PYTHON=python3.12]"
@@ -76,6 +76,12 @@ test-oldest: .venv-oldest/.installed ## run the core's tests with the oldest ver
 
 test-slow: .venv/.installed ## run the tests that take longer than the suite can afford
 	$(RUN) pytest -m slow $(ARGS)
+
+fuzz: .venv/.installed ## bend settings, pictures and folders at random: make fuzz EXAMPLES=10000
+	MSVIT_FUZZ_EXAMPLES=$(or $(EXAMPLES),1000) $(RUN) pytest tests/fuzz $(ARGS)
+
+reliability: .venv/.installed ## kill runs, bend files, and write reports/reliability.md (an hour or so)
+	.venv/bin/python benchmarks/reliability.py $(ARGS)
 
 # In a container one is root, which JupyterLab refuses unless it is told.
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)

@@ -12,6 +12,26 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+class DataError(ValueError):
+    """A picture or a label map that cannot be used, found while it is read.
+
+    What a worker process raises arrives here behind its traceback; the last line is the message.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(message.strip().splitlines()[-1].removeprefix(f"{__name__}.{type(self).__name__}: "))
+
+
+def plain(text: Any) -> str:
+    """Return text on one line and without control characters: names may come from anywhere."""
+    return "".join(letter if letter.isprintable() else " " for letter in str(text))
+
+
+def first_line(error: BaseException) -> str:
+    """Return what an error says first, for the line in which another tells it; its kind where it says nothing."""
+    return plain((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]
+
+
 def closest(value: Any, known: Iterable[Any], count: int = 1) -> list[str]:
     """Return the names that `value` may be a misspelling of, the likeliest first."""
     return difflib.get_close_matches(str(value), [str(name) for name in known], count, cutoff=0.5)

@@ -13,7 +13,7 @@ from typing import Any
 
 from . import __version__, commands
 from .bench.settings import add_options
-from .checks import closest
+from .checks import DataError, closest
 from .commands import print_error
 from .training.files import RunError, RunWarning
 from .training.recipe import FIELDS, GROUPS, RecipeError, parse
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()
     except RecipeError as error:
         return print_error(error, 2)
-    except RunError as error:
+    except (RunError, DataError) as error:
         return print_error(error, 1)
     except BrokenPipeError:  # as of `msvit runs | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more is said, at the exit either

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .bench.settings import from_options
+from .checks import plain
 from .training.files import RunError
 from .training.recipe import FIELDS, Recipe, RecipeError
 
@@ -138,10 +139,11 @@ def _put_table(table: "pd.DataFrame", columns: tuple[str, ...], as_json: bool):
         print(table.to_json(orient="records", indent=2))
     else:
         shown = table[[name for name in columns if name in table]]
+        shown = shown.map(lambda cell: plain(cell) if isinstance(cell, str) else cell)
         print(shown.to_string(index=False, float_format="{:.4g}".format, na_rep=""))
 
 
 def print_error(message: Any, code: int = 0) -> int:
-    """Print a message for people; return the exit code."""
-    print(f"msvit: {message}", file=sys.stderr)
+    """Print a message for people, on one line; return the exit code."""
+    print(f"msvit: {plain(message)}", file=sys.stderr)
     return code

@@ -143,6 +143,36 @@ def test_argparse_ends_with_two(capsys, words, said):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("typed", "code", "said"),
+    [
+        (["--macs", "0.01"], 2, "macs=0.01 cannot be met"),
+        (["--threshold", "2"], 2, "threshold=2.0: m lies in"),
+        (["--threshold", "nan"], 2, "threshold=nan"),
+        (["--macs", "0.5", "--gating", "random"], 2, "random"),
+        (["--macs", "0.5", "--gating", "oracle"], 2, "'oracle', which has no budget"),
+    ],
+)
+def test_eval_refuses_what_it_would_ignore(folder, capsys, typed, code, said):
+    got, _, err = run(capsys, "eval", next(folder.iterdir()), *typed)
+    assert got == code
+    assert said in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_message_is_one_line_whatever_names_are_in_it(capsys):
+    assert commands.print_error("a\nb\x1b[31m", 3) == 3
+    assert capsys.readouterr().err == "msvit: a b [31m\n"
+
+
+def test_the_table_of_runs_shows_no_control_characters(tmp_path, capsys):
+    (tmp_path / "a\nb\x1b[31m").mkdir()
+    (tmp_path / "a\nb\x1b[31m" / "settings.json").write_text("{")
+    code, out, _ = run(capsys, "runs", tmp_path)
+    assert (code, len(out.splitlines())) == (0, 2)
+    assert "\x1b" not in out
+
+
 def test_typed_values_become_settings():
     arguments = cli._parser().parse_args(
         [

@@ -34,6 +34,8 @@ def hold_out(loaders: Loaders, share: float, seed: int, workers: int = 0) -> Loa
     if isinstance(data, IterableDataset):
         raise ValueError(f"holdout={share:g}: these pictures are a stream, nothing of it can be held out")
     held_out, rest = np.split(permutation(len(data), seed, 6), [max(1, round(share * len(data)))])
+    if not len(rest):
+        raise ValueError(f"holdout={share:g} of {len(data)} training pictures leaves none to train on; hold out fewer")
     evaluated = copy.copy(data)
     evaluated.transform = getattr(loaders.val.dataset, "transform", None)
     datasets = Subset(data, rest), Subset(evaluated, held_out), Subset(loaders.calibration.dataset, rest)

@@ -3,26 +3,24 @@
 import contextlib
 import os
 import random
-import struct
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from timm.data import create_dataset
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from ..checks import DataError
+from .class_folders import check_class_folders
+from .decode import SUFFIXES, UNREADABLE, opened, to_rgb
 from .seeds import hashed, permutation
 
 KINDS = ("folder:", "tar:", "hfds/", "hfids/", "tfds/", "wds/", "torch/")
-# What PIL's decoders raise on broken files; a fault of the transforms is not among what is caught.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, LookupError, OverflowError)
-UNREADABLE += (struct.error, zlib.error, Image.DecompressionBombError)
 _TRAIN, _VAL = ("train", "training"), ("val", "validation", "valid", "eval", "test")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 _TYPES = ", ".join(SUFFIXES)
 _RETRIES = 50  # neighbours to try in place of an unreadable file before the whole data set is called so
 
@@ -48,22 +46,6 @@ def seeded(*words: int) -> Iterator[None]:
         random.setstate(states[0])
         np.random.set_state(states[1])  # noqa: NPY002
         torch.default_generator.set_state(states[2])
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Return the 8-bit RGB picture that a file means: upright, 16 bits scaled, transparency over white."""
-    image.load()
-    with contextlib.suppress(*UNREADABLE):  # a damaged EXIF block spoils no pixel
-        image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # PIL's own conversion clips at 255
-        grey = (np.asarray(image).astype(np.float64) / 257).round().clip(0, 255)
-        return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise ValueError("pixels are floats without a known range")
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
 
 
 class Pictures(Dataset):
@@ -98,7 +80,7 @@ class Pictures(Dataset):
                 continue
             with seeded(self.seed, epoch, i):
                 return *self._prepare(image, target, j % len(self)), i if i == j else ~i
-        raise RuntimeError(
+        raise DataError(
             f"{j - i + 1} files in a row cannot be read, the first is {self.name(i)} ({self._why(i)}); "
             f"check that {self.label} holds pictures"
         )
@@ -131,11 +113,15 @@ class Pictures(Dataset):
             for state in [reader.tar_state] if reader.root_is_tar else reader.tar_state.values():
                 _forget(state)
         self._pid = os.getpid()
-        image, target = reader[int(self.order[i])][:2]
-        if isinstance(image, Image.Image):
+        if isinstance(reader, ReaderImageFolder):  # which would open whatever bears the name, a pipe too
+            path, target = reader.samples[int(self.order[i])]
+            with opened(Path(path)) as image:
+                return to_rgb(image), int(target)
+        file, target = reader[int(self.order[i])][:2]
+        if isinstance(file, Image.Image):
+            return to_rgb(file), int(target)
+        with file, opened(file, self.name(i)) as image:
             return to_rgb(image), int(target)
-        with image, Image.open(image) as opened:
-            return to_rgb(opened), int(target)
 
 
 def _forget(state) -> None:
@@ -186,14 +172,16 @@ def open_sources(data: str, batches: tuple[int, int], seed: int, workers: int) -
     """
     name, _, root = data.partition(":")
     local = name in ("folder", "tar")
-    if (local or root) and not Path(root or "?").is_dir():
+    if (local or root) and not os.path.isdir(root or "?"):
         raise FileNotFoundError(f"data={data!r}: there is no folder {root!r}")
-    splits = [
-        _local(Path(root), words, ".tar" if name == "tar" else "")
-        if local
-        else _named(name, root, words, batch, seed, workers)
-        for words, batch in zip((_TRAIN, _VAL), batches, strict=True)
-    ]
+    if local:
+        parts = [_part(Path(root), words, ".tar" if name == "tar" else "") for words in (_TRAIN, _VAL)]
+        if name == "folder":
+            check_class_folders(parts)
+        splits = [_local(part) for part in parts]
+    else:
+        each = zip((_TRAIN, _VAL), batches, strict=True)
+        splits = [_named(name, root, words, batch, seed, workers) for words, batch in each]
     train, val = (_classes(source, root) for source in splits)
     if not train:
         raise ValueError(f"data={data!r} does not name its classes; write them to ROOT/classes.txt, one per line")
@@ -208,13 +196,18 @@ def open_sources(data: str, batches: tuple[int, int], seed: int, workers: int) -
     return *splits, train
 
 
-def _local(root: Path, words: Sequence[str], suffix: str) -> Dataset:
-    """Open the first folder (or tar) of these names: CLASS/picture, and every CLASS with at least one."""
+def _part(root: Path, words: Sequence[str], suffix: str) -> Path:
+    """Return the first folder (or tar) of these names."""
     part = next((root / (w + suffix) for w in words if (root / (w + suffix)).exists()), None)
     if part is None:
         found = ", ".join(sorted(p.name for p in root.iterdir())[:8]) or "nothing"
         raise FileNotFoundError(f"{root} has no {words[0]}{suffix} (nor {', '.join(words[1:])}); found: {found}")
-    if suffix:
+    return part
+
+
+def _local(part: Path) -> Dataset:
+    """Open a tar, or a folder: CLASS/picture, and every CLASS with at least one."""
+    if part.is_file():
         return create_dataset("", root=str(part))
     there = {p.name for p in part.iterdir() if p.is_dir() and not p.name.startswith(".")}
     if not there:

@@ -4,6 +4,7 @@ Every label map is int64 with classes 0..K-1 and 255 where a pixel is to be igno
 """
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,9 +18,10 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torchvision import tv_tensors
 
-from ..checks import one_of
+from ..checks import DataError, one_of
 from . import IGNORE
-from .images import SUFFIXES, Pictures, to_rgb
+from .decode import SUFFIXES, opened, to_rgb
+from .images import Pictures
 from .loaders import SCENES, Batch, Loaders, built_in, collate, load_splits
 from .scenes import Scenes
 
@@ -29,6 +31,7 @@ _VOID = ("unlabelled", "unlabeled", "void", "ignore")  # names of classes that a
 # Brostow et al. 2009, in the eleven classes of SegNet (Badrinarayanan et al. 2017).
 _CAMVID = ["Sky", "Building", "Pole", "Road", "Pavement", "Tree", "SignSymbol", "Fence", "Car", "Pedestrian"]
 _CAMVID += ["Bicyclist", "Unlabelled"]
+_NAMES = f'{{"names": ["sky", "road"]}} with the names of label values 0, 1 ... in their order, {IGNORE - 1} at most'
 _ADE20K = 150  # classes of SceneParse150 (Zhou et al. 2017); label 0 is "other"
 
 
@@ -77,7 +80,7 @@ class Labelled(Pictures):
 
     def _read(self, i: int) -> tuple[Image.Image, np.ndarray]:
         picture, labels = self.source[self.order[i]]
-        with Image.open(picture) as image, Image.open(labels) as values:
+        with opened(picture) as image, opened(labels) as values:
             return to_rgb(image), np.asarray(values, np.int64)
 
     def _prepare(self, image: Image.Image, target: np.ndarray, i: int) -> tuple[Tensor, Tensor]:
@@ -87,7 +90,7 @@ class Labelled(Pictures):
             both = tuple(T.functional.resize(x, [self.short]) for x in both)
         height, width = both[0].shape[-2:]
         if self.crop and (self.crop[0] > height or self.crop[1] > width):
-            raise ValueError(
+            raise DataError(
                 f"size={self.crop} is larger than {self.name(i)} of {(height, width)} pixels; use a smaller size, or "
                 f"short={max(self.crop)} to enlarge the pictures first"
             )
@@ -98,14 +101,14 @@ class Labelled(Pictures):
 def classes_of(values: np.ndarray, meaning: np.ndarray, image: Image.Image, picture: str, labels: str) -> np.ndarray:
     """Return the classes that a label map's values mean, uint8; `picture` and `labels` are the files, for messages."""
     if values.shape != image.size[::-1]:
-        raise ValueError(
+        raise DataError(
             f"{labels} has shape {values.shape}, its picture {picture} is {image.size[::-1]}; a label map "
             f"holds one number for each pixel of the upright picture"
         )
     codes = np.where((values >= 0) & (values < 256), meaning[values & 255], -1)
     if (codes < 0).any():
         wrong, known = np.unique(values[codes < 0]).tolist(), np.flatnonzero(meaning >= 0).tolist()
-        raise ValueError(
+        raise DataError(
             f"{labels} holds the values {wrong[:8]}; known are {known[0]}..{known[-2]} and {IGNORE} (ignored)"
         )
     return codes.astype(np.uint8)
@@ -145,9 +148,10 @@ def open_folder(root: Path) -> SegmentationFolder:
 
     CamVid: {train,val}/{images,labels}; label values count from 0, and classes called "unlabelled" or "void" are
     ignored. ADE20K: {images,annotations}/{training,validation}; label 0 is ignored and value v is class v - 1.
-    Names come from classes.json ({"names": [...]}, in the order of the values) or ADE20K's objectInfo150.txt.
+    Names come from classes.json ({"names": [...]}, in the order of the values) or ADE20K's objectInfo150.txt; CamVid's
+    own are known where the folder is called so.
     """
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise FileNotFoundError(f"there is no folder {root}")
     if (root / "annotations").is_dir():
         train, val = (_pairs(root / "images" / s, root / "annotations" / s) for s in ("training", "validation"))
@@ -161,7 +165,9 @@ def open_folder(root: Path) -> SegmentationFolder:
                 f"{{images,annotations}}/{{training,validation}}; found: {found}"
             )
         train, val = (_pairs(s / "images", s / "labels") for s in splits)
-        names, first = _names(root) or _CAMVID, 0
+        names, first = _names(root) or (_CAMVID if root.name.lower().startswith("camvid") else []), 0
+        if not names:
+            raise ValueError(f"{root} does not name its classes; write {root / 'classes.json'}: {_NAMES}")
     meaning, classes = np.full(256, -1), []
     meaning[[0, IGNORE] if first else IGNORE] = IGNORE
     for value, name in enumerate(names, first):
@@ -170,13 +176,22 @@ def open_folder(root: Path) -> SegmentationFolder:
         else:
             meaning[value] = len(classes)
             classes.append(name)
+    if len(classes) < 2:
+        raise ValueError(f"{root} has the classes {classes}, and what is called {' or '.join(_VOID)} is none; name two")
     return SegmentationFolder(train, val, classes, meaning)
 
 
 def _names(root: Path) -> list[str]:
     """Return the names of the label values, empty where the folder does not tell them."""
-    if (root / "classes.json").is_file():
-        return json.loads((root / "classes.json").read_text())["names"]
+    path = root / "classes.json"
+    if path.is_file():
+        try:
+            names = json.loads(path.read_text())["names"]
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{path} is not as expected, {_NAMES}") from error
+        if not (isinstance(names, list) and 0 < len(names) < IGNORE and all(isinstance(name, str) for name in names)):
+            raise ValueError(f"{path} is not as expected, {_NAMES}")
+        return names
     if (root / "objectInfo150.txt").is_file():
         return [line.split("\t")[-1] for line in (root / "objectInfo150.txt").read_text().splitlines()[1:]]
     return []

@@ -121,6 +121,8 @@ def suited_to(source: str) -> str:
 
 def load_model(name: str, runs: str | Path) -> LoadedModel:
     """Load a shipped model, a folder under `runs`, any folder that `save_pretrained` wrote, or a timm name."""
+    if not name:
+        raise ModelError(f"model='' names nothing; there are {', '.join(find_models(runs))}")
     if name in shipped():
         about = card(name)
         loaded = LoadedModel.of(name, load(name, fast_cpu=True), note=about.title)

@@ -11,6 +11,7 @@ from pathlib import Path
 import ipywidgets as widgets
 from traitlets import dlink
 
+from ..data.decode import PictureError
 from ..models.shipped import shipped
 from . import export
 from .controls import THRESHOLD_STEPS, Controls
@@ -20,7 +21,7 @@ from .painting import blank, mask_files, read_mask
 from .sources import PictureSource, built_in_sources, folder_source
 from .state import GatedPicture, State, run_gate
 from .survey import survey
-from .uploads import PictureError, read_picture
+from .uploads import read_picture
 from .widgets import ModelRow
 
 REST = 0.5  # seconds without a step after which the times are measured

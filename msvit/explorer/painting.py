@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
-from ..data.images import UNREADABLE
+from ..data.decode import UNREADABLE
 
 UNPAINTED = -1
 

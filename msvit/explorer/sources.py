@@ -7,10 +7,10 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..data.images import SUFFIXES, UNREADABLE
+from ..data.decode import FORMATS, SUFFIXES, UNREADABLE, PictureError, check_regular, opened
 from ..data.scenes import DIFFICULTIES, Scenes
 from ..data.segmentation import classes_of, open_folder
-from .uploads import IMAGE_FORMATS, PictureError, read_picture
+from .uploads import read_picture
 
 PACKAGED = {  # photographs that come with packages which are installed anyway: package, path inside it
     "a temple": ("sklearn", "datasets/images/china.jpg"),
@@ -53,6 +53,7 @@ class PictureSource:
         file = self.files[name]
         if isinstance(file, Path):
             try:
+                check_regular(file, name)
                 file = file.read_bytes()
             except OSError as error:
                 raise PictureError(f"{name} cannot be read: {error.strerror}") from error
@@ -90,7 +91,7 @@ class LabelledSource(PictureSource):
         """Return a picture and its label map, both at this height and width."""
         image, path = self._read(name), self.maps[self.files[name]]
         try:
-            with Image.open(path) as label_map:
+            with opened(path) as label_map:
                 codes = classes_of(np.asarray(label_map, np.int64), self.meaning, image, name, str(path))
         except UNREADABLE as error:
             raise PictureError(f"{path}, the label map of {name}, cannot be read: {error}") from error
@@ -114,10 +115,10 @@ def folder_source(folder: str | Path) -> PictureSource:
     """Return the pictures of a folder and of the folders in it, with label maps if `open_folder` finds them."""
     root = Path(folder).expanduser()
     if not root.is_dir():
-        raise PictureError(f"there is no folder {root}; name one that holds {', '.join(IMAGE_FORMATS)} files")
+        raise PictureError(f"there is no folder {root}; name one that holds {', '.join(FORMATS)} files")
     try:
         return LabelledSource(root)
-    except (OSError, ValueError, KeyError, TypeError):  # in neither layout, or with a list of classes that is none
+    except (OSError, ValueError):  # in neither layout, or with a list of classes that is none
         files = {p.relative_to(root).as_posix(): p for p in sorted(root.rglob("*")) if p.suffix.lower() in SUFFIXES}
     if not files:
         raise PictureError(f"{root} holds no picture; known suffixes are {', '.join(SUFFIXES)}")

@@ -2,33 +2,37 @@
 
 A folder never says less than what was saved: the model is built again from its config, on PyTorch's meta device, and
 compared with the one to save, module by module and setting by setting, before anything is written.
+
+A folder may come from a stranger, see `check_config`; its weights are safetensors, which run no code.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import timm
 import torch
 from huggingface_hub import hf_hub_download
-from safetensors.torch import load_file, save_file
 from timm.models import get_model_args
 from torch import nn
 
+from ..checks import first_line
 from ..gating.entropy import earlier_settings
 from ..gating.gate import Gate
 from ..gating.learned import GATES
 from ..gating.rules import make_rule
 from ..reducers.registry import make_reducer
 from . import zoo  # noqa: F401 (registers its backbones with timm, so that their folders load)
+from .check_config import CONFIG, PREPROCESSING, UNBUILT, WEIGHTS, ModelFolderError, check_config, check_size
 from .coarse import name_of
 from .heads import SegmentationHead
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+HUB = "hub:"  # before the name of a model on the Hugging Face hub
 LAYER_MODULES = {"torch.nn": nn, "timm.layers": timm.layers}  # the only ones that a config may name
-PREPROCESSING = ("mean", "std", "interpolation", "crop_pct")  # of the pictures; the tags of a name differ in it
 # Switches for running a model, which no argument sets, and what timm keeps about published weights.
 NO_SETTINGS = {"training", "grad_checkpointing", "fused_attn", "distilled_training", "fast_cpu"}
 NO_SETTINGS |= {"pretrained_cfg", "default_cfg", "pretrained_model_args"}
@@ -126,8 +130,8 @@ def _structure(model: nn.Module) -> dict[str, str]:
     return found
 
 
-def save_folder(model: nn.Module, folder: Path):
-    """Write the config and the weights."""
+def model_files(model: nn.Module) -> dict[str, bytes]:
+    """Return the files of a model's folder, by name: the config and the weights."""
     gate, reducer = model.gate, model.reducer
     if (described := getattr(gate, "settings", None)) is None:
         raise ValueError(
@@ -153,26 +157,36 @@ def save_folder(model: nn.Module, folder: Path):
     with torch.device("meta"):
         again = assemble(type(model), json.loads(json.dumps(config)))
     _check_same(model, again)
-    (Path(folder) / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     state = {key: value.detach().cpu().contiguous().clone() for key, value in model.state_dict().items()}
-    save_file(state, Path(folder) / WEIGHTS)
+    text = json.dumps(config, indent=2) + "\n"
+    return {CONFIG: text.encode(), WEIGHTS: safetensors.torch.save(state)}
 
 
 def load_folder(
     cls: type[nn.Module],
-    model_id: str,
+    model_id: str | Path,
     map_location: str = "cpu",
     strict: bool = True,
     fast_cpu: bool = False,
     **download: Any,
 ) -> nn.Module:
-    """Build the model of a folder or a hub id, in the precision that it was saved in, without timm's own weights."""
-    config = json.loads(_fetch(model_id, CONFIG, download).read_text())
-    model = assemble(cls, config, fast_cpu=fast_cpu)
-    state = load_file(_fetch(model_id, WEIGHTS, download), device=map_location)
-    for key, value in model.state_dict(keep_vars=True).items():
-        value.data = value.data.to(state[key].dtype if key in state else value.dtype)
-    model.load_state_dict(state, strict=strict)
+    """Build the model of a folder, in the precision that it was saved in, without timm's own weights.
+
+    Args:
+        model_id: The folder, or "hub:OWNER/NAME" for one on the Hugging Face hub; nothing else asks the network.
+    """
+    config_path, weights = (_fetch(str(model_id), name, download) for name in (CONFIG, WEIGHTS))
+    try:
+        config = check_config(json.loads(config_path.read_text()))
+        with torch.device("meta"):
+            check_size(assemble(cls, config), weights)
+        model = assemble(cls, config, fast_cpu=fast_cpu)
+        state = safetensors.torch.load_file(weights, device=map_location)
+        for key, value in model.state_dict(keep_vars=True).items():
+            value.data = value.data.to(state[key].dtype if key in state else value.dtype)
+        model.load_state_dict(state, strict=strict)
+    except UNBUILT as error:
+        raise ModelFolderError(f"{model_id} holds no model that can be built: {first_line(error)}") from error
     return model.to(map_location).eval()
 
 
@@ -211,9 +225,16 @@ def rename_decoder(model: nn.Module, state: dict, prefix: str, *rest):
 
 def _fetch(model_id: str, name: str, download: dict) -> Path:
     """Return the path of a folder's file, or of a downloaded one."""
-    if Path(model_id).is_dir():
-        if not (path := Path(model_id) / name).is_file():
-            raise FileNotFoundError(f"{model_id} has no {name}; is it a folder that save_pretrained wrote?")
-        return path
-    known = ("revision", "cache_dir", "force_download", "local_files_only", "token")
-    return Path(hf_hub_download(model_id, name, **{k: v for k, v in download.items() if k in known}))
+    path = Path(model_id) / name
+    if model_id.startswith(HUB):
+        known = ("revision", "cache_dir", "force_download", "local_files_only", "token")
+        options = {key: value for key, value in download.items() if key in known}
+        try:
+            return Path(hf_hub_download(model_id.removeprefix(HUB), name, **options))
+        except (OSError, ValueError) as error:
+            raise ModelFolderError(f"{model_id} cannot be had from the hub: {first_line(error)}") from error
+    if not os.path.isdir(model_id):
+        raise FileNotFoundError(f"there is no folder {model_id!r}; a model on the hub is called {HUB}OWNER/NAME")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{model_id} has no {name}; is it a folder that save_pretrained wrote?")
+    return path

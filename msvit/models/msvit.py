@@ -24,7 +24,7 @@ from ..reducers.base import check_lossless, check_same_backbone
 from .calibrate import calibrate
 from .coarse import FullResolution, make_coarse_embed
 from .heads import ClassificationHead
-from .hub import load_folder, rename_decoder, save_folder
+from .hub import load_folder, model_files, rename_decoder
 from .tokenizer import EXECUTIONS, Gating, tokenize
 
 
@@ -290,8 +290,9 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
         return calibrate(self, loader, macs)
 
     def _save_pretrained(self, folder):
-        save_folder(self, folder)
+        for name, data in model_files(self).items():
+            (folder / name).write_bytes(data)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id, **options):
+    def from_pretrained(cls, model_id, **options) -> "MSViT":  # the mixin's own would ask the hub for any mistyped path
         return load_folder(cls, model_id, **options)

@@ -10,8 +10,10 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from torch import Tensor
 
+from ..checks import plain
 from ..core.tokens import shrink
 
 # Okabe and Ito's colours, which readers with any colour vision tell apart. Those of methods are in `looks`.
@@ -33,6 +35,9 @@ COSTS = {
 def save(figure: Figure, folder: str | Path, name: str, kinds: tuple[str, ...] = ("png", "svg")) -> Figure:
     """Write the figure under a folder, without dates inside, so that the same figure gives the same bytes."""
     Path(folder).mkdir(parents=True, exist_ok=True)
+    for text in figure.findobj(Text):
+        if (said := "\n".join(map(plain, text.get_text().split("\n")))) != text.get_text():
+            text.set_text(said)  # control characters make an SVG file that no program reads
     dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}, "png": {}}
     with plt.rc_context({"svg.hashsalt": "msvit"}):
         for kind in kinds:

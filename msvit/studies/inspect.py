@@ -70,7 +70,7 @@ class Inspection:
 def open_run(folder: str | Path) -> tuple[runs.Run, MSViT, Loaders]:
     """Return a finished run, its model, and the loaders of its pictures."""
     run = runs.read(folder)
-    model = MSViT.from_pretrained(folder, fast_cpu=True)
+    model = runs.load_model(folder, fast_cpu=True)
     return run, model, load_data(run.recipe.data, run.recipe.training.seed, model)
 
 

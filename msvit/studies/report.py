@@ -6,25 +6,94 @@ date on the page.
 
 import base64
 import datetime
+import hashlib
 import html
 import json
-from pathlib import Path
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import pandas as pd
 
 from .. import plots
+from ..checks import plain
 from ..training.names import method_name
-from ..training.recipe import FIELDS
+from ..training.recipe import FIELDS, HARMLESS
 from .study import SUMMARY_COLUMNS, finished, summarise
 
 
 def groups(table: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Return title -> the runs that may be compared, on the same pictures at the same size, with their methods."""
+    """Return title -> the runs that may be compared, on the same pictures at the same size, with their methods.
+
+    Runs of one label differ in the seed alone.
+    """
     table = table.assign(method=[method_name(run) for _, run in table.iterrows()])
     budget = table["target"].map("{:.2f}".format).where(table["epochs"] > 0, "")
     table = table.assign(budget=budget, label=table["method"] + budget.map(lambda b: f" at {b}" if b else ""))
-    order = table.sort_values(["data", "size", "method", "budget", "seed"])
-    return {f"{data}, {size} px": part for (data, size), part in order.groupby(["data", "size"], sort=True)}
+    table["label"] = told_apart(table)
+    order = table.sort_values(["data", "size", "method", "budget", "label", "seed"])
+    return {plain(f"{data}, {size} px"): part for (data, size), part in order.groupby(["data", "size"], sort=True)}
+
+
+def told_apart(table: pd.DataFrame) -> list[str]:
+    """Return the labels of runs, with the settings behind them in which runs of one label differ."""
+    made = experiments(table)
+    together = defaultdict(list)
+    for place, row in enumerate(table.to_dict("records")):
+        together[row["data"], row["size"], row["label"]].append(place)
+    labels = table["label"].tolist()
+    for places in together.values():
+        names = dict.fromkeys(name for place in places for name in made[place])
+        varied = [name for name in names if len({repr(made[place].get(name)) for place in places}) > 1]
+        for place in places:
+            values = [(name, made[place].get(name)) for name in varied]
+            labels[place] += "".join(f", {k}={f'{v:g}' if isinstance(v, float) else v}" for k, v in values)
+    return [plain(label) for label in labels]
+
+
+def experiments(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Return what was set for each run, but for the seed and what changes no result.
+
+    In place of the name of a run that it starts from, which holds a seed, stand that one's settings (`start.lr`), or
+    those of the run whose gate it took over (`gate.lr`), if it is in the table.
+    """
+    rows = {row["run"]: row for row in table.to_dict("records")}
+
+    def settings(row: Mapping[str, Any], above: tuple[str, ...] = ()) -> dict[str, Any]:
+        found = {k: v for k, v in row.items() if k.partition(".")[0] in FIELDS and k not in ("seed", *HARMLESS)}
+        found = {k: None if v != v else v for k, v in found.items()}  # NaN, where others have such a setting
+        for name, title in (("model", "start"), ("gate", "gate")):
+            other = PurePosixPath(str(found[name]).removeprefix("run:"))
+            stage = "dense" if other.name == "dense" else "whole"
+            other = str(PurePosixPath(row["run"]).parent / (other.parent if stage == "dense" else other))
+            if str(found[name]).startswith("run:") and other in rows and other not in above:
+                before = settings(rows[other], (*above, other))
+                found[name] = before[name]
+                found |= {f"{title}.{k}": v for k, v in before.items()} | {f"{title}.stage": stage}
+        return found
+
+    return [settings(row) for row in rows.values()]
+
+
+def file_names(titles: Iterable[str]) -> dict[str, str]:
+    """Return a file's name for each title; two that would share one are told apart."""
+    names = {title: "".join(c if c.isalnum() else "-" for c in title).strip("-")[:80] for title in titles}
+    count = Counter(name.lower() for name in names.values())
+    return {
+        title: name if count[name.lower()] == 1 else f"{name}-{hashlib.sha256(title.encode()).hexdigest()[:6]}"
+        for title, name in names.items()
+    }
+
+
+def write_csv(table: pd.DataFrame, path: Path, index: bool = False):
+    """Write a table for programs; text that a spreadsheet would take for a formula gets an apostrophe before it."""
+
+    def harmless(cell: Any) -> Any:
+        return f"'{cell}" if isinstance(cell, str) and cell[:1] in tuple("=+-@\t\r") else cell
+
+    table = table.map(harmless).rename(columns=harmless)
+    (table.rename(index=harmless) if index else table).to_csv(path, index=index)
 
 
 def readable(summary: pd.DataFrame) -> pd.DataFrame:
@@ -41,7 +110,7 @@ def write_tables(table: pd.DataFrame, folder: Path, name: str, by: str = "method
     """Write CSV with full precision, Markdown and LaTeX (with booktabs) for reading; return the readable table."""
     folder.mkdir(parents=True, exist_ok=True)
     summary = summarise(table, by).rename_axis("label")
-    summary.to_csv(folder / f"{name}.csv")
+    write_csv(summary, folder / f"{name}.csv", index=True)
     shown = readable(summary)
     named = shown.rename_axis("method").reset_index()
     (folder / f"{name}.md").write_text(named.to_markdown(index=False, disable_numparse=True) + "\n")
@@ -55,9 +124,10 @@ def report(runs: str | Path, out: str | Path) -> Path:
     out, table = Path(out), finished(runs)
     if table.empty:
         raise ValueError(f"there is no finished run under {runs}; train something first: `make ablation`")
-    parts = []
-    for title, group in groups(table).items():
-        name = "".join(c if c.isalnum() else "-" for c in title).strip("-")
+    parts, found = [], groups(table)
+    names = file_names(found)
+    for title, group in found.items():
+        name = names[title]
         shown = write_tables(group, out / "tables", name, by="label")
         plots.save(plots.tradeoff(group, "label"), out / "figures", f"tradeoff-{name}", ("png", "svg", "pdf"))
         parts.append(_section(title, shown, out / "figures" / f"tradeoff-{name}.png", group))

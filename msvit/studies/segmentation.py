@@ -19,10 +19,15 @@ SEGMENTATION_COLUMNS = (
 def rows(budgets: Iterable[float], masks: Iterable[str] = ("random",)) -> list[study.StudyRow]:
     """Return the rows: all fine and all coarse, and at each budget the gate and masks that are not learned."""
     made = [study.StudyRow("all fine", {"gating": "fine"}), study.StudyRow("all coarse", {"gating": "coarse"})]
-    for budget in budgets:
-        made.append(study.StudyRow(f"gate at {budget:.0%}", {"target": budget}))
-        made += [study.StudyRow(f"{mask} at {budget:.0%}", {"target": budget, "gating": mask}) for mask in masks]
+    for budget in dict.fromkeys(budgets):
+        made.append(study.StudyRow(at_budget("gate", budget), {"target": budget}))
+        made += [study.StudyRow(at_budget(mask, budget), {"target": budget, "gating": mask}) for mask in masks]
     return made
+
+
+def at_budget(name: str, budget: float) -> str:
+    """Return what a row is called; other budgets have other names."""
+    return f"{name} at {100 * budget:.10g}%"
 
 
 def summarise(table: pd.DataFrame) -> pd.DataFrame:

@@ -16,6 +16,7 @@ from ..training import runs
 from ..training.build import build
 from ..training.loop import train
 from ..training.names import mask_label
+from ..training.preflight import prepare_all
 from ..training.recipe import GATINGS, LEARNED, MEAN_LOSSES, Recipe, parse
 
 # What each part of the method is replaced by when it is switched off.
@@ -144,7 +145,11 @@ def run_rows(base: Recipe, rows: Iterable[StudyRow], seeds: Iterable[int], folde
 
 
 def train_all(plan: list[tuple[str, Recipe]], folder: str | Path) -> pd.DataFrame:
-    """Train labelled recipes in turn, each in the folder of its name, and return their summaries as a table."""
+    """Train labelled recipes in turn, each in the folder of its name, and return their summaries as a table.
+
+    All of them are prepared first, so that nothing is trained if one of them could not be.
+    """
+    prepare_all([recipe for _, recipe in plan], Path(folder))
     table = []
     for number, (label, recipe) in enumerate(plan, 1):
         print(f"{number}/{len(plan)}: {label}, seed {recipe.training.seed}")
@@ -180,8 +185,7 @@ def transfer(base: Recipe, second: Mapping[str, Any], seeds: Iterable[int], fold
             ("gate of the first, trained on", own.replace(gate=f"run:{taught.run_name}")),
             ("random mask", own.replace(gating="random")),
         ]
-    train_all(source, folder)
-    return train_all(plan, folder)
+    return train_all(source + plan, folder)[len(source) :].reset_index(drop=True)
 
 
 def first_seed(table: pd.DataFrame) -> pd.DataFrame:
@@ -207,9 +211,18 @@ def finished(folder: str | Path) -> pd.DataFrame:
 
 
 def examples(folder: Path):
-    """Train a few small runs where there is none yet, so that a notebook that reads runs has something to show."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Train a few small runs if there is none in the repository's own folder: a notebook then has something to show.
+
+    Another folder has been typed, and must be there and have some.
+    """
+    from .params import in_repo
+
+    own = folder == in_repo("runs")
+    if own:
+        folder.mkdir(parents=True, exist_ok=True)
     if finished(folder).empty:
+        if not own:
+            raise ValueError(f"there is no finished run under {folder}; name a folder that has some")
         base = Recipe(epochs_dense=3, epochs=2, train_n=2048, val_n=512)
         run_rows(base, [StudyRow(FULL, {}), StudyRow("random mask", {"gating": "random"})], [0], folder / "examples")
 

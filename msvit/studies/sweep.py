@@ -16,15 +16,17 @@ from typing import Any, NamedTuple
 
 import optuna
 import pandas as pd
-from optuna.exceptions import ExperimentalWarning
-from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.exceptions import ExperimentalWarning, OptunaError
+from optuna.storages import RDBStorage, fail_stale_trials
 from optuna.trial import TrialState
-from sqlalchemy.exc import IntegrityError, ProgrammingError
+from sqlalchemy import make_url
+from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
 
-from ..checks import one_of
-from ..training.files import RunBusy
+from ..checks import first_line, in_interval, one_of
+from ..training.files import RunBusy, RunError
 from ..training.loop import train
-from ..training.recipe import Recipe
+from ..training.preflight import prepare
+from ..training.recipe import HARMLESS, Recipe
 
 
 class Range(NamedTuple):
@@ -44,6 +46,7 @@ SPACE = {
     "loss_settings.temperature": Range(0.1, 1.0, log=True),
     "loss_settings.hyper_weight": Range(0.1, 10.0, log=True),
 }
+SETTINGS, ERROR = "settings", "error"  # what is stored of a study, and of a trial that failed
 PRUNERS = {
     "asha": lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2),
     "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=4, n_warmup_steps=1),
@@ -60,23 +63,34 @@ def open_study(name: str, storage: str, pruner: str = "asha", seed: int = 0) -> 
         seed: Of the sampler; workers that run at the same time take different ones.
     """
     one_of("pruner", pruner, PRUNERS)
-    if "://" not in storage:
-        Path(storage).parent.mkdir(parents=True, exist_ok=True)
-        storage = f"sqlite:///{Path(storage).absolute()}"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats and the two options of the sampler
-        # A worker that dies stops its heartbeat; its trial is then marked as failed and queued once more.
-        again = RetryHeartbeatStaleTrialCallback(max_retry=1)
-        backend = _connect(storage, heartbeat_interval=30, heartbeat_stale_trial_callback=again)
-        sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
-    return optuna.create_study(
-        study_name=name,
-        storage=backend,
-        sampler=sampler,
-        pruner=PRUNERS[pruner](),
-        direction="maximize",
-        load_if_exists=True,
-    )
+    try:
+        if "://" not in storage:
+            Path(storage).parent.mkdir(parents=True, exist_ok=True)
+            storage = f"sqlite:///{Path(storage).absolute()}"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats and the two options of the sampler
+            backend = _connect(storage, heartbeat_interval=30)  # by which a worker that dies is found out
+            sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, constant_liar=True)
+        return optuna.create_study(
+            study_name=name,
+            storage=backend,
+            sampler=sampler,
+            pruner=PRUNERS[pruner](),
+            direction="maximize",
+            load_if_exists=True,
+        )
+    except (SQLAlchemyError, OptunaError, ImportError, OSError) as error:
+        raise RunError(
+            f"the storage {_without_password(storage)} cannot be used ({first_line(error)}); is the database up, and "
+            "is this its name?"
+        ) from error
+
+
+def _without_password(storage: str) -> str:
+    try:
+        return make_url(storage).render_as_string(hide_password=True)
+    except SQLAlchemyError:
+        return storage.partition("://")[0] + "://…" if "://" in storage else storage
 
 
 def _connect(storage: str, **options: Any) -> RDBStorage:
@@ -100,7 +114,8 @@ def sweep(
 ):
     """Work on a study until it has `trials` finished trials, whoever ran them.
 
-    A trial that fails is recorded with its error and does not stop the rest; interrupted sweeps go on where they were.
+    A trial that fails is recorded with its error and does not stop the rest; interrupted sweeps go on where they were,
+    and another trial stands in for one whose worker was killed. A study is of one recipe, space and price.
 
     Args:
         base: Settings of every trial but for those in `space`; `holdout` says what share of training pictures scores.
@@ -109,8 +124,20 @@ def sweep(
     """
     if base.data.holdout <= 0:
         raise ValueError("holdout=0 would tune on the validation split; set it to a share of training pictures")
-
+    in_interval("price", price, "[0, inf)")
+    in_interval("trials", trials, "[1, inf)")
+    for name, span in space.items():
+        if not span.low <= span.high:
+            raise ValueError(f"{name} is searched from {span.low:g} to {span.high:g}; the first must not be the larger")
     folder = Path(folder)
+    settings = _settings(study, base, space, price)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        fail_stale_trials(study)
+    if finished_trials(study) >= trials:
+        return
+    prepare(base, folder)
+    study.set_user_attr(SETTINGS, settings)
     base = from_dense(base, folder)
 
     def objective(trial: optuna.Trial) -> float:
@@ -121,25 +148,49 @@ def sweep(
             if trial.should_prune():
                 raise optuna.TrialPruned
 
-        run = train(recipe, folder / f"{study.study_name}-{trial.number:04d}", progress=False, watch=watch)
+        try:
+            run = train(recipe, folder / f"{study.study_name}-{trial.number:04d}", progress=False, watch=watch)
+        except Exception as error:
+            if not isinstance(error, optuna.TrialPruned):
+                trial.set_user_attr(ERROR, first_line(error))
+            raise
         for name in ("accuracy", "macs", "coarse"):
             trial.set_user_attr(name, run.summary[name])
         return run.summary["accuracy"] - price * run.summary["macs"]
 
     def after(study: optuna.Study, trial: optuna.trial.FrozenTrial):
         found = trial.user_attrs
-        result = f"accuracy {found['accuracy']:.3f}, MACs {found['macs']:.1%}" if found else trial.state.name.lower()
+        result = found.get(ERROR, trial.state.name.lower())
+        if "macs" in found:
+            result = f"accuracy {found['accuracy']:.3f}, MACs {found['macs']:.1%}"
         message(f"trial {trial.number}: {result}")
         if finished_trials(study) >= trials:
             study.stop()
 
-    if finished_trials(study) < trials:
-        study.optimize(objective, callbacks=[after], catch=(Exception,))
+    study.optimize(objective, callbacks=[after], catch=(Exception,))
+    states = {trial.state for trial in study.get_trials(deepcopy=False)}
+    if not states & {TrialState.COMPLETE, TrialState.PRUNED}:
+        errors = [trial.user_attrs.get(ERROR) for trial in study.get_trials(deepcopy=False)]
+        raise RunError(f"all trials of the study failed, the first by: {next(filter(None, errors), 'a dead worker')}")
+
+
+def _settings(study: optuna.Study, base: Recipe, space: dict[str, Range], price: float) -> dict[str, Any]:
+    """Return what a study is about, as it is stored with it; raise if it is about something else."""
+    asked = {k: v for k, v in base.to_dict().items() if k not in HARMLESS} | {"price": price}
+    asked |= {f"space of {name}": list(span) for name, span in space.items()}
+    stored = study.user_attrs.get(SETTINGS, asked)
+    if other := [k for k in asked | stored if stored.get(k) != asked.get(k)]:
+        changes = ", ".join(f"{k} is {stored.get(k)!r}, not {asked.get(k)!r}" for k in other)
+        raise ValueError(f"the study {study.study_name!r} is of other settings ({changes}); name another study")
+    return asked
 
 
 def finished_trials(study: optuna.Study) -> int:
-    """Return how many trials of a study are done, well or not."""
-    return sum(trial.state.is_finished() for trial in study.get_trials(deepcopy=False))
+    """Return how many trials of a study are done, well or not; what was cut short by a killed worker has no error."""
+    return sum(
+        trial.state.is_finished() and (trial.state != TrialState.FAIL or ERROR in trial.user_attrs)
+        for trial in study.get_trials(deepcopy=False)
+    )
 
 
 def from_dense(base: Recipe, folder: Path) -> Recipe:

@@ -42,13 +42,18 @@ class Budget:
         self.shares = model.macs_of(torch.arange(h * w + 1), size) / self.dense
         rates, shares = np.linspace(0, 1, h * w + 1), self.shares.numpy()
         if gating.budget == "macs":
-            if not shares[-1] < gating.target < shares[0]:
-                raise RecipeError(
-                    f"target={gating.target:g} cannot be met: this model's share of dense MACs is {shares[-1]:.3f} "
-                    f"with all regions coarse and {shares[0]:.3f} with all fine; choose one between, or another scale"
-                )
+            self.check("target", gating.target)
             self.rate = float(np.interp(gating.target, shares[::-1], rates[::-1]))
         self.macs = float(np.interp(self.rate, rates, shares))
+
+    def check(self, name: str, share: float):
+        """Raise unless some number of coarse regions costs this share of dense MACs."""
+        most, least = self.shares[0].item(), self.shares[-1].item()
+        if not least < share < most:
+            raise RecipeError(
+                f"{name}={share:g} cannot be met: this model's share of dense MACs is {least:.3f} with all regions "
+                f"coarse and {most:.3f} with all fine; choose one between, or another scale"
+            )
 
 
 def choose_gate(model: MSViT, recipe: Recipe, loaders: Loaders) -> Budget:

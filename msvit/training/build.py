@@ -1,25 +1,26 @@
 """From a recipe to its pictures and its model: a new backbone, a published one, or what another run has left."""
 
+import os
 import pickle
 from pathlib import Path
 
 import timm
 import torch
-from safetensors import SafetensorError
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import load_state_dict
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import nn
 
-from ..checks import closest
+from ..checks import closest, first_line
 from ..data.holdout import hold_out
 from ..data.loaders import Loaders, make_loaders
 from ..data.segmentation import make_seg_loaders
 from ..gating.gate import Decider, Gate
 from ..gating.learned import GATES, Pattern, Quota
+from ..models.check_config import UNBUILT, ModelFolderError
 from ..models.coarse import name_of
 from ..models.heads import SegmentationHead
-from ..models.hub import describe_backbone, read_args
+from ..models.hub import HUB, describe_backbone, read_args
 from ..models.msvit import MSViT
 from ..reducers.registry import make_reducer
 from .recipe import DataSettings, ModelSettings, Recipe, RecipeError
@@ -36,6 +37,8 @@ def build(recipe: Recipe, runs: Path) -> MSViT:
     """
     settings, size = recipe.model, recipe.data.size
     name, start, gate = {"tiny": TINY}.get(settings.name, settings.name), None, None
+    if settings.pretrained and not (timm.models.is_model_pretrained(name) or name.startswith("hf-hub:")):
+        raise RecipeError(f"model={settings.name!r} has no published weights; leave pretrained out")
     if timm.is_model(name) or name.startswith("hf-hub:"):
         vit = _create(settings, size, name, pretrained=settings.pretrained or name.startswith("hf-hub:"))
     else:
@@ -66,12 +69,12 @@ def takes_over_gate(settings: ModelSettings, runs: Path) -> bool:
     if settings.gate:
         return True
     path = _path(settings.name, runs)
-    if path.name == "dense" and (path.parent / "settings.json").is_file():
+    if path.name == "dense" and os.path.isfile(path.parent / "settings.json"):
         return False  # stage one of a run
-    if (path / "settings.json").is_file():
+    if os.path.isfile(path / "settings.json"):
         recipe = read(path).recipe
         return bool(recipe.training.epochs and recipe.gating.learned)
-    return path.is_dir()
+    return os.path.isdir(path) or settings.name.startswith(HUB)
 
 
 def _choose_gate(recipe: Recipe, vit: nn.Module, found: nn.Module | None) -> Decider | None:
@@ -133,9 +136,9 @@ def _create(settings: ModelSettings, size: int, name: str, pretrained: bool = Fa
     """Return a timm model for pictures of this size."""
     try:
         return timm.create_model(name, pretrained=pretrained, img_size=size, drop_path_rate=settings.drop_path, **args)
-    except (TypeError, AssertionError) as error:
+    except (TypeError, AssertionError, ValueError, RuntimeError, OSError) as error:
         raise RecipeError(
-            f"model={name!r} cannot be built for pictures of {size} px ({error}); use a plain vision "
+            f"model={name!r} cannot be built for pictures of {size} px ({first_line(error)}); use a plain vision "
             "transformer (vit_*, deit_*, deit3_*) and a size that is a multiple of its coarse patch"
         ) from error
 
@@ -145,34 +148,35 @@ def _path(name: str, runs: Path) -> Path:
 
 
 def _saved(name: str, runs: Path) -> MSViT:
-    """Return the model of a run beside this one ("run:NAME"), of a folder, or of a hub id."""
+    """Return the model of a run beside this one ("run:NAME"), of a folder, or of the hub ("hub:OWNER/NAME")."""
     path = _path(name, runs)
-    if not path.is_dir() and (name.startswith(("run:", ".", "/")) or name.count("/") != 1):
+    if not name.startswith(HUB) and not os.path.isdir(path):
         near = closest(name, ["tiny", *timm.list_models(module=["vision_transformer", "deit"])], 3)
         hint = f"did you mean {', '.join(near)}?" if near else "see timm.list_models('*vit*')"
-        raise RecipeError(f"{name!r} is no model of timm, no folder and no hub id; {hint}")
+        raise RecipeError(f"{name!r} is no model of timm, no folder and no hub id ({HUB}OWNER/NAME); {hint}")
     try:
-        return MSViT.from_pretrained(str(path) if path.is_dir() else name)
-    except (OSError, SafetensorError) as error:
+        return MSViT.from_pretrained(name if name.startswith(HUB) else path)
+    except (OSError, ModelFolderError) as error:
         raise RecipeError(
-            f"{name!r} gives no model ({str(error).splitlines()[0]}); a run's folder has one when the run is finished, "
+            f"{name!r} gives no model ({first_line(error)}); a run's folder has one when the run is finished, "
             "its dense/ after stage one"
         ) from error
 
 
 def _load_checkpoint(vit: nn.Module, path: Path):
     """Load weights from a file; its head is left out if it has other classes. Runs no pickled code."""
+    if not os.path.isfile(path):
+        raise RecipeError(f"checkpoint={str(path)!r}: there is no such file")
+    own = vit.state_dict()
     try:
         state = checkpoint_filter_fn(load_state_dict(str(path), weights_only=True), vit)
-    except FileNotFoundError:
-        raise RecipeError(f"checkpoint={str(path)!r}: there is no such file") from None
-    except (pickle.UnpicklingError, RuntimeError, SafetensorError) as error:
+        shapes = {name: tuple(weight.shape) for name, weight in state.items()}
+    except (*UNBUILT, EOFError, pickle.UnpicklingError) as error:
         raise RecipeError(
             f"checkpoint={str(path)!r} is neither safetensors nor a file of weights alone, and is refused: "
-            f"{str(error).splitlines()[0]}"
+            f"{first_line(error)}"
         ) from error
-    own = vit.state_dict()
-    state = {k: v for k, v in state.items() if not k.startswith("head") or getattr(own.get(k), "shape", 0) == v.shape}
-    missing, unknown = vit.load_state_dict(state, strict=False)
-    if lost := [k for k in missing if not k.startswith("head")] + unknown:
+    fits = {name: weight for name, weight in state.items() if name in own and shapes[name] == tuple(own[name].shape)}
+    if lost := [name for name in own | state if name not in fits and not name.startswith("head")]:
         raise RecipeError(f"checkpoint={str(path)!r} is of another model: {', '.join(lost[:4])} … do not fit")
+    vit.load_state_dict(fits, strict=False)

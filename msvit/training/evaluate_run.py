@@ -1,5 +1,6 @@
 """The evaluation of a finished run: of its own model, at other budgets, under other decisions, on other pictures."""
 
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,12 @@ from ..evaluation.predictions import object_finder
 from ..evaluation.reconstruction import reconstruction_errors
 from ..gating.learned import GATES
 from ..models.coarse import name_of
-from ..models.msvit import MSViT
-from .budget import Budget, choose_gate
+from .budget import BUDGETED, Budget, choose_gate
 from .build import load_data
+from .files import RunWarning
 from .objectives import Gated, Objective
 from .recipe import RecipeError
-from .runs import read_finished
+from .runs import load_model, read_finished
 
 
 def evaluate_run(
@@ -34,7 +35,7 @@ def evaluate_run(
         changes: Settings of the run's recipe to change first, as `data` or `gating`.
     """
     run = read_finished(folder)
-    recipe, model = run.recipe.replace(**changes), MSViT.from_pretrained(folder, fast_cpu=True)
+    recipe, model = run.recipe.replace(**changes), load_model(folder, fast_cpu=True)
     loaders = load_data(recipe.data, recipe.training.seed, model)
     if len(loaders.classes) != model.num_classes:
         raise RecipeError(
@@ -51,16 +52,24 @@ def evaluate_run(
         budget = choose_gate(model, recipe, loaders)
     else:
         budget = Budget(model, loaders.size, recipe.gating if recipe.training.epochs else None)
+    by = recipe.gating.by if recipe.training.epochs else "dense"
+    if by not in BUDGETED and (macs is not None or threshold is not None):
+        raise RecipeError(f"{folder} is evaluated as {by!r}, which has no budget; give gating too, such as entropy")
     kind = Gated if recipe.training.epochs else Objective
     objective = kind(model, recipe, budget, {"val": object_finder(loaders.val)})
     if macs is not None:
-        model.calibrate(loaders.first_pictures(), macs)
-    if threshold is not None:
-        try:
+        budget.check("macs", macs)
+    try:
+        if macs is not None:
+            model.calibrate(loaders.first_pictures(), macs)
+        if threshold is not None:
             model.threshold = threshold
-        except ValueError as error:
-            raise RecipeError(f"threshold={threshold:g}: {error}") from error
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
     found = evaluate(model, loaders.val, partial(objective.predict, model))
+    if broken := loaders.unreadable("val"):
+        names = ", ".join(bad.name for bad in broken[:8])
+        warnings.warn(f"{len(broken)} validation files cannot be read and are in no figure: {names}", RunWarning, 2)
     found["threshold"] = model.threshold
     if model.reducer is not None:
         errors = reconstruction_errors(model, next(iter(loaders.val))[0].to(model.cut.device)).nanmean(1).tolist()

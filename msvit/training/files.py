@@ -5,8 +5,11 @@ import hashlib
 import io
 import json
 import os
+import weakref
 from pathlib import Path
 from typing import Any
+
+from ..checks import first_line
 
 
 class RunError(RuntimeError):
@@ -43,12 +46,16 @@ def write_whole(path: Path, data: bytes):
         raise
 
 
-def read_json(path: Path) -> Any:
-    """Return what is in a file, or raise a `RunError` that says what to do."""
+def read_json(path: Path, kind: type = dict) -> Any:
+    """Return the object (or, by its type, the list) in a file, or raise a `RunError` that says what to do."""
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise RunError(f"{path} is damaged ({error}); delete it, or the whole run, and train again") from error
+        value = json.loads(path.read_text())
+        if not isinstance(value, kind):
+            raise ValueError(f"it holds a {type(value).__name__}, not a {kind.__name__}")
+    except (ValueError, OSError, RecursionError) as error:
+        why = first_line(error)
+        raise RunError(f"{path} is damaged ({why}); delete it, or the whole run, and train again") from error
+    return value
 
 
 def digest(data: bytes) -> str:
@@ -56,9 +63,9 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:32]
 
 
-def locked(path: Path) -> io.BufferedWriter:
-    """Return the file, locked for as long as it is open; a killed process gives it up."""
-    file = path.open("ab")
+def locked(path: Path) -> io.FileIO:
+    """Return the file, locked for as long as this process has it open; a killed one gives it up at once."""
+    file = io.FileIO(path, "a")
     with contextlib.suppress(ImportError):  # Windows has no fcntl
         import fcntl
 
@@ -67,4 +74,12 @@ def locked(path: Path) -> io.BufferedWriter:
         except BlockingIOError:
             file.close()
             raise RunBusy(f"another process is training in {path.parent}; wait for it, or stop it") from None
+    _LOCKS.add(file)
     return file
+
+
+# A lock is given up when the last process has closed it. What is forked, as loaders are, outlives a killed process by
+# seconds; so it closes what it inherits.
+_LOCKS: weakref.WeakSet[io.FileIO] = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: [file.close() for file in list(_LOCKS)])

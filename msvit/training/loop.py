@@ -1,16 +1,17 @@
 """Training: epochs on accelerate, each a function of the state before it.
 
 All random numbers of a step are seeded by (seed, epoch, step) and those of the data by (seed, epoch). So a run that was
-stopped and is continued from the state after an epoch ends, on a CPU, with bitwise the same weights, and several
-processes draw for a batch what one process would draw.
+stopped and is continued from the state after an epoch ends, on a CPU and on the same number of threads, with bitwise
+the same weights, and several processes draw for a batch what one process would draw.
 """
 
+import contextlib
 import itertools
 import math
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -18,27 +19,32 @@ from typing import Any
 
 import numpy as np
 import safetensors.torch
-import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DataLoaderConfiguration, gather_object, is_tensorboard_available
-from timm.data import Mixup
+from accelerate.utils import (
+    DataLoaderConfiguration,
+    broadcast_object_list,
+    gather_object,
+    is_tensorboard_available,
+)
 from tqdm import tqdm
 
+from ..checks import first_line
+from ..data import IGNORE
 from ..data.loaders import set_epoch
 from ..data.seeds import hashed
 from ..evaluation.evaluate import evaluate
-from ..evaluation.predictions import object_finder
-from .budget import choose_gate
-from .build import build, fit_head, load_data, takes_over_gate
+from .build import takes_over_gate
 from .environment import environment
 from .files import RunError
 from .objectives import Gated, Objective
-from .recipe import Recipe, RecipeError
+from .preflight import prepare
+from .recipe import Recipe
 from .runs import Run, RunFolder, read
 from .stage import Stage
 from .teach_gate import STEPS, teach_gate
 
+SPLITS = {"train": "training", "val": "validation"}
 CURVE = 50  # points of an epoch's loss curve that are kept
 Watch = Callable[[dict[str, Any]], None] | None  # what is called with a line of metrics
 
@@ -64,17 +70,18 @@ def train(
     """
     records = RunFolder(folder)
     if records.check(recipe):
+        records.clean_up()
         return read(folder)
     accelerator = _accelerator(recipe, records.path, tensorboard)
     trainer = Trainer(recipe, records, accelerator, progress, watch)
     try:
-        if accelerator.is_main_process:
-            records.open(recipe)
-            records.note(environment(accelerator.device, accelerator.num_processes))
-        accelerator.wait_for_everyone()
-        if tensorboard:
-            accelerator.init_trackers("tensorboard")
-        trainer.run()
+        finished = [accelerator.is_main_process and records.open(recipe)]  # by another, in the meantime
+        if not broadcast_object_list(finished)[0]:
+            if accelerator.is_main_process:
+                records.note(environment(accelerator.device, accelerator.num_processes))
+            if tensorboard:
+                accelerator.init_trackers("tensorboard")
+            trainer.run()
         accelerator.wait_for_everyone()
     finally:
         records.close()
@@ -89,38 +96,19 @@ class Trainer:
     def __init__(self, recipe: Recipe, records: RunFolder, accelerator: Accelerator, progress: bool, watch: Watch):
         self.recipe, self.records, self.accelerator, self.watch = recipe, records, accelerator, watch
         self.progress = progress and accelerator.is_main_process
-        torch.manual_seed(recipe.training.seed)
-        self.model = build(recipe, records.path.parent)
-        self.loaders = load_data(recipe.data, recipe.training.seed, self.model, accelerator.device)
-        for name, loader in (("batch", self.loaders.train), ("val_n", self.loaders.val)):
-            if loader.batch_size % accelerator.num_processes:
-                raise RecipeError(
-                    f"{name}: a batch of {loader.batch_size} pictures cannot be split over "
-                    f"{accelerator.num_processes} processes; choose a multiple"
-                )
-        fit_head(self.model, self.loaders.classes, recipe.data.task, recipe.model)
-        self.budget = choose_gate(self.model, recipe, self.loaders)
-        self.objects = {name: object_finder(getattr(self.loaders, name)) for name in ("train", "val")}
-        if recipe.training.epochs:
-            try:
-                Gated(self.model, recipe, self.budget, self.objects)
-            except ValueError as error:
-                raise RecipeError(str(error)) from error
-        self.model.to(accelerator.device)
+        parts = prepare(recipe, records.path.parent, accelerator.device, accelerator.num_processes)
+        self.model, self.loaders, self.budget, self.objects, self.mixup = parts
         self.trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.train_loader, self.val_loader = accelerator.prepare(self.loaders.train, self.loaders.val)
-        self.mixup = None
-        if (settings := recipe.training).mixup or settings.cutmix:
-            labels = {"label_smoothing": settings.smoothing, "num_classes": len(self.loaders.classes)}
-            self.mixup = Mixup(settings.mixup, settings.cutmix, **labels)
         self.history: list[dict[str, Any]] = []
 
     def run(self):
         """Go through the epochs that are still to come, and write the summary."""
         training, accelerator, state = self.recipe.training, self.accelerator, self.records.load_state()
         if state is not None:
-            self.history = state["history"]
-            self.model.load_state_dict(state["model"])
+            with self._taking_up():
+                self.history = [dict(line) for line in state["history"]]
+                self.model.load_state_dict(state["model"])
         if len(set(gather_object([len(self.history)]))) > 1:
             raise RunError(f"not all processes see the state in {self.records.path}; put it where all machines can")
         if accelerator.is_main_process:
@@ -136,13 +124,24 @@ class Trainer:
                 objective = kind(self.model, self.recipe, self.budget, self.objects)
                 stage = Stage(name, first, epochs, self.loaders.steps, objective, accelerator, self.mixup)
                 if len(self.history) > first:
-                    stage.load_state_dict(state)
+                    with self._taking_up():
+                        stage.load_state_dict(state)
                 for epoch in range(len(self.history), stage.last):
                     self._epoch(stage, epoch)
             first += epochs
         if accelerator.is_main_process:
             self.records.save_model(self.model)
             self.records.finish(self._summary())
+
+    @contextlib.contextmanager
+    def _taking_up(self) -> Iterator[None]:
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise RunError(
+                f"{self.records.last_state()} is of another version ({first_line(error)}); go on with that, or delete "
+                f"{self.records.path} to train again"
+            ) from error
 
     def _start_gate(self):
         """Give a gate that is new its warm start, in twice the stage's batches at most; the same in each process."""
@@ -173,13 +172,15 @@ class Trainer:
 
     def _save(self, stage: Stage, line: dict[str, Any], last: bool):
         """Write the state first: should all end between it and the line of metrics, the state has the line too."""
-        unreadable = sorted(set(gather_object([tuple(bad) for bad in self.loaders.unreadable("train")])))
+        found = [(split, *bad) for split in ("train", "val") for bad in self.loaders.unreadable(split)]
+        unreadable = sorted(set(gather_object(found)))
         if not self.accelerator.is_main_process:
             return
         if unreadable:
-            self.records.write_json("unreadable.json", unreadable)
+            self.records.write_json("unreadable.json", [bad[1:] for bad in unreadable])
+            counts = [f"{sum(bad[0] == split for bad in unreadable)} {title}" for split, title in SPLITS.items()]
             where = self.records.path / "unreadable.json"
-            tqdm.write(f"{len(unreadable)} training files cannot be read: {where}", sys.stderr)
+            tqdm.write(f"{' and '.join(counts)} files cannot be read: {where}", sys.stderr)
         if last and stage.name == "dense":
             self.records.save_model(self.model, "dense")
         if last and (priors := stage.objective.priors()):
@@ -221,6 +222,8 @@ class Trainer:
         bad = list(itertools.compress(names, (~batch.images.flatten(1).isfinite().all(1)).tolist()))
         what = ", ".join(f"{name} is {value}" for name, value in seen.items() if not math.isfinite(value))
         where = f"step {step + 1} of epoch {epoch + 1} ({stage.name})"
+        if bool((batch.targets == IGNORE).all()) and batch.targets.dim() > 1:
+            where += f", whose label maps hold {IGNORE} (ignored) alone"
         if self.accelerator.is_main_process:
             failure = {"where": where, "what": what, "pictures": names, "not_finite": bad}
             self.records.write_json("failure.json", failure)

@@ -24,15 +24,15 @@ class DataSettings(Checked):
     source: str = setting(
         "scenes:easy", "scenes:easy|middle|hard, folder:/path, or what timm's create_dataset reads", flat="data"
     )
-    size: int = setting(64, "side of the pictures (segmentation: of the crops to train on) in pixels", "[8, inf)")
-    train_n: int = setting(0, "training pictures an epoch; 0 = all there are (of scenes 8192)", "[0, inf)")
-    val_n: int = setting(0, "pictures to evaluate on; 0 = all there are (of scenes 2048)", "[0, inf)")
+    size: int = setting(64, "side of the pictures (segmentation: of the crops to train on) in pixels", "[8, 16384]")
+    train_n: int = setting(0, "training pictures an epoch; 0 = all there are (of scenes 8192)", "[0, 100000000]")
+    val_n: int = setting(0, "pictures to evaluate on; 0 = all there are (of scenes 2048)", "[0, 100000000]")
     holdout: float = setting(0.0, "share of the training pictures to evaluate on in their place", "[0, 1)")
     augment: str = setting("none", "augmentation of training pictures: none, light or timm")
     batch: int = setting(128, "pictures in a step, over all processes", "[1, inf)")
-    workers: int = setting(0, "processes that read pictures, for each process that trains", "[0, inf)")
+    workers: int = setting(0, "processes that read pictures, for each process that trains", "[0, 1024]")
     task: str = setting("classify", "a label for each picture, or for each pixel", choices=("classify", "segment"))
-    short: int = setting(0, "segmentation: resize a folder's pictures to this shorter side first; 0 = no", "[0, inf)")
+    short: int = setting(0, "segmentation: resize a folder's pictures to this shorter side first; 0 = no", "[0, 16384]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +40,12 @@ class ModelSettings(Checked):
     """Model: what is trained, and from where it starts."""
 
     name: str = setting(
-        "tiny", "tiny (3 blocks of width 64, patch 8), a timm name, a run's folder or a hub id", flat="model"
+        "tiny", "tiny (3 blocks of width 64, patch 8), a timm name, a run's folder or hub:OWNER/NAME", flat="model"
     )
     checkpoint: str = setting("", "safetensors (or weights-only) file for the backbone")
     pretrained: bool = setting(False, "start a timm model from its published weights")
-    gate: str = setting("", "folder or hub id of the run whose trained gate is taken over")
-    scale: int = setting(2, "a coarse patch is scale x scale fine ones", "[2, inf)")
+    gate: str = setting("", "folder, or hub:OWNER/NAME, of the run whose trained gate is taken over")
+    scale: int = setting(2, "a coarse patch is scale x scale fine ones", "[2, 64]")
     coarse_embed: str = setting("shared", "how coarse patches are embedded", choices=("shared", "own", "apt"))
     drop_path: float = setting(0.0, "stochastic depth of the last block", "[0, 1)")
     decoder: str = setting("linear", "segmentation: what labels the tokens", choices=("linear", "mask"))
@@ -57,8 +57,8 @@ class ModelSettings(Checked):
 class TrainingSettings(Checked):
     """Training: how long, how fast, and on what."""
 
-    epochs_dense: int = setting(3, "epochs of the backbone alone, all tokens fine", "[0, inf)")
-    epochs: int = setting(5, "epochs of the gate and the backbone together", "[0, inf)")
+    epochs_dense: int = setting(3, "epochs of the backbone alone, all tokens fine", "[0, 1000000]")
+    epochs: int = setting(5, "epochs of the gate and the backbone together", "[0, 1000000]")
     optimizer: str = setting("adamw", "timm's name of the optimizer")
     lr: float = setting(1e-3, "peak learning rate of the backbone; 0 = frozen", "[0, inf)")
     lr_scale: float = setting(1.0, "factor on lr, the backbone's, in stage two", "[0, inf)")
@@ -80,7 +80,7 @@ class TrainingSettings(Checked):
     distill: float = setting(0.0, "weight of KL(dense || gated), the teacher as stage one left it", "[0, inf)")
     precision: str = setting("fp32", "bf16 = autocast", choices=("fp32", "bf16"))
     device: str = setting("auto", "auto = an accelerator if there is one", choices=("auto", "cpu"))
-    seed: int = setting(0, "of weights, order, augmentation and noise", "[0, inf)")
+    seed: int = setting(0, "of weights, order, augmentation and noise", "[0, 4294967295]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +235,7 @@ class Recipe:
         method = f"{self.method}{self.gating.target:g}" if self.training.epochs else self.method
         words = [self.data.source, self.model.name, method, f"s{self.training.seed}"]
         plain = "_".join(word.strip("/").rsplit("/", 1)[-1] for word in words)
-        return "".join(c if c.isalnum() or c in ".-_" else "-" for c in plain) + "-" + digest
+        return "".join(c if c.isalnum() or c in ".-_" else "-" for c in plain)[:120] + "-" + digest
 
 
 def _renewed(settings: Mapping[str, Any]) -> dict[str, Any]:

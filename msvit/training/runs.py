@@ -16,7 +16,6 @@ import json
 import os
 import pickle
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +25,10 @@ from typing import Any
 import pandas as pd
 import torch
 
+from ..checks import first_line
+from ..models.check_config import ModelFolderError
+from ..models.hub import model_files
+from ..models.msvit import MSViT
 from .files import RunError, RunWarning, digest, locked, read_json, write_whole
 from .names import short_name
 from .recipe import Recipe, RecipeError
@@ -52,34 +55,50 @@ class RunFolder:
         self._good: Path | None = None  # the last state that was written or read well
 
     def check(self, recipe: Recipe) -> bool:
-        """Return whether the run is there and finished; raise if the folder is something else. Nothing is written."""
-        if (self.path / "settings.json").exists():
-            if other := read_recipe(self.path).difference(recipe):
+        """Return whether the run is there and finished; raise if the folder is something else. Nothing is written.
+
+        A run that never made an epoch gives its folder up to one of other settings.
+        """
+        if os.path.exists(self.path / "settings.json"):
+            other = read_recipe(self.path).difference(recipe)
+            if other and self._begun():
                 changes = ", ".join(f"{name} is {there!r}, not {here!r}" for name, (there, here) in other.items())
                 raise RunError(
                     f"{self.path} holds a run of other settings ({changes}); nothing was changed. "
                     "Choose another folder, or delete this one"
                 )
-            return (self.path / "summary.json").exists()
-        names = sorted(p.name for p in self.path.iterdir()) if self.path.is_dir() else []
+            return not other and (self.path / "summary.json").exists()
+        names = sorted(os.listdir(self.path)) if os.path.isdir(self.path) else []
         if unexpected := [name for name in names if name != ".lock" and not name.endswith(".tmp")]:
             raise RunError(f"{self.path} is no run but has {unexpected[0]!r} in it; choose a new or an empty folder")
         return False
 
-    def open(self, recipe: Recipe):
-        """Make the folder, or take up the run that is in it, for this process alone."""
+    def open(self, recipe: Recipe) -> bool:
+        """Make the folder, or take up the run that is in it, for this process alone; return whether it is finished.
+
+        Another process may have begun or finished the run since `check`, so it is asked again behind the lock.
+        """
         self.check(recipe)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = locked(self.path / ".lock")
         except OSError as error:
             raise RunError(f"{self.path} cannot be written ({error.strerror}); choose another folder") from error
-        if not (self.path / "settings.json").exists():
+        finished = self.check(recipe)
+        if not (self.path / "settings.json").exists() or read_recipe(self.path).difference(recipe):
+            for name in ("environment.json", "failure.json"):  # of a run that never made an epoch
+                (self.path / name).unlink(missing_ok=True)
             self.write_json("settings.json", recipe.to_dict())
+        return finished
+
+    def _begun(self) -> bool:
+        """Return whether there is an epoch on record, in any form."""
+        metrics, summary = self.path / "metrics.jsonl", self.path / "summary.json"
+        return bool(_states(self.path)) or summary.exists() or (metrics.exists() and metrics.stat().st_size > 0)
 
     def note(self, environment: dict[str, Any]):
         """Add a start to environment.json."""
-        starts = read_json(self.path / "environment.json") if (self.path / "environment.json").exists() else []
+        starts = read_json(self.path / "environment.json", list) if (self.path / "environment.json").exists() else []
         self.write_json("environment.json", [*starts, environment])
 
     def close(self):
@@ -122,10 +141,18 @@ class RunFolder:
     def finish(self, summary: dict[str, Any]):
         """Write the result. No epoch follows, and the states go: what is left is small enough to travel."""
         self.write_json("summary.json", summary)
+        self.clean_up()
+
+    def clean_up(self):
+        """Remove the states of a finished run, should a crash have left them."""
         shutil.rmtree(self.path / "state", ignore_errors=True)
 
     def load_state(self) -> dict[str, Any] | None:
-        """Return the last state whose bytes are those that were written, or None. No pickled code is run."""
+        """Return the last state whose bytes are those that were written, or None. No pickled code is run.
+
+        What could not be read is named, with what is used in its place.
+        """
+        lost, state = [], None
         for path in _states(self.path):
             try:
                 data = path.read_bytes()
@@ -133,24 +160,25 @@ class RunFolder:
                     raise RunError("its bytes are not those that were written")
                 state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             except (OSError, RuntimeError, pickle.UnpicklingError) as error:
-                reason = str(error).splitlines()[0]
-                warnings.warn(f"{path} is damaged ({reason}); the state before it is used", RunWarning, stacklevel=2)
+                lost.append(f"{path} is damaged ({first_line(error)})")
             else:
                 self._good = path
-                return state
-        return None
+                break
+        instead = "the run starts from zero" if state is None else "the state before it is used"
+        if state is None and not lost and (epochs := len(read_metrics(self.path))):
+            lost.append(f"{self.path} has {epochs} epochs on record, but no state to go on from")
+        for what in lost:
+            warnings.warn(f"{what}; {instead}", RunWarning, stacklevel=2)
+        return state
 
     def last_state(self) -> str:
         """Return the last good state's file, for messages."""
         return str(self._good or "none yet")
 
-    def save_model(self, model: torch.nn.Module, name: str = "."):
+    def save_model(self, model: MSViT, name: str = "."):
         """Save a model, each of its files whole or not there."""
-        with tempfile.TemporaryDirectory() as scratch:
-            model.save_pretrained(scratch)
-            for path in sorted(Path(scratch).iterdir()):
-                if path.name in ("config.json", "model.safetensors"):
-                    self.write(str(Path(name) / path.name), path.read_bytes())
+        for file, data in model_files(model).items():
+            self.write(str(Path(name) / file), data)
 
     @contextlib.contextmanager
     def _writing(self, name: str) -> Iterator[None]:
@@ -165,7 +193,7 @@ class RunFolder:
 
 def read_recipe(folder: Path) -> Recipe:
     path = Path(folder) / "settings.json"
-    if not path.exists():
+    if not os.path.exists(path):
         raise RunError(f"{folder} is no run: it has no settings.json")
     try:
         return Recipe.from_dict(read_json(path))
@@ -181,8 +209,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     good = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            good.append(json.loads(line))
-        except ValueError:
+            good.append(dict(json.loads(line)))
+        except (ValueError, TypeError, RecursionError):
             warnings.warn(f"{path}: line {number} is damaged and left out", RunWarning, stacklevel=2)
             break
     return good
@@ -203,6 +231,14 @@ def read_finished(folder: str | Path) -> Run:
     return run
 
 
+def load_model(folder: str | Path, **options: Any) -> MSViT:
+    """Return the model in a run's folder, or raise a `RunError`; options are those of `MSViT.from_pretrained`."""
+    try:
+        return MSViT.from_pretrained(folder, **options)
+    except (OSError, ModelFolderError) as error:
+        raise RunError(f"{error}; train again, or name another run") from error
+
+
 def load(folder: str | Path = "runs") -> pd.DataFrame:
     """Return all runs under a folder as a table, one row each: name, status, settings, and the results.
 
@@ -211,7 +247,7 @@ def load(folder: str | Path = "runs") -> pd.DataFrame:
     reason.
     """
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise RunError(f"there is no folder {folder}; train something into it, or name another")
     rows = []
     for path in sorted(folder.rglob("settings.json")):
@@ -219,7 +255,7 @@ def load(folder: str | Path = "runs") -> pd.DataFrame:
         try:
             run = read(path.parent)
             row |= {"status": "unfinished" if run.summary is None else "finished", "epoch": len(run.metrics)}
-            row |= {"name": short_name(run.recipe)} | dict(_flat(run.recipe.to_dict()))
+            row |= {"name": short_name(run.recipe)} | dict(_flat(run.recipe.to_dict(), lists=True))
             results = dict(_flat((run.metrics[-1] if run.metrics else {}) if run.summary is None else run.summary))
             row |= {f"val_{name}" if name in row else name: value for name, value in results.items()}
         except RunError as error:
@@ -233,10 +269,12 @@ def _states(folder: Path) -> list[Path]:
     return sorted((folder / "state").glob("[0-9]*.pt"), reverse=True)
 
 
-def _flat(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield scalars as they are, dictionaries as `name.key`, lists left out."""
+def _flat(values: dict[str, Any], lists: bool = False) -> Iterator[tuple[str, Any]]:
+    """Yield scalars as they are, dictionaries as `name.key`, lists as text or not at all."""
     for name, value in values.items():
         if isinstance(value, dict):
-            yield from _flat({f"{name}.{key}": v for key, v in value.items()})
+            yield from _flat({f"{name}.{key}": v for key, v in value.items()}, lists)
         elif not isinstance(value, list):
             yield name, value
+        elif lists:
+            yield name, json.dumps(value)

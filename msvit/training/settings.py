@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import math
 import re
 import types
 from typing import Any, get_args
@@ -65,7 +66,8 @@ def _kind(field: dataclasses.Field) -> type:
 def expected(field: dataclasses.Field) -> str:
     """Return what a setting may be, in words."""
     kind, within, choices = _kind(field), field.metadata["within"], field.metadata["choices"]
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", dict: "name=value pairs"}
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    words[dict] = "name=value pairs, with numbers that are finite"
     some = " or ".join(choices) if choices else words[kind] + (f" in {within}" if within else "")
     return some if kind is field.type else f"{some}, or none"
 
@@ -80,6 +82,8 @@ def checked(field: dataclasses.Field, value: Any) -> Any:
     good = type(value) is kind and (not choices or value in choices) and (not within or inside(value, within))
     if kind is dict and good:
         good = all(isinstance(k, str) and isinstance(v, str | int | float | list | None) for k, v in value.items())
+        numbers = [n for v in value.values() for n in (v if isinstance(v, list) else [v]) if isinstance(n, float)]
+        good = good and all(map(math.isfinite, numbers))
     if not good:
         kind_of = "" if type(value) in (kind, str) else f" ({type(value).__name__})"
         raise RecipeError(f"{_name(field)}={value!r}{kind_of}: expected {expected(field)}{hint(value, choices)}")

@@ -8,11 +8,29 @@ from accelerate import Accelerator
 from timm.data import Mixup
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..data.seeds import hashed
 from .objectives import Objective
+
+
+def make_descent(objective: Objective, epochs: int, updates: int) -> tuple[Optimizer, Scheduler]:
+    """Return the optimizer of an objective and its schedule for so many epochs of so many updates."""
+    settings, groups = objective.recipe.training, objective.groups()
+    optimizer = create_optimizer_v2(groups, settings.optimizer, lr=settings.lr)
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        settings.schedule,
+        num_epochs=epochs,
+        warmup_epochs=min(settings.warmup, epochs / 2),
+        warmup_lr=min(settings.lr, *(group["lr"] for group in groups)) / 100,
+        step_on_epochs=False,
+        updates_per_epoch=updates,
+    )
+    return optimizer, schedule
 
 
 class Stage:
@@ -40,17 +58,7 @@ class Stage:
         settings = objective.recipe.training
         self.settings, self.accelerator, self.mixup = settings, accelerator, mixup
         self.updates = math.ceil(steps / settings.accumulate)  # in an epoch
-        groups = objective.groups()
-        optimizer = create_optimizer_v2(groups, settings.optimizer, lr=settings.lr)
-        self.schedule, _ = create_scheduler_v2(
-            optimizer,
-            settings.schedule,
-            num_epochs=epochs,
-            warmup_epochs=min(settings.warmup, epochs / 2),
-            warmup_lr=min(settings.lr, *(group["lr"] for group in groups)) / 100,
-            step_on_epochs=False,
-            updates_per_epoch=self.updates,
-        )
+        optimizer, self.schedule = make_descent(objective, epochs, self.updates)
         self.ema = ModelEmaV3(objective.model, settings.ema, use_warmup=True) if settings.ema else None
         self.wrapped, self.optimizer = accelerator.prepare(objective, optimizer)
 

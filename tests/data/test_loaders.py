@@ -13,8 +13,9 @@ from PIL import Image
 from timm.data.dataset import IterableImageDataset
 from torch.utils.data import Dataset
 
+from msvit.checks import DataError
 from msvit.data import images as pictures
-from msvit.data.images import to_rgb
+from msvit.data.decode import to_rgb
 from msvit.data.loaders import Batch, make_loaders, set_epoch
 
 fork = pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")  # Python 3.12, where torch has threads
@@ -231,7 +232,7 @@ def test_a_stand_in_is_the_next_readable_picture(damaged):
 def test_a_data_set_without_a_readable_file_ends_the_run(folder):
     for path in (folder / "train").rglob("*.png"):
         path.write_bytes(b"")
-    with pytest.raises(RuntimeError, match=r"12 files in a row cannot be read, the first is .*\.png .*folder:"):
+    with pytest.raises(DataError, match=r"12 files in a row cannot be read, the first is .*\.png .*folder:"):
         epoch(make_loaders(**settings(folder)), 0)
 
 

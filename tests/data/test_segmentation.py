@@ -80,6 +80,29 @@ def test_ade20ks_layout(tmp_path):
     assert open_folder(root).classes[:2] == ["thing 1", "thing 2"]
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["[]", '["a", "b"]', "{}", '{"names": []}', '{"names": [1, 2]}', '{"names": "ab"}', "{", "3"]
+    + [json.dumps({"names": [f"c{i}" for i in range(256)]})],
+    ids=lambda text: text[:20],
+)
+def test_names_that_are_none(tmp_path, text):
+    root = write(tmp_path / "pictures", "camvid")
+    (root / "classes.json").write_text(text)
+    with pytest.raises(ValueError, match=r"classes.json is not as expected, {.names.: \[.sky., .road.\]}") as caught:
+        open_folder(root)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_folder_does_not_get_camvids_names_unless_it_is_called_so(tmp_path):
+    root = write(tmp_path / "pictures", "camvid")
+    with pytest.raises(ValueError, match="does not name its classes; write .*classes.json"):
+        open_folder(root)
+    (root / "classes.json").write_text('{"names": ["void", "thing"]}')
+    with pytest.raises(ValueError, match=r"has the classes \['thing'\]"):
+        open_folder(root)
+
+
 def test_camvid_without_names_has_segnets_classes(tmp_path):
     folder = open_folder(write(tmp_path / "camvid", "camvid"))
     assert len(folder.classes) == 11

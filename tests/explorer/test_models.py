@@ -35,6 +35,8 @@ def test_models_are_found_and_loaded(tmp_path):
     assert load_model(str(runs / "deep/one"), "elsewhere").size == (64, 64)
     with pytest.raises(ModelError, match="holds no model that can be read"):
         load_model("half", runs)
+    with pytest.raises(ModelError, match="model='' names nothing; there are "):
+        load_model("", runs)
     with pytest.raises(ModelError, match="'nonsense' is neither shipped"):
         load_model("nonsense", runs)
     with pytest.raises(ModelError, match="resnet18: ResNet is no plain vision transformer"):

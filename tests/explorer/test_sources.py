@@ -8,10 +8,10 @@ from helpers import gate_of, segmenter_of
 from PIL import Image
 
 from msvit.data import IGNORE
+from msvit.data.decode import PictureError
 from msvit.explorer.models import LoadedModel
 from msvit.explorer.sources import built_in_sources, folder_source
 from msvit.explorer.state import run_gate
-from msvit.explorer.uploads import PictureError
 
 GREY = (120, 130, 140)
 

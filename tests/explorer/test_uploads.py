@@ -5,8 +5,9 @@ import pytest
 from helpers import bomb, encoded, gradient
 from PIL import Image
 
+from msvit.data.decode import MAX_MEGAPIXELS, PictureError
 from msvit.explorer.sources import PictureSource
-from msvit.explorer.uploads import MAX_MEGAPIXELS, PictureError, read_picture
+from msvit.explorer.uploads import read_picture
 
 GREY = (120, 130, 140)
 

@@ -1,10 +1,9 @@
 """Which runs a study is made of, and how their results become tables."""
 
-import json
-
 import numpy as np
 import pandas as pd
 import pytest
+from helpers import write_run
 
 from msvit.plots.style import as_the_model_sees
 from msvit.studies import report, study
@@ -112,23 +111,6 @@ def test_tables_say_the_same_in_three_forms(tmp_path):
 def test_the_first_seed_without_its_dense_model():
     table = results().assign(method=lambda t: t["label"].replace({"dense_a": "dense"}))
     assert study.first_seed(table)["run"].tolist() == ["MSViT & co-0"]
-
-
-def write_run(folder, **settings):
-    """A finished run as training leaves it, without the training."""
-    recipe = Recipe(**settings)
-    path = folder / recipe.run_name
-    path.mkdir(parents=True)
-    (path / "settings.json").write_text(json.dumps(recipe.to_dict()))
-    summary = {
-        "accuracy": 0.9 - recipe.gating.target / 10,
-        "macs": recipe.gating.target,
-        "tokens": 30.0,
-        "coarse": 0.5,
-        "seconds": 2.0,
-    }
-    (path / "summary.json").write_text(json.dumps(summary))
-    return path
 
 
 @pytest.mark.long

@@ -1,7 +1,10 @@
 """Sweeps: a study that several workers share, that survives failures and interruptions, scored on held-out pictures."""
 
+from types import SimpleNamespace
+
 import pandas as pd
 import pytest
+import sqlalchemy
 
 from msvit import plots
 from msvit.plots import interactive
@@ -64,6 +67,96 @@ def test_the_validation_split_is_not_for_tuning(storage, tmp_path):
         sweep.sweep(sweep.open_study("s", storage), TINY.replace(holdout=0.0), tmp_path, 1)
     with pytest.raises(ValueError, match="pruner='best'.*asha, median, none"):
         sweep.open_study("s", storage, "best")
+
+
+def test_a_study_is_of_one_recipe_space_and_price(storage, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "train", lambda *a, **k: pytest.fail("trained"))
+    study = sweep.open_study("s", storage)
+    study.set_user_attr(sweep.SETTINGS, sweep._settings(study, TINY, sweep.SPACE, 0.1))
+
+    def refused(words, base=TINY, **how):
+        with pytest.raises(ValueError, match=words):
+            sweep.sweep(sweep.open_study("s", storage), base, tmp_path, 1, **how)
+
+    refused(r"epochs is 2, not 3, price is 0.1, not 0.5\); name another study", TINY.replace(epochs=3), price=0.5)
+    refused("data is 'scenes:easy', not 'scenes:hard'", TINY.replace(data="scenes:hard"))
+    other = sweep.SPACE | {"target": sweep.Range(0.5, 0.6)}
+    refused(r"space of target is \[0.45, 0.8, False\], not \[0.5, 0.6, False\]", space=other)
+    with pytest.raises(pytest.fail.Exception, match="trained"):
+        sweep.sweep(sweep.open_study("s", storage), TINY.replace(workers=2), tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"price": float("nan")}, "price=nan lies outside"),
+        ({"trials": 0}, "trials=0 lies outside"),
+        ({"space": {"target": sweep.Range(0.8, 0.4)}}, "target is searched from 0.8 to 0.4; the first must not"),
+    ],
+)
+def test_what_a_sweep_cannot_search(storage, tmp_path, how, words):
+    with pytest.raises(ValueError, match=words):
+        sweep.sweep(sweep.open_study("s", storage), TINY, tmp_path, **{"trials": 1} | how)
+
+
+def killed(study, number_of_trials=1):
+    """Trials whose worker died an hour ago, as the database then shows them."""
+    for _ in range(number_of_trials):
+        with pytest.warns(UserWarning, match="Heartbeat of storage is supposed"):
+            trial = study.ask()
+        with study._storage._backend.engine.begin() as connection:
+            connection.execute(sqlalchemy.text(
+                f"INSERT INTO trial_heartbeats (trial_id, heartbeat) VALUES ({trial._trial_id}, '2020-01-01 00:00:00')"
+            ))  # fmt: skip
+
+
+def test_killed_trials_do_not_stay_running_and_others_stand_in(storage, tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "prepare", lambda *a: None)
+    monkeypatch.setattr(sweep, "from_dense", lambda base, folder: base)
+    run = SimpleNamespace(summary={"accuracy": 0.5, "macs": 0.5, "coarse": 0.5})
+    monkeypatch.setattr(sweep, "train", lambda *a, **k: run)
+    study = sweep.open_study("s", storage, "none")
+    killed(study, 2)
+    sweep.sweep(study, TINY, tmp_path, 2, message=lambda line: None)
+    assert sweep.table(study)["state"].tolist() == ["fail", "fail", "complete", "complete"]
+    killed(study)
+    sweep.sweep(sweep.open_study("s", storage), TINY, tmp_path, 2, message=lambda line: None)
+    assert sweep.table(study)["state"].tolist()[-1] == "fail", "also where there is no work"
+    sweep.sweep(study, TINY, tmp_path, 3, message=lambda line: None)
+    assert sorted(sweep.table(study)["state"]) == ["complete"] * 3 + ["fail"] * 3
+
+
+def test_all_trials_failing_is_a_failure(storage, tmp_path, monkeypatch):
+    def train(*_, **__):
+        raise RunError("no luck\nat all")
+
+    monkeypatch.setattr(sweep, "prepare", lambda *a: None)
+    monkeypatch.setattr(sweep, "from_dense", lambda base, folder: base)
+    monkeypatch.setattr(sweep, "train", train)
+    study, said = sweep.open_study("s", storage), []
+    with pytest.raises(RunError, match="all trials of the study failed, the first by: no luck"):
+        sweep.sweep(study, TINY, tmp_path, 2, message=said.append)
+    assert sweep.table(study)["error"].tolist() == ["no luck", "no luck"]
+    assert said == ["trial 0: no luck", "trial 1: no luck"]
+
+
+@pytest.mark.parametrize(
+    "storage",
+    [
+        "postgresql+psycopg://me:secret@127.0.0.1:1/base",
+        "nosuch://me:secret@host/base",
+        "sqlite:////no/such/folder/study.db",
+        "://",
+        "file/study.db",
+    ],
+)
+def test_a_database_that_is_down_is_said_in_a_line(monkeypatch, tmp_path, storage):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="cannot be used") as caught:
+        sweep.open_study("s", storage)
+    assert "secret" not in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_pareto_front_by_definition():

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pickle
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,7 +24,7 @@ from msvit.training import runs
 from msvit.training.budget import Budget
 from msvit.training.build import build, fit_head, load_data
 from msvit.training.evaluate_run import evaluate_run
-from msvit.training.files import RunError
+from msvit.training.files import RunError, RunWarning
 from msvit.training.loop import Trainer, _accelerator, train
 from msvit.training.objectives import TRIMS, Gated, Objective
 from msvit.training.recipe import Recipe, RecipeError
@@ -468,6 +469,65 @@ def test_a_folder_of_pictures_with_a_broken_one(tmp_path):
     bad = json.loads((tmp_path / "run" / "unreadable.json").read_text())
     assert [name for name, _ in bad] == [f"{tmp_path}/data/train/cat/3.png"]
     assert msvit.MSViT.from_pretrained(str(run.folder)).vit.num_classes == 2
+
+
+@pytest.mark.long
+def test_broken_validation_files_are_named_and_counted(tmp_path):
+    write_folder(tmp_path / "data", train=6, val=4)
+    for name in ("train/cat/3.png", "val/cat/1.png", "val/dog/0.png", "val/dog/2.png"):
+        (tmp_path / "data" / name).write_text("not a picture")
+    recipe = Recipe(data=f"folder:{tmp_path}/data", size=32, batch=6, epochs_dense=1, epochs=0, device="cpu")
+    run = train(recipe, tmp_path / "run", progress=False)
+    assert (run.summary["pictures"], run.summary["unreadable"]) == (5, 3)
+    bad = json.loads((run.folder / "unreadable.json").read_text())
+    assert sorted(os.path.relpath(name, tmp_path / "data") for name, _ in bad) == [
+        *("train/cat/3.png", "val/cat/1.png", "val/dog/0.png", "val/dog/2.png")
+    ]
+    with pytest.warns(RunWarning, match=r"3 validation files cannot be read and are in no figure: .*val/"):
+        assert evaluate_run(run.folder)["unreadable"] == 3
+
+
+def test_a_run_that_another_process_finished_meanwhile_is_read(finished, tmp_path, monkeypatch):
+    folder, summary = tmp_path / "run", finished.folder / "summary.json"
+    shutil.copytree(finished.folder, folder)
+    (folder / "summary.json").unlink()
+
+    class Late:
+        def __init__(self, *_):
+            shutil.copy(summary, folder)  # the other process is through while this one builds its model
+
+        def run(self):
+            pytest.fail("trained it again")
+
+    monkeypatch.setattr("msvit.training.loop.Trainer", Late)
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert train(SMALL, folder, progress=False).summary == finished.summary
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_states_that_a_crash_has_left_in_a_finished_run_go(finished, tmp_path):
+    shutil.copytree(finished.folder, tmp_path / "run")
+    (tmp_path / "run/state").mkdir()
+    (tmp_path / "run/state/00003-x.pt").touch()
+    train(SMALL, tmp_path / "run", progress=False)
+    assert not (tmp_path / "run/state").exists()
+
+
+@pytest.mark.parametrize("part", ["history", "model", "optimizer", "objective"])
+def test_a_state_of_another_version_is_said_in_a_line(tmp_path, part):
+    def watch(line):
+        raise KeyboardInterrupt
+
+    recipe = SMALL.replace(epochs_dense=2, epochs=0)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "run", progress=False, watch=watch)
+    records = runs.RunFolder(tmp_path / "run")
+    state = records.load_state()
+    state[part] = {"weights_of_another_time": torch.zeros(2)}
+    records.save_state(2, state)
+    with pytest.raises(RunError, match="00002.* is of another version .*; go on with that, or delete") as caught:
+        train(recipe, tmp_path / "run", progress=False)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_checkpoints_are_weights_and_nothing_else(tmp_path):

@@ -51,12 +51,31 @@ def weights(run) -> bytes:
     return (run.folder / "model.safetensors").read_bytes()
 
 
-def test_killed_runs_end_as_undisturbed_ones():
-    """A few kills of the many that `benchmarks/kill_resume.py` does by default; it exits with 1 on any difference."""
-    command = [sys.executable, ROOT / "benchmarks" / "kill_resume.py", "--kills=5"]
+def kill(kills, *options):
+    """Kill runs by `benchmarks/kill_resume.py`, which exits with 1 on any difference."""
+    command = [sys.executable, ROOT / "benchmarks" / "kill_resume.py", f"--kills={kills}", *options]
     done = subprocess.run(command, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == {"kills": 5, "runs_that_differ": 0}
+    assert json.loads(done.stdout.splitlines()[-1]) == {"kills": kills, "runs_that_differ": 0}
+
+
+def test_killed_runs_end_as_undisturbed_ones():
+    """At random moments, and at operations on files: a few of those of `make test-slow`."""
+    kill(4)
+    kill(16, "--where=operations", "--recipes=plain")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kills", "options"),
+    [
+        (100, ["--where=time", "--recipes=all"]),
+        (200, ["--where=operations", "--recipes=all"]),
+        (20, ["--where=operations", "--recipes=plain,quota", "--processes=2"]),
+    ],
+)
+def test_hundreds_of_kills_of_all_recipes(kills, options):
+    kill(kills, *options)
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3])

@@ -1,11 +1,14 @@
 """Runs on disk: whole files or none, damage noticed and named, and all runs as one table."""
 
+import contextlib
 import errno
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import timm
@@ -38,6 +41,7 @@ def files(folder):
 
 
 def test_open_refuses_another_run_and_another_folder(folder, tmp_path):
+    folder.append(LINE)
     settings = (folder.path / "settings.json").read_bytes()
     folder.close()
     with pytest.raises(
@@ -50,6 +54,53 @@ def test_open_refuses_another_run_and_another_folder(folder, tmp_path):
     with pytest.raises(RunError, match=r"is no run but has 'chapter.tex' in it; choose a new or an empty folder"):
         RunFolder(tmp_path / "thesis").open(Recipe())
     assert os.listdir(tmp_path / "thesis") == ["chapter.tex"]
+
+
+def test_a_run_that_never_made_an_epoch_gives_its_folder_up(folder):
+    folder.note({"started": "now"})
+    folder.close()
+    other = RunFolder(folder.path)
+    assert not other.check(Recipe(seed=1))
+    assert not other.open(Recipe(seed=1))
+    assert runs.read_recipe(folder.path) == Recipe(seed=1)
+    assert not (folder.path / "environment.json").exists(), "it was another run's"
+    other.save_state(1, state(1))
+    other.close()
+    with pytest.raises(RunError, match="other settings"):
+        RunFolder(folder.path).check(Recipe())
+
+
+def test_what_another_process_finished_meanwhile_is_seen_behind_the_lock(folder):
+    assert not RunFolder(folder.path).check(Recipe())
+    folder.append(LINE)
+    folder.finish({"accuracy": 0.5})
+    folder.close()
+    late = RunFolder(folder.path)
+    assert late.open(Recipe()) is True
+    late.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+def test_what_was_forked_does_not_hold_the_lock(folder):
+    """As loaders are, which live on for seconds when the process that trained is killed."""
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+        os._exit(0)
+    try:
+        folder.close()  # as the kernel does for a process that is killed
+        again, deadline = RunFolder(folder.path), time.monotonic() + 5
+        while time.monotonic() < deadline:  # the child needs a moment to come to life
+            with contextlib.suppress(RunError):
+                again.open(Recipe())
+                break
+            time.sleep(0.05)
+        assert again._lock is not None
+        again.close()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_workers_may_change_and_one_process_writes(folder):
@@ -98,6 +149,18 @@ def test_a_damaged_state_is_named_and_the_one_before_used(folder, damage):
     folder.save_state(2, state(2))
     assert torch.equal(folder.load_state()["weights"], state(2)["weights"])
     assert len(files(folder)) == 2
+
+
+def test_what_is_lost_and_what_is_used_instead_is_said(folder):
+    folder.save_state(1, state(1))
+    (path,) = (folder.path / "state").iterdir()
+    path.write_bytes(b"torn")
+    with pytest.warns(RunWarning, match="is damaged .*; the run starts from zero"):
+        assert folder.load_state() is None
+    path.unlink()
+    folder.append(LINE)
+    with pytest.warns(RunWarning, match="1 epochs on record, but no state to go on from; the run starts from zero"):
+        assert folder.load_state() is None
 
 
 class Evil:
@@ -222,6 +285,40 @@ def test_load_of_nothing(tmp_path):
         runs.load(tmp_path / "no")
     with pytest.raises(RunError, match="is no run: it has no settings.json"):
         runs.read(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", '"x"', "[" * 100_000])
+@pytest.mark.parametrize("name", ["settings.json", "summary.json"])
+def test_json_that_is_no_object_is_damage(folder, name, text):
+    (folder.path / name).write_text(text)
+    with pytest.raises(RunError, match=f"{name} is damaged"):
+        runs.read(folder.path)
+    assert runs.load(folder.path.parent)["status"].tolist() == ["damaged"]
+
+
+def test_lists_among_settings_are_in_the_table(folder):
+    folder.close()
+    other = RunFolder(folder.path)
+    other.open(Recipe(gating="apt", rule_settings={"thresholds": [5.5, 5.0]}))
+    other.close()
+    assert runs.load(folder.path.parent)["rule_settings.thresholds"].tolist() == ["[5.5, 5.0]"]
+
+
+def test_names_that_no_file_can_have(tmp_path):
+    long = tmp_path / ("x" * 300)
+    with pytest.raises(RunError, match="there is no folder"):
+        runs.load(long)
+    with pytest.raises(RunError, match="is no run"):
+        runs.read(long)
+    with pytest.raises(RunError, match="cannot be written .File name too long."):
+        RunFolder(long).open(Recipe())
+    assert len(Recipe(data=f"folder:/{'x' * 300}").run_name) < 200
+
+
+def test_a_model_needs_no_temporary_folder(folder, monkeypatch):
+    monkeypatch.setattr("tempfile.mkdtemp", lambda *a, **k: pytest.fail("asked for a temporary folder"))
+    folder.save_model(msvit.MSViT(timm.create_model("vit_mini_patch8_64")), "dense")
+    assert sorted(p.name for p in (folder.path / "dense").iterdir()) == ["config.json", "model.safetensors"]
 
 
 def test_a_damaged_summary_is_named(folder):
