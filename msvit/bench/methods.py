@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import backbone
-from ..core.attention import Layout, attend_watched
+from ..core.attention import Layout
+from ..core.attention_weights import attend_watched
 from ..core.blocks import before_attention
 from ..core.fast_linear import AVAILABLE, fast_linear
 from ..core.macs import embedding_macs, gate_macs, vit_macs

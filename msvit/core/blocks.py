@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from . import backbone
-from .attention import Layout, attend, attend_by_policy, attend_watched, attention_of_first, by_rows
+from .attention import Layout, attend, by_rows
+from .attention_weights import attend_by_policy, attend_watched, attention_of_first
 from .tokens import Tokens
 
 
