@@ -89,7 +89,7 @@ def run_packed_compiled(case: Case) -> PreparedMethod:
     model = case.variant(case.model.gate, case.model.reducer, case.model.threshold)
     model.coarse_embed = case.model.coarse_embed
     prepared = run_model(case, model)
-    model.compile_blocks()
+    model.compile()
     return prepared
 
 
