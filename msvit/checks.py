@@ -112,6 +112,17 @@ def check_images(images: Tensor, channels: int, patch: int, finite: bool = False
         raise ValueError(f"pictures {(~ok).nonzero()[:, 0].tolist()} of the batch have NaN or infinite pixels")
 
 
+def check_precision(images: Tensor, weight: Tensor):
+    """Raise a ValueError unless pictures have the weights' precision, or autocast sees to it."""
+    import torch
+
+    if images.dtype != weight.dtype and not torch.is_autocast_enabled(images.device.type):
+        raise ValueError(
+            f"pictures are {images.dtype}, the model's weights {weight.dtype}; give images.to({weight.dtype}), or run "
+            "the model in float32 under torch.autocast"
+        )
+
+
 def check_mask(mask: Tensor, pictures: int, grid: tuple[int, int]):
     """Raise unless decisions are bool `[h, w]` or `[B, h, w]`."""
     import torch

@@ -1,4 +1,4 @@
-"""The command line: `msvit train`, `fit-gate`, `eval`, `runs`, `diff`, `sweep`, `methods` and `bench`.
+"""The command line: `msvit train`, `fit-gate`, `eval`, `export`, `runs`, `diff`, `sweep`, `methods` and `bench`.
 
 Exit codes: 0 done, 1 failed, 2 a setting that does not exist or cannot be, 130 interrupted. What is typed is parsed
 before torch or timm are imported, so that help and mistakes come at once.
@@ -61,7 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"msvit {__version__}")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_train, _add_fit_gate, _add_eval, _add_sweep):
+    for add in (_add_train, _add_fit_gate, _add_eval, _add_export, _add_sweep):
         add(subparsers)
     _command(
         subparsers, commands.methods, "methods", "list the methods on this bench",
@@ -132,6 +132,18 @@ def _add_eval(subparsers):
         _add_setting(evaluate, name, default=None)
 
 
+def _add_export(subparsers):
+    export = _command(
+        subparsers, commands.export, "export", "write a run's model as graphs that run without this package",
+        "Writes the gate, the masked model and the packed one for one picture, and compares each with the run's model.",
+    )  # fmt: skip
+    export.add_argument("run", help="the run's folder")
+    export.add_argument(
+        "--format", choices=("onnx", "torch"), default="onnx", help="torch is for torch.export.load (default: onnx)"
+    )
+    export.add_argument("--out", help="folder of the files (default: the run's)")
+
+
 def _add_sweep(subparsers):
     sweep = _command(
         subparsers, commands.sweep, "sweep",
@@ -152,7 +164,8 @@ def _add_sweep(subparsers):
 
 
 def _command(subparsers, run: Callable, name: str, about: str, description: str) -> argparse.ArgumentParser:
-    usage = f"msvit {name} [OPTIONS]" + {"eval": " RUN", "runs": " [FOLDER]", "diff": " RUN RUN"}.get(name, "")
+    takes = {"eval": " RUN", "export": " RUN", "runs": " [FOLDER]", "diff": " RUN RUN"}
+    usage = f"msvit {name} [OPTIONS]{takes.get(name, '')}"
     parser = subparsers.add_parser(name, help=about, description=description, usage=usage, allow_abbrev=False)
     parser.set_defaults(command=run)
     parser.add_argument("--json", action="store_true", help="print the result as JSON")

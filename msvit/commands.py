@@ -52,6 +52,24 @@ def eval(arguments: argparse.Namespace):
     _put(found, "\n".join(lines), arguments.json)
 
 
+def export(arguments: argparse.Namespace):
+    try:
+        from .training.export_run import export_run
+
+        found = export_run(arguments.run, arguments.format, arguments.out)
+    except ModuleNotFoundError as error:
+        raise RunError(f"{error.name} is not installed; pip install onnx onnxscript onnxruntime") from None
+    lines = []
+    for line in found:
+        if line["file"] is None:
+            lines.append(f"{line['part']:7} not exported: {line['why']}")
+            continue
+        off = line["difference"]
+        held = "not compared: onnxruntime is not installed" if off is None else f"differs by {off:.1e} at most"
+        lines.append(f"{line['part']:7} {line['file']}  {line['megabytes']:.1f} MB, {held}")
+    _put(found, "\n".join(lines), arguments.json)
+
+
 def runs(arguments: argparse.Namespace):
     from .training import listing
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from msvit.core.attention import WeightedAttention
+from msvit.core import attention
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 if not torch.cuda.is_available():  # several CUDA kernels, attention's among them, have no deterministic form
@@ -74,5 +74,5 @@ def tiny_vit(make_vit):
 @pytest.fixture
 def unbounded(monkeypatch):
     """The tangent of hidden keys as it is, however steep: what finite differences see."""
-    monkeypatch.setattr(WeightedAttention, "MOST", math.inf)
+    monkeypatch.setattr(attention, "MOST", math.inf)
     return monkeypatch

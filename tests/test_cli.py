@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -95,6 +96,20 @@ def test_eval_gives_the_figures_of_the_run_and_others(folder, capsys):
     half = json.loads(run(capsys, "eval", path, "--json", "--macs", "0.5", "--val_n=24")[1])
     assert abs(half["macs"] - 0.5) < 0.1
     assert "accuracy" in run(capsys, "eval", path)[1]
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+def test_export_writes_graphs_and_compares_them(folder, tmp_path, capsys):
+    path = next(folder.iterdir())
+    code, out, _ = run(capsys, "export", path, "--format", "torch", "--out", tmp_path, "--json")
+    lines = json.loads(out)
+    assert code == 0
+    assert [line["part"] for line in lines] == ["gate", "masked", "packed"]
+    assert all(line["difference"] < 1e-4 and Path(line["file"]).parent == tmp_path for line in lines)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["gate.pt2", "masked.pt2", "packed.pt2"]
+    code, _, err = run(capsys, "export", tmp_path)
+    assert code == 1
 
 
 def test_methods_are_listed(capsys):
@@ -206,6 +221,7 @@ def test_the_program_runs_without_notebook_packages():
     """In a fresh interpreter in which importing one of them fails."""
     code = """
 import sys
+from pathlib import Path
 for name in ("IPython", "ipywidgets", "matplotlib", "plotly", "papermill", "optuna", "anywidget", "jupyterlab"):
     sys.modules[name] = None
 from msvit.cli import main

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import backbone
-from ..core.attention import Layout, attend_watched
+from ..core.attention import Layout
+from ..core.attention_weights import attend_watched
 from ..core.blocks import before_attention
 from ..core.fast_linear import AVAILABLE, fast_linear
 from ..core.macs import embedding_macs, gate_macs, vit_macs
@@ -88,7 +89,7 @@ def run_packed_compiled(case: Case) -> PreparedMethod:
     model = case.variant(case.model.gate, case.model.reducer, case.model.threshold)
     model.coarse_embed = case.model.coarse_embed
     prepared = run_model(case, model)
-    model.compile_blocks()
+    model.compile()
     return prepared
 
 

@@ -7,6 +7,7 @@ other in one matrix `[T, C]`, and only this file knows where a picture begins an
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,10 @@ from torch import Tensor
 from .precision import in_full
 
 PART = 1024  # rows
+COLUMNS = 128  # keys at once, where scores are written out
+SHORT = 64  # rows; pictures of no more than these are padded rather than taken one by one
+HIDDEN = -3e4  # the score of a hidden key that still is a float16
+MOST = 1.0  # the tangent of a hidden key, see `HiddenKeys`
 
 
 class Layout:
@@ -24,6 +29,7 @@ class Layout:
         self.lengths = lengths
         self.device = device
         self.uniform = min(lengths) == max(lengths)
+        self._parted: tuple[Tensor, tuple[Part, Part]] | None = None
 
     @cached_property
     def ends(self) -> Tensor:
@@ -58,11 +64,24 @@ class Layout:
     def unpad(self, padded: Tensor) -> Tensor:
         """Return the inverse of `pad`."""
         rows = padded.flatten(0, 1)
-        return rows if self.uniform else rows[self.slot]
+        return rows if self.uniform else TakenRows.apply(rows, self.slot)
 
     def split(self, rows: Tensor | None) -> Sequence[Tensor | None]:
         """Return the rows `[T, ...]` of each picture, as views; None for each where there are none."""
         return [None] * len(self.lengths) if rows is None else rows.split(self.lengths)
+
+    def parted(self, weight: Tensor) -> "tuple[Part, Part]":
+        """Return the rows of positive weight `[T]`, and the others; found once for layers that share a weight."""
+        if self._parted is None or self._parted[0] is not weight:
+            shown = weight.detach() > 0
+            counts = self.sum(shown.long()).tolist()
+            rest = [n - count for n, count in zip(self.lengths, counts, strict=True)]
+            parts = (
+                Part(shown.nonzero()[:, 0], Layout(counts, self.device)),
+                Part((~shown).nonzero()[:, 0], Layout(rest, self.device)),
+            )
+            self._parted = weight, parts
+        return self._parted[1]
 
     def sum(self, rows: Tensor) -> Tensor:
         """Return rows `[T, ...]` summed over each picture, `[B, ...]`."""
@@ -71,15 +90,37 @@ class Layout:
         return rows.new_zeros(len(self.lengths), *rows.shape[1:]).index_add(0, self.picture, rows)
 
 
+class Part(NamedTuple):
+    """Some of the rows, by their numbers, and how many each picture has."""
+
+    rows: Tensor
+    layout: Layout
+
+
+class TakenRows(torch.autograd.Function):
+    """The rows x[rows], none of them twice. To know that makes their gradient a copy, in place of a slow sum."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, rows: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape = x.shape
+        return x.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.shape).index_copy(0, rows, grad), None
+
+
 def by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Call `function`, which treats every row on its own, on rows x `[T, C]`.
 
     Without a gradient, a CPU works on PART rows at a time: what lies between the layers of an MLP then takes little
     memory and stays in the cache.
     """
-    parts = math.ceil(len(x) / PART)
-    if parts < 2 or x.is_cuda or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or x.is_cuda or len(x) <= PART:
         return function(x)
+    parts = math.ceil(len(x) / PART)
     return torch.cat([function(part) for part in x.chunk(parts)])
 
 
@@ -88,7 +129,8 @@ def attend(layout: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | Non
 
         out_i = sum_j A_ij v_j,    A_ij = w_j exp(s_ij) / sum_k w_k exp(s_ik),    s_ij = q_i . k_j / sqrt(D)
 
-    With weight None all keys count once. Where the weight carries a gradient, keys of weight zero get theirs too.
+    With weight None all keys count once. Where the weight carries a gradient, keys of weight zero get theirs too, see
+    `HiddenKeys`. Fused kernels do it all, in memory that is linear in the rows.
 
     Args:
         layout: Of the keys. The queries are as many per picture, or one per picture.
@@ -96,137 +138,106 @@ def attend(layout: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | Non
         k, v: `[T, H, D]`.
         weight: `[T]`, not negative; in every picture at least one is positive.
     """
-    learned = weight is not None and weight.requires_grad
-    queries = layout if len(q) == len(k) else Layout([1] * len(q), q.device)
-    if not layout.uniform and not learned:
-        if weight is None and q.is_cuda and q.dtype in (torch.float16, torch.bfloat16):
-            from torch.nn.attention.varlen import varlen_attn  # packed: one kernel for pictures of any lengths
-
-            rows = (x.contiguous() for x in (q, k, v))
-            return varlen_attn(*rows, queries.ends.int(), layout.ends.int(), max(queries.lengths), max(layout.lengths))
-        if not q.is_cuda:
-            return _attend_each(queries, layout, q, k, v, weight)
-    padded = [part.transpose(1, 2) for part in (queries.pad(q), layout.pad(k), layout.pad(v))]
-    if weight is None and not layout.uniform:
-        weight = torch.ones(len(k), device=k.device)
-    if learned:
-        out = WeightedAttention.apply(*padded, layout.pad(weight))
-    else:
+    queries = layout if q.shape[0] == k.shape[0] else Layout([1] * q.shape[0], q.device)
+    if weight is not None and weight.requires_grad:
+        return _attend_learned(queries, layout, q, k, v, weight)
+    kernel = _kernel(q)
+    if kernel == "each" and not layout.uniform:
+        return _attend_each(queries, layout, q, k, v, weight)
+    if kernel == "each" or (layout.uniform and weight is None):
         bias = None if weight is None else layout.pad(weight).to(q.dtype).log()[:, None, None, :]
-        out = F.scaled_dot_product_attention(*padded, attn_mask=bias)
-    return queries.unpad(out.transpose(1, 2))
+        padded = [part.transpose(1, 2) for part in (queries.pad(q), layout.pad(k), layout.pad(v))]
+        return queries.unpad(F.scaled_dot_product_attention(*padded, attn_mask=bias).transpose(1, 2))
+    return _attend_counted(queries, layout, q, k, v, weight)[0]
 
 
-def attend_by_policy(
-    layout: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Tensor, policy: Tensor, size: Tensor | None = None
-) -> Tensor:
-    """Attend within each picture as DynamicViT does while training: rows of weight zero still see themselves.
-
-        A_ij = (e_ij + eps / n) / (sum_k e_ik + eps),   e_ij = exp(s_ij - max_k s_ik) (w_j + (1 - w_j) [i = j])
-
-    The maximum is over all n keys of a picture, dropped ones included, and carries gradient; eps = 1e-6.
-
-    Args:
-        weight: w `[T]`, the policy times a gate's activity.
-        policy: `[T]`. The tangent of what it keeps and the gate hides is cut as that of `WeightedAttention`.
-        size: `[T]`, positive: s_ij + log size_j is taken for s_ij.
-    """
-    q, k, v = (layout.pad(rows).transpose(1, 2) for rows in (q, k, v))
-    s = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    s = s.to(torch.promote_types(s.dtype, torch.float32))
-    if size is not None:
-        s = s + layout.pad(size, 1.0).to(s.dtype).log()[:, None, None]
-    n = torch.tensor(layout.lengths, dtype=s.dtype, device=s.device)[:, None, None, None]
-    if not layout.uniform:
-        s = s.masked_fill(torch.arange(s.shape[-1], device=s.device) >= n, -torch.inf)
-    w = layout.pad(weight)[:, None, None]
-    seen = w + (1 - w) * torch.eye(s.shape[-1], dtype=w.dtype, device=s.device)
-    e = (s - s.max(-1, keepdim=True).values).exp()
-    hidden = layout.pad((policy > 0.5) & (weight < 0.5))[:, None, None]
-    if hidden.any():
-        with torch.no_grad():
-            u = e / ((e * seen).sum(-1, keepdim=True) + 1e-6)
-            cut = (WeightedAttention.MOST / u).clamp(max=1).masked_fill(~hidden, 1)
-        seen = seen.detach() + cut * (seen - seen.detach())
-    e = e * seen
-    a = (e + 1e-6 / n) / (e.sum(-1, keepdim=True) + 1e-6)  # the padding has values of zero
-    return layout.unpad((a.to(v.dtype) @ v).transpose(1, 2))
+def _kernel(q: Tensor) -> str:
+    """Return what takes pictures of different lengths: a call for each, one that packs them, or one that pads."""
+    if q.device.type == "cpu":
+        return "each"
+    return "packed" if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) else "padded"
 
 
-def _attend_each(queries: Layout, layout: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None) -> Tensor:
+def _attend_each(queries: Layout, keys: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None) -> Tensor:
     """Attend picture by picture, on views. On a CPU this beats padding, and does no more than the counted MACs."""
     bias, out = None if weight is None else weight.to(q.dtype).log(), []
-    for *rows, mask in zip(queries.split(q), *map(layout.split, (k, v, bias)), strict=True):
+    for *rows, mask in zip(queries.split(q), *map(keys.split, (k, v, bias)), strict=True):
         heads = (x.transpose(0, 1)[None] for x in rows)
         mask = None if mask is None else mask[None]
         out.append(F.scaled_dot_product_attention(*heads, attn_mask=mask)[0].transpose(0, 1))
     return torch.cat(out)
 
 
-def attend_watched(
-    layout: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Attend, and add up what each row j receives from active rows i, `[T]`: the mean over the heads of sum_i A_ij.
+def _attend_counted(
+    queries: Layout, keys: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Attend with each key's weight in the products themselves, so that no kernel needs a mask.
 
-    What is received has no gradient. All has the MACs of attention, but is not fused: only a layer whose reducer needs
-    the weights calls it.
+        s_ij + log w_j = [q_i, 1] . [k_j, sqrt(D) log w_j] / sqrt(D)
+
+    The gradient by weights above zero comes with that by the keys. A weight of zero hides a key.
+
+    Returns:
+        The output `[T, H, D]`, and log sum_j w_j exp(s_ij) `[T, H]`; None where the kernel does not tell.
     """
-    learned = weight is not None and weight.requires_grad
-    out, received = [], []
-    for part, *rows in _groups(layout, q, k, v, weight):
-        q_, k_, v_ = (part.pad(x).transpose(1, 2) for x in rows[:3])
-        a, count = _shares(part, q_, k_, None if rows[3] is None else rows[3].detach())
-        if not learned:
-            out.append(part.unpad((a @ v_).transpose(1, 2)))
-        a = a.detach() if count is None else a.detach() * (count > 0)[:, None, :, None]
-        received.append(part.unpad(in_full(a).sum(2).mean(1)))
-    return attend(layout, q, k, v, weight) if learned else torch.cat(out), torch.cat(received)
+    width, scale, kernel = q.shape[-1], q.shape[-1] ** -0.5, _kernel(q)
+    full = torch.promote_types(q.dtype, torch.float32)
+    log = None if weight is None else (weight.to(full).log() / scale).clamp(min=HIDDEN)
+    if kernel == "packed":
+        from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+        rows = (x.contiguous() for x in ((q, k, v) if log is None else _with_logs(q, k, v, log)))
+        ends, most = (queries.ends.int(), keys.ends.int()), (max(queries.lengths), max(keys.lengths))
+        out, total = varlen_attn(*rows, *ends, *most, return_aux=AuxRequest(lse=True), scale=scale)
+        return out[..., :width], total.t()
+    if kernel == "padded" or max(queries.lengths) <= SHORT:
+        log = keys.pad(k.new_zeros(len(k)) if log is None else log, HIDDEN)
+        rows = (x.transpose(1, 2) for x in _with_logs(queries.pad(q), keys.pad(k), keys.pad(v), log))
+        if kernel == "padded":
+            out, total = F.scaled_dot_product_attention(*rows, scale=scale), None
+        else:
+            out, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*rows, scale=scale)
+            total = queries.unpad(total.transpose(1, 2))
+        return queries.unpad(out.transpose(1, 2))[..., :width], total
+    found = []
+    for rows in zip(*map(Layout.split, (queries, keys, keys), _with_logs(q, k, v, log)), strict=True):
+        heads = (x.transpose(0, 1)[None] for x in rows)
+        found.append(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*heads, scale=scale))
+    out, total = (torch.cat([x[0].transpose(0, 1) for x in part]) for part in zip(*found, strict=True))
+    return out[..., :width], total
 
 
-def attention_of_first(layout: Layout, q: Tensor, k: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Return the share of attention that each picture's first row (the class token) gives to each row, `[T]`.
-
-    The mean over the heads. It carries its gradient, by the weights too, hidden keys' cut as in `WeightedAttention`.
-    """
-    shares = []
-    for part, q_, k_, w_ in _groups(layout, q, k, weight):
-        first, keys = q_[part.ends[:-1]][:, :, None], part.pad(k_).permute(0, 2, 3, 1)
-        s = in_full((first * first.shape[-1] ** -0.5) @ keys)
-        w = part.pad(torch.ones_like(k_[:, 0, 0]) if w_ is None else w_).to(s.dtype)[:, None, None]
-        e = (s - s.detach().masked_fill(w <= 0, -torch.inf).amax(-1, keepdim=True)).clamp(max=10).exp()
-        most = WeightedAttention.MOST * (w * e).sum(-1, keepdim=True).detach()
-        a = w * torch.where(w > 0, e, e.minimum(most))
-        shares.append(part.unpad((a / a.sum(-1, keepdim=True)).mean(1)[:, 0]))
-    return torch.cat(shares)
+def _with_logs(q: Tensor, k: Tensor, v: Tensor, log: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return q, k, v `[..., H, D]` with one more column for log w `[...]`, made up to a multiple of 8 for CUDA."""
+    rest = -(q.shape[-1] + 1) % 8
+    log = log.to(k.dtype)[..., None, None].expand(*k.shape[:-1], 1)
+    q = F.pad(F.pad(q, (0, 1), value=1.0), (0, rest))
+    return q, F.pad(torch.cat([k, log], -1), (0, rest)), F.pad(v, (0, 1 + rest))
 
 
-def _groups(layout: Layout, *rows: Tensor | None):
-    """Yield the whole batch at once where that needs no padding or runs on a GPU, else picture by picture."""
-    if layout.uniform or rows[0].is_cuda:
-        yield layout, *rows
-        return
-    for n, *part in zip(layout.lengths, *map(layout.split, rows), strict=True):
-        yield Layout([n], layout.device), *part
+def _attend_learned(queries: Layout, layout: Layout, q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
+    """Attend with a gradient by the weights: to active keys as they are, and to hidden ones in the gradient alone."""
+    active, hidden = layout.parted(weight)
+    seen = [x if len(hidden.rows) == 0 else TakenRows.apply(x, active.rows) for x in (k, v, weight)]
+    out, total = _attend_counted(queries, active.layout, q, *seen)
+    if len(hidden.rows) == 0:
+        return out
+    if total is None:
+        total = _log_sums(queries, active.layout, q, seen[0], seen[2])
+    unseen = [x.index_select(0, hidden.rows) for x in (weight, k.detach(), v.detach())]
+    return HiddenKeys.apply(out, total, q.detach(), *unseen, queries, hidden.layout)
 
 
-def _shares(layout: Layout, q: Tensor, k: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return A `[B, H, M, N]`, and how often each key counts, `[B, N]`: 0 in the padding; None if all count once."""
-    s = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-    if weight is None and layout.uniform:
-        return s.softmax(-1), None
-    rows = layout.picture.new_ones(len(layout.picture)).float() if weight is None else in_full(weight)
-    count = layout.pad(rows)
-    log = count.to(torch.promote_types(count.dtype, s.dtype)).log()
-    return (s + log[:, None, None].to(s.dtype)).softmax(-1), count
+class HiddenKeys(torch.autograd.Function):
+    """The gradient by the weights of hidden keys, on the output of attention to the active ones, which it leaves alone.
 
-
-class WeightedAttention(torch.autograd.Function):
-    """`attend` on `[B, H, N, D]` with the true gradient by the weights `[B, M]`, those that are zero included.
-
-    With u_ij = exp(s_ij) / sum_k w_k exp(s_ik), so that A_ij = w_j u_ij, and G = dL/d out:
+    Attention has, with u_ij = exp(s_ij) / sum_k w_k exp(s_ik), so that A_ij = w_j u_ij, and G = dL/d out:
 
         r_ij = u_ij (G_i . v_j - G_i . out_i)
         dL/dw_j = sum_i r_ij,   dL/ds_ij = w_j r_ij,   dL/dv_j = w_j sum_i u_ij G_i
+
+    Where w_j = 0, only the first of these is not zero, and with the logarithm of the sum, which fused kernels know, it
+    takes the hidden columns alone, some at a time.
 
     A bias log(max(w, eps)) in a plain softmax loses dL/dw_j where w_j = 0: a gate that trains through it learns from
     active tokens only. A hidden key that scores above all active ones together has u > 1, without a bound: its share
@@ -234,33 +245,39 @@ class WeightedAttention(torch.autograd.Function):
     drown all other gradients of a batch. So u_ij of hidden keys is cut to MOST, which is the most of an active one.
     """
 
-    MOST = 1.0
-
     @staticmethod
-    def _scores(q: Tensor, k: Tensor) -> Tensor:
-        """Return s, in float32 or better."""
-        s = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        return in_full(s)
-
-    @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, weight: Tensor) -> Tensor:
-        s, w = WeightedAttention._scores(q, k), weight[:, None, :, None]
-        top = s.masked_fill(w.transpose(-2, -1) <= 0, -torch.inf).amax(-1, keepdim=True)
-        e = s.sub_(top).clamp_(max=10).exp_()  # hidden keys count for nothing, but must be finite in float16
-        sums = e @ w.to(e.dtype)
-        out = (e.to(v.dtype) @ (v * w).to(v.dtype)) / sums.to(v.dtype)
-        ctx.save_for_backward(q, k, v, weight, top + sums.log(), out)
-        return out
+    def forward(ctx, out, total, q, weight, k, v, queries: Layout, keys: Layout) -> Tensor:
+        ctx.save_for_backward(out, total, q, weight, k, v)
+        ctx.layouts = queries, keys
+        return out.view_as(out)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        q, k, v, weight, total, out = ctx.saved_tensors
-        w = weight[:, None, :, None].to(v.dtype)
-        limit = torch.full_like(weight, math.log(WeightedAttention.MOST)).masked_fill_(weight > 0, torch.inf)
-        u = WeightedAttention._scores(q, k).sub_(total).clamp_(max=limit[:, None, None].to(total.dtype)).exp_()
-        grad_v = (u.to(grad.dtype).transpose(-2, -1) @ grad) * w
-        r = (grad @ v.transpose(-2, -1)).sub_((grad * out).sum(-1, keepdim=True)).to(u.dtype).mul_(u)
-        grad_weight = r.sum((1, 2)).to(weight.dtype)
-        r, scale = r.to(q.dtype), q.shape[-1] ** -0.5
-        return r @ (k * w) * scale, (r.transpose(-2, -1) @ q) * (w * scale), grad_v, grad_weight
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        out, total, q, weight, k, v = ctx.saved_tensors
+        queries, keys = ctx.layouts
+        gain, most = in_full((grad * out).sum(-1)), math.log(MOST)
+        q, grad_, total, gain = (queries.pad(x).transpose(1, 2) for x in (q, grad, total, gain))
+        columns = (keys.pad(x).transpose(1, 2).split(COLUMNS, 2) for x in (k, v))
+        sums = []
+        for k_part, v_part in zip(*columns, strict=True):
+            u = _scores(q, k_part).sub_(total[..., None]).clamp_(max=most).exp_()
+            r = in_full(grad_ @ v_part.mT).sub_(gain[..., None]).mul_(u)
+            sums.append(r.sum((1, 2)))
+        return grad, None, None, keys.unpad(torch.cat(sums, 1)).to(weight.dtype), None, None, None, None
+
+
+def _scores(q: Tensor, k: Tensor) -> Tensor:
+    """Return s `[B, H, M, N]` of `[B, H, M, D]` and `[B, H, N, D]`, in float32 or better."""
+    return in_full((q * q.shape[-1] ** -0.5) @ k.mT)
+
+
+@torch.no_grad()
+def _log_sums(queries: Layout, keys: Layout, q: Tensor, k: Tensor, weight: Tensor) -> Tensor:
+    """Return log sum_j w_j exp(s_ij) `[T, H]`, some columns at a time."""
+    q_, k_, log = queries.pad(q), keys.pad(k), keys.pad(weight.log(), -torch.inf)[:, None, None]
+    total = None
+    for part, bias in zip(k_.transpose(1, 2).split(COLUMNS, 2), log.split(COLUMNS, 3), strict=True):
+        sums = (_scores(q_.transpose(1, 2), part) + bias).logsumexp(-1)
+        total = sums if total is None else torch.logaddexp(total, sums)
+    return queries.unpad(total.transpose(1, 2))

@@ -49,6 +49,11 @@ def patch_size(vit: VisionTransformer) -> int:
     return vit.patch_embed.patch_size[0]
 
 
+def convolution(vit: VisionTransformer) -> nn.Conv2d:
+    """Return the convolution that embeds patches; where an adapter such as LoRA's wraps it, the one inside."""
+    return next(module for module in vit.patch_embed.proj.modules() if isinstance(module, nn.Conv2d))
+
+
 def bases(vit: VisionTransformer, candidates: Candidates, each: bool = False) -> Tensor:
     """Return what each candidate is before its pixels are added, `[N, C]`: prefix tokens and positions.
 
@@ -57,7 +62,7 @@ def bases(vit: VisionTransformer, candidates: Candidates, each: bool = False) ->
     """
     names = ("cls_token", "dist_token", "reg_token")
     prefix = [t[0] for n in names if (t := getattr(vit, n, None)) is not None]
-    prefix = torch.cat(prefix) if prefix else vit.patch_embed.proj.weight.new_empty(0, vit.embed_dim)
+    prefix = torch.cat(prefix) if prefix else convolution(vit).weight.new_empty(0, vit.embed_dim)
     if vit.pos_embed is None:
         return F.pad(prefix, (0, 0, 0, candidates.count - len(prefix)))
     lead, own, (h, w) = 0 if vit.no_embed_class else len(prefix), vit.patch_embed.grid_size, candidates.fine.grid
@@ -82,14 +87,20 @@ def resized(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Te
 
 
 def embed(vit: VisionTransformer, pixels: Tensor) -> Tensor:
-    """Return the backbone's patch embedding of pixels `[n, c S S]`, for both scales the same."""
+    """Return the backbone's patch embedding of pixels `[..., c S S]`, for all scales the same."""
     proj = vit.patch_embed.proj
-    return vit.patch_embed.norm(F.linear(pixels, proj.weight.flatten(1), proj.bias))
+    if type(proj) is nn.Conv2d:
+        embedded = F.linear(pixels, proj.weight.flatten(1), proj.bias)
+    else:  # one that an adapter wraps: it has more weights than the convolution's
+        inner = convolution(vit)
+        patches = pixels.reshape(-1, *inner.weight.shape[1:])
+        embedded = proj(patches).view(*pixels.shape[:-1], inner.out_channels)
+    return vit.patch_embed.norm(embedded)
 
 
 def copy_embedding(vit: VisionTransformer) -> nn.Module:
     """Return another patch embedding, on pixels `[n, c S S]`, with weights of its own."""
-    proj = vit.patch_embed.proj
+    proj = convolution(vit)
     linear = nn.Linear(proj.weight[0].numel(), proj.out_channels, bias=proj.bias is not None)
     linear.weight.data.copy_(proj.weight.flatten(1))
     if proj.bias is not None:
@@ -101,6 +112,11 @@ def drop_path(module: nn.Module, branch: Tensor, layout: Layout) -> Tensor:
     """Drop a branch at random (stochastic depth): one draw per picture, as in timm, not one per row."""
     if isinstance(module, nn.Identity) or not module.training:
         return branch
+    return _drop_pictures(module, branch, layout)
+
+
+@torch.compiler.disable  # a graph would be of this layout alone
+def _drop_pictures(module: nn.Module, branch: Tensor, layout: Layout) -> Tensor:
     kept = module(branch.new_ones(len(layout.lengths), 1))
     return branch * kept[layout.picture]
 

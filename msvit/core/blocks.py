@@ -2,13 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from . import backbone
-from .attention import Layout, attend, attend_by_policy, attend_watched, attention_of_first, by_rows
+from .attention import Layout, attend, by_rows
+from .attention_weights import attend_by_policy, attend_watched, attention_of_first
+from .hooks import run_hooked, warn_of_hooks
 from .tokens import Tokens
 
 
@@ -37,7 +41,7 @@ class Encoded(NamedTuple):
 def before_attention(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the normed rows `[T, C]`, and their queries, keys and values `[T, H, D]`."""
     attn, normed = block.attn, block.norm1(x)
-    q, k, v = attn.qkv(normed).view(len(x), 3, attn.num_heads, attn.head_dim).unbind(1)
+    q, k, v = attn.qkv(normed).view(-1, 3, attn.num_heads, attn.head_dim).unbind(1)
     return normed, attn.q_norm(q).to(v.dtype), attn.k_norm(k).to(v.dtype), v
 
 
@@ -74,28 +78,69 @@ def run_blocks(
     reducer: nn.Module | None = None,
     steps: Steps = Steps(),  # noqa: B008 (a named tuple cannot be changed)
     watch: Watch | None = None,
+    after: Callable[[int, Tokens], None] | None = None,
 ) -> Encoded:
-    """Take tokens from before the first block to after the last norm."""
+    """Take tokens from before the first block to after the last norm.
+
+    Where the backbone's `grad_checkpointing` is on, what lies within a block is computed again for its gradient. Hooks
+    on a block are called with its rows `[T, C]`.
+
+    Args:
+        after: Called with the number of each block and the tokens that it returns.
+    """
     prefix = vit.num_prefix_tokens
     stages, counts, n = [_stage(None, tokens, prefix)], [], tokens.active_counts()
+    warn_of_hooks(vit)
     if reducer is not None:
         tokens = reducer.enter(tokens)
+    proportional, again = reducer is None or reducer.proportional, vit.grad_checkpointing and torch.is_grad_enabled()
     for layer, block in enumerate(vit.blocks):
-        acts = reducer is not None and layer in reducer.layers
-        if acts:
-            tokens = _watched(watch, layer, tokens, reducer.before_block(layer, tokens))
-            n = tokens.active_counts()
-        attended = n
-        proportional = reducer is None or reducer.proportional
-        x, seen = _attention(block, tokens, proportional, reducer.needs if acts else None, steps)
-        tokens = replace(tokens, x=x)
-        if acts:
-            tokens = _watched(watch, layer, tokens, reducer.after_attention(layer, tokens, seen))
-            n = tokens.active_counts()
+        acting = reducer if reducer is not None and layer in reducer.layers else None
+        work = partial(_run_block, block, layer, n, acting, proportional, steps, watch, again)
+        tokens, seen = run_hooked(block, work, tokens)
+        counts += seen
+        n = seen[-1]
+        if acting is not None:
             stages.append(_stage(layer, tokens, prefix))
-        counts.append(torch.stack([attended, n]))
-        tokens = replace(tokens, x=steps.mlp(block, tokens.x, tokens.layout))
-    return Encoded(replace(tokens, x=vit.norm(tokens.x)), torch.stack(counts), tuple(stages))
+        if after is not None:
+            after(layer, tokens)
+    final = replace(tokens, x=vit.norm(tokens.x))
+    return Encoded(final, torch.stack(counts).unflatten(0, (-1, 2)), tuple(stages))
+
+
+def _run_block(
+    block: nn.Module,
+    layer: int,
+    n: Tensor,
+    reducer: nn.Module | None,
+    proportional: bool,
+    steps: Steps,
+    watch: Watch | None,
+    again: bool,
+    tokens: Tokens,
+) -> tuple[Tokens, tuple[Tensor, Tensor]]:
+    """Return the tokens after a block, and how many active ones its attention and its MLP saw.
+
+    Args:
+        n: Active tokens that come to the block.
+        reducer: That acts in it, if any.
+        again: Compute both halves of the block again for their gradient.
+    """
+    half = partial(checkpoint, use_reentrant=False) if again else _call
+    if reducer is not None:
+        tokens = _watched(watch, layer, tokens, reducer.before_block(layer, tokens))
+        n = tokens.active_counts()
+    attended, needs = n, None if reducer is None else reducer.needs
+    x, seen = half(_attention, block, tokens, proportional, needs, steps)
+    tokens = replace(tokens, x=x)
+    if reducer is not None:
+        tokens = _watched(watch, layer, tokens, reducer.after_attention(layer, tokens, seen))
+        n = tokens.active_counts()
+    return replace(tokens, x=half(steps.mlp, block, tokens.x, tokens.layout)), (attended, n)
+
+
+def _call(function: Callable, *args):
+    return function(*args)
 
 
 def _watched(watch: Watch | None, layer: int, before: Tokens, after: Tokens) -> Tokens:

@@ -67,7 +67,7 @@ def fast_linear(on: bool = True) -> AbstractContextManager:
     It is a private operator of PyTorch: where that is missing AVAILABLE is False, where it gains nothing FASTER is, and
     nothing changes. Methods that are compared on the clock are all timed within it, dense ones too.
     """
-    off = not on or torch.is_autocast_enabled("cpu") or torch.jit.is_tracing()
+    off = not on or torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu")
     return _OneDNN() if AVAILABLE and FASTER and not off else nullcontext()
 
 

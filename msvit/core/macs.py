@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 def linear_macs(module: nn.Module) -> int:
     """Return the MACs of one row through every linear layer of a module."""
-    return sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
+    return sum(m.in_features * m.out_features for m in module.modules() if _is_linear(m))
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Return whether a module is a linear layer, maybe quantised, and no adapter such as LoRA's around some."""
+    inside = (m for m in module.modules() if m is not module)
+    return hasattr(module, "in_features") and not any(hasattr(m, "in_features") for m in inside)
 
 
 def gate_macs(gate: nn.Module | None, regions: int) -> int:
@@ -35,7 +41,7 @@ def classifier_macs(vit: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def embedding_macs(vit: nn.Module, tokens: Tensor) -> Tensor:
-    return (tokens - vit.num_prefix_tokens) * vit.patch_embed.proj.weight.numel()
+    return (tokens - vit.num_prefix_tokens) * sum(p.numel() for p in vit.patch_embed.proj.parameters() if p.dim() > 1)
 
 
 def vit_macs(vit: nn.Module, tokens: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ class Tokens:
     def select(self, rows: Tensor, lengths: list[int]) -> "Tokens":
         """Return the given rows alone, in picture order; what they do not hold is dropped from the map."""
         moved = torch.full((len(self.x) + 1,), -1, device=rows.device)  # the last one: nothing stays nothing
-        moved[rows] = torch.arange(len(rows), device=rows.device)
+        moved[rows] = torch.arange(rows.shape[0], device=rows.device)
         return replace(
             self,
             x=self.x[rows],

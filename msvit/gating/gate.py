@@ -3,6 +3,7 @@
 `Decider` is what it shares with the others that learn where to be coarse, see `learned`.
 """
 
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -93,8 +94,9 @@ class Gate(Decider, PyTorchModelHubMixin):
         bfloat16 would decide, and would decide otherwise than the float32 that a threshold is calibrated in.
         """
         h, w = images.shape[-2] // self.patch, images.shape[-1] // self.patch
-        with torch.autocast(images.device.type, enabled=False):
-            return self.mlp(patchify(images, self.patch).to(self.mlp[0].weight.dtype)).view(len(images), h, w)
+        device = images.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+            return self.mlp(patchify(images, self.patch).to(self.mlp[1].weight.dtype)).view(-1, h, w)
 
     def extra_repr(self) -> str:
         return f"patch={self.patch}, temperature={self.temperature:.3g}"

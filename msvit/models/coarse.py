@@ -38,7 +38,7 @@ class FullResolution(nn.Module):
     def macs(self, vit: VisionTransformer, side: int) -> int:
         """Return the MACs for a token that is `side` = 2^i fine patches wide, besides those of its own embedding."""
         convolutions = (side**2 - 1) // 3  # 1 + 4 + … + 4^(i - 1)
-        per_patch = vit.patch_embed.proj.weight.numel()
+        per_patch = backbone.convolution(vit).weight.numel()
         return side**2 * per_patch + convolutions * self.patch_attn.weight.numel() + self.zero_conv.weight.numel()
 
 

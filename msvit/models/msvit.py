@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from ..checks import check_images, check_mask, in_interval, one_of
+from ..checks import check_images, check_mask, check_precision, in_interval, one_of
 from ..core import backbone
-from ..core.blocks import Steps, TokenStage, run_blocks
+from ..core.blocks import Steps, TokenStage
 from ..core.candidates import Candidates, spread
 from ..core.fast_linear import fast_linear
 from ..core.macs import encoder_macs, gate_macs, token_counts
@@ -23,6 +23,8 @@ from ..gating.learned import Quota
 from ..reducers.base import check_lossless, check_same_backbone
 from .calibrate import calibrate
 from .coarse import FullResolution, make_coarse_embed
+from .deploy import Deployable
+from .features import FeatureExtractor
 from .heads import ClassificationHead
 from .hub import load_folder, model_files, rename_decoder
 from .tokenizer import EXECUTIONS, Gating, tokenize
@@ -54,7 +56,7 @@ class Result(NamedTuple):
     final: Tokens | None = None
 
 
-class MSViT(nn.Module, PyTorchModelHubMixin):
+class MSViT(FeatureExtractor, Deployable, nn.Module, PyTorchModelHubMixin):
     """Dynamic mixed-scale tokenization (Havtorn et al. 2023) around a built timm VisionTransformer.
 
         vit = timm.create_model("deit_small_patch16_224", pretrained=True)
@@ -110,10 +112,10 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
         if reducer is not None:
             check_same_backbone(reducer, vit)
         self.vit, self.scale, self.margin, self.reducer = vit, scale, margin, reducer
-        self.gate = gate if gate is not None else Gate(patch * scale, vit.patch_embed.proj.in_channels)
+        self.gate = gate if gate is not None else Gate(patch * scale, backbone.convolution(vit).in_channels)
         self.coarse_embed = make_coarse_embed(coarse_embed, vit, scale)
         self.set_head(head if head is not None else ClassificationHead())
-        self.fast_cpu, self._steps = fast_cpu, Steps()
+        self.fast_cpu, self._steps, self._backend = fast_cpu, Steps(), None
         self.register_buffer("cut", torch.tensor(0.5))
         self.register_load_state_dict_pre_hook(rename_decoder)
 
@@ -154,7 +156,8 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
 
     def grid(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return the coarse regions (h, w) of a picture of `size` pixels, once it is padded."""
-        return -(-size[0] // self.coarse_patch), -(-size[1] // self.coarse_patch)
+        height, width = map(int, size)  # torch.jit.trace would go on with tensors
+        return -(-height // self.coarse_patch), -(-width // self.coarse_patch)
 
     def pad(self, images: Tensor) -> Tensor:
         """Return pictures with sides that are multiples of the coarse patch."""
@@ -164,10 +167,15 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
     def check(self, images: Tensor, finite: bool = False):
         """Raise a ValueError unless the model takes these pictures."""
         patch = 1 if self.head.dense else self.coarse_patch
-        check_images(images, self.vit.patch_embed.proj.in_channels, patch, finite)
+        weight = backbone.convolution(self.vit).weight
+        check_images(images, weight.shape[1], patch, finite)
+        check_precision(images, weight)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.run(images).logits
+        self.check(images)
+        gating, _, encoded = self.encode(self.pad(images))
+        with fast_linear(self.fast_cpu):
+            return self.head.logits(self.vit, encoded.final, gating.decisions, images.shape[-2:])
 
     def run(
         self, images: Tensor, mask: Tensor | None = None, execution: str | None = None, check: bool = False
@@ -182,12 +190,9 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
             check: Look for NaN and infinite pixels (costs a pass over the pictures).
         """
         self.check(images, finite=check)
-        size, images = images.shape[-2:], self.pad(images)
-        gating = self.decide(images, mask)
+        gating, tokens, (final, counts, stages) = self.encode(self.pad(images), mask, execution)
         with fast_linear(self.fast_cpu):
-            tokens = self.tokenize(images, gating, execution)
-            final, counts, stages = run_blocks(self.vit, tokens, self.reducer, self._steps)
-            logits = self.head.logits(self.vit, final, gating.decisions, size)
+            logits = self.head.logits(self.vit, final, gating.decisions, images.shape[-2:])
         entering, coarse = tokens.active_counts(), gating.decisions.detach() > 0.5
         path = self.path_macs(coarse.sum((1, 2)), 0 if gating.blocks is None else gating.blocks.long().sum((1, 2)))
         return Result(
@@ -221,16 +226,13 @@ class MSViT(nn.Module, PyTorchModelHubMixin):
 
     def tokenize(self, images: Tensor, gating: Gating, execution: str | None = None) -> Tokens:
         """Return the tokens that an execution needs, embedded, before the first block."""
-        execution = one_of("execution", execution or ("trimmed" if self.training else "packed"), EXECUTIONS)
+        execution = one_of("execution", execution or self.usual_execution, EXECUTIONS)
+        self.check_recordable(execution)
         candidates = Candidates(
             self.grid(images.shape[-2:]), self.scale, self.vit.num_prefix_tokens, gating.blocks is not None
         )
         both = self.head.dense and self.reducer is None
         return tokenize(self.vit, images, candidates, gating, execution, self.margin, self.coarse_embed, both)
-
-    def compile_blocks(self, **options):
-        """Compile what a block does row by row; attention stays eager, since its shapes change with every batch."""
-        self._steps = Steps(*(torch.compile(step, dynamic=True, **options) for step in Steps()))
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

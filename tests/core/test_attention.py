@@ -1,10 +1,14 @@
 """Attention among rows: three ways of computing it, one function; and its gradient by the weights."""
 
+import math
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from msvit.core import attention as layouts
-from msvit.core.attention import Layout, WeightedAttention, attend, attend_by_policy, attention_of_first, by_rows
+from msvit.core.attention import Layout, attend, by_rows
 
 
 def by_loops(layout, q, k, v, weight):
@@ -37,128 +41,133 @@ def test_attention_is_its_definition(lengths, weighted, single, learned):
     torch.testing.assert_close(attend(layout, q, k, v, given), expected, rtol=1e-10, atol=1e-12)
 
 
-def test_gradients_of_weighted_attention_zero_weights_included(unbounded):
-    q, k, v = torch.randn(3, 2, 2, 5, 3, dtype=torch.float64).requires_grad_().unbind(0)
-    weight = torch.tensor([[1.0, 0, 1, 0, 1], [1, 1, 0, 0, 0]], dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(WeightedAttention.apply, (q, k, v, weight))
+def written_out(layout, q, k, v, weight, most=1.0):
+    """Attention and its gradients for G = cos(out), N x N, with the tangent of hidden keys cut."""
+    out, grads = [], [torch.zeros_like(x) for x in (q, k, v, weight)]
+    for rows in torch.arange(len(k)).split(layout.lengths):
+        q_, k_, v_ = (x[rows].transpose(0, 1) for x in (q, k, v))
+        w, scale = weight[rows], q.shape[-1] ** -0.5
+        e = (q_ @ k_.mT * scale).exp()
+        u = e / (e @ w)[..., None]
+        out.append((u * w) @ v_)
+        grad = out[-1].cos()
+        cut = torch.where(w > 0, u, u.clamp(max=most))
+        r = cut * (grad @ v_.mT - (grad * out[-1]).sum(-1, keepdim=True))
+        found = ((r * w) @ k_ * scale, (r * w).mT @ q_ * scale, (u * w).mT @ grad, r.sum((0, 1)))
+        for whole, part in zip(grads, found, strict=True):
+            whole[rows] = part if part.dim() == 1 else part.transpose(0, 1)
+    return torch.cat(out, 1).transpose(0, 1), grads
+
+
+@pytest.fixture(params=["each", "short", "padded"])
+def kernel(request, monkeypatch):
+    """The kernel of a CPU for each picture or for all short ones, and that of a device that pads and tells no sums."""
+    monkeypatch.setattr(layouts, "_kernel", lambda q: "padded" if request.param == "padded" else "each")
+    monkeypatch.setattr(layouts, "SHORT", 64 if request.param == "short" else 0)
+
+
+@pytest.mark.parametrize("lengths", [[9], [6, 6], [2, 11, 1, 5]])
+@pytest.mark.parametrize("hidden", ["none", "some", "many"])
+@pytest.mark.parametrize("sized", [False, True])
+@pytest.mark.parametrize("columns", [3, 128])
+def test_gradients_are_those_of_attention_written_out(lengths, hidden, sized, columns, kernel, monkeypatch):
+    """In float64 to 1e-10, hidden keys' cut included, however many columns go at once."""
+    monkeypatch.setattr(layouts, "COLUMNS", columns)
+    layout, total = Layout(lengths, torch.device("cpu")), sum(lengths)
+    q, k, v = torch.randn(3, total, 2, 4, dtype=torch.float64).mul(1.5)
+    weight = (torch.rand(total) >= {"none": 0, "some": 0.3, "many": 0.8}[hidden]).double()
+    weight[layout.ends[:-1]] = 1.0
+    weight = weight * (torch.rand(total).double() * 3 + 0.5) if sized else weight
+    inputs = [x.clone().requires_grad_() for x in (q, k, v, weight)]
+    expected, grads = written_out(layout, q, k, v, weight)
+    out = attend(layout, *inputs)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-12)
+    found = torch.autograd.grad(out.sin().sum(), inputs)
+    for a, b in zip(found, grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("lengths", [[5, 5], [3, 6, 1]])
-def test_gradients_of_what_the_first_gives_zero_weights_included(lengths, unbounded):
-    layout = Layout(lengths, torch.device("cpu"))
-    q, k = torch.randn(2, sum(lengths), 2, 3, dtype=torch.float64).requires_grad_().unbind(0)
-    weight = torch.randint(0, 2, (sum(lengths),)).double().index_fill(0, layout.ends[:-1], 1.0).requires_grad_()
-    assert torch.autograd.gradcheck(lambda *rows: attention_of_first(layout, *rows), (q, k))
-    assert torch.autograd.gradcheck(lambda *rows: attention_of_first(layout, *rows), (q, k, weight))
+@pytest.mark.parametrize("single", [False, True], ids=["self", "one query"])
+def test_gradients_by_finite_differences_zero_weights_included(lengths, single, kernel, unbounded):
+    layout, total = Layout(lengths, torch.device("cpu")), sum(lengths)
+    q, k, v = torch.randn(3, total, 2, 3, dtype=torch.float64).unbind(0)
+    q = q[: len(lengths)] if single else q
+    weight = torch.randint(0, 2, (total,)).double().index_fill(0, layout.ends[:-1], 1.0)
+    q, k, v, learned = (x.clone().requires_grad_() for x in (q, k, v, weight))
+    assert torch.autograd.gradcheck(lambda *rows: attend(layout, *rows, learned), (q, k, v))
+    (found,) = torch.autograd.grad(attend(layout, q, k, v, learned).sin().sum(), learned)
+    step = torch.eye(total, dtype=torch.float64) * 1e-6  # to above zero, since no weight is below
+    at, *moved = (attend(layout, q, k, v, weight + more).sin().sum() for more in (step[0] * 0, *step))
+    slopes = torch.stack([(after - at) / 1e-6 for after in moved]).detach()
+    torch.testing.assert_close(found, slopes, rtol=1e-4, atol=1e-4)
 
 
-def test_what_the_first_gives_is_cut_as_attention_is():
-    """It is attention on values that are one for a key and zero for the others, and so are its gradients."""
-    q, k = torch.randn(2, 1, 1, 6, 4, dtype=torch.float64).mul(2)
-    weight = torch.tensor([1.0, 0, 1, 0, 1, 0], dtype=torch.float64, requires_grad=True)
-    out = WeightedAttention.apply(q, k, torch.eye(6, dtype=torch.float64)[None, None], weight[None])[0, 0, 0]
-    given = attention_of_first(Layout([6], q.device), q[0].transpose(0, 1), k[0].transpose(0, 1), weight)
-    torch.testing.assert_close(given, out)
-    assert ((q[0, 0, 0] @ k[0, 0].T / 2).exp()[1::2] > (q[0, 0, 0] @ k[0, 0, ::2].T / 2).exp().sum()).any()
-    for i in range(6):
-        pair = [torch.autograd.grad(x[i], weight, retain_graph=True)[0] for x in (given, out)]
-        torch.testing.assert_close(*pair)
-
-
-def test_a_hidden_key_counts_for_no_more_than_it_could(unbounded):
+def test_a_hidden_key_counts_for_no_more_than_it_could():
     """Where u_ij > 1 for a hidden key j, its part of the gradient is that of u_ij = 1; all else is true."""
-    q, k, v = (torch.randn(1, 1, 6, 4, dtype=torch.float64).mul(2).requires_grad_() for _ in range(3))
-    weight = torch.tensor([[1.0, 0, 1, 0, 1, 0]], dtype=torch.float64, requires_grad=True)
-    true = torch.autograd.grad(WeightedAttention.apply(q, k, v, weight).square().sum(), (q, k, v, weight))
-    unbounded.undo()
-    out = WeightedAttention.apply(q, k, v, weight)
-    cut = torch.autograd.grad(out.square().sum(), (q, k, v, weight))
-    e = (q @ k.mT / 2).exp()
-    u = e / (e * weight).sum(-1, keepdim=True)
-    hidden = weight[0] == 0
-    assert (u[..., hidden] > 1).any()
-    grad = 2 * out
-    expected = (u.where(~hidden | (u < 1), 1) * (grad @ v.mT - (grad * out).sum(-1, keepdim=True))).sum((0, 1, 2))
-    torch.testing.assert_close(cut[3][0], expected.detach())
-    for a, b in zip(cut[:3], true[:3], strict=True):
+    layout = Layout([6], torch.device("cpu"))
+    q, k, v = torch.randn(3, 6, 1, 4, dtype=torch.float64).mul(2)
+    weight = torch.tensor([1.0, 0, 1, 0, 1, 0], dtype=torch.float64)
+    true, cut = (written_out(layout, q, k, v, weight, most)[1] for most in (math.inf, 1.0))
+    assert not torch.allclose(true[3], cut[3])
+    inputs = [x.clone().requires_grad_() for x in (q, k, v, weight)]
+    found = torch.autograd.grad(attend(layout, *inputs).sin().sum(), inputs)
+    for a, b in zip(found, (*true[:3], cut[3]), strict=True):
         torch.testing.assert_close(a, b)
-    torch.testing.assert_close(cut[3][:, ~hidden], true[3][:, ~hidden])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_hidden_key_that_scores_far_above_the_rest_leaves_finite_gradients(dtype):
-    q = torch.full((1, 1, 2, 4), 30.0, dtype=dtype, requires_grad=True)
-    k = torch.stack([torch.full((4,), -30.0), torch.full((4,), 30.0)])[None, None].to(dtype).requires_grad_()
-    v = torch.randn(1, 1, 2, 4, dtype=dtype, requires_grad=True)
-    weight = torch.tensor([[1.0, 0.0]], requires_grad=True)
-    out = WeightedAttention.apply(q, k, v, weight)
-    torch.testing.assert_close(out, v[:, :, :1].expand_as(out), rtol=1e-2, atol=1e-2)
-    out.sum().backward()
+def test_a_hidden_key_that_scores_far_above_the_rest_leaves_finite_gradients(dtype, kernel):
+    q = torch.full((2, 1, 4), 30.0, dtype=dtype, requires_grad=True)
+    k = torch.stack([torch.full((1, 4), -30.0), torch.full((1, 4), 30.0)]).to(dtype).requires_grad_()
+    v = torch.randn(2, 1, 4, dtype=dtype, requires_grad=True)
+    weight = torch.tensor([1.0, 0.0], requires_grad=True)
+    out = attend(Layout([2], q.device), q, k, v, weight)
+    torch.testing.assert_close(out, v[:1].expand_as(out), rtol=1e-2, atol=1e-2)
+    out.float().sum().backward()
     assert all(x.grad.isfinite().all() for x in (q, k, v, weight))
 
 
-def policy_by_loops(layout, q, k, v, weight, size=None):
-    """The definition of attention by a policy, one query and one key at a time."""
-    out = []
-    for first, n in zip(layout.ends.tolist(), layout.lengths, strict=False):
-        for i in range(first, first + n):
-            heads, keys = [], range(first, first + n)
-            for h in range(q.shape[1]):
-                s = torch.stack([q[i, h] @ k[j, h] for j in keys]) / q.shape[2] ** 0.5
-                s = s if size is None else s + torch.stack([size[j].log() for j in keys])
-                e = [(x - s.max()).exp() * (1.0 if j == i else weight[j]) for j, x in zip(keys, s, strict=True)]
-                total = sum((x + 1e-6 / n) * v[j, h] for j, x in zip(keys, e, strict=True))
-                heads.append(total / (sum(e) + 1e-6))
-            out.append(torch.stack(heads))
-    return torch.stack(out)
+@pytest.mark.parametrize("lengths", [[8, 8], [3, 9, 4]])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_sizes_in_a_column_are_sizes_in_a_mask(lengths, dtype, monkeypatch):
+    """The counts of merged tokens, and zeros among them, by kernels that take no mask."""
+    layout = Layout(lengths, torch.device("cpu"))
+    q, k, v = torch.randn(3, sum(lengths), 2, 8).to(dtype)
+    size = torch.randint(0, 5, (sum(lengths),)).float().index_fill(0, layout.ends[:-1], 3.0)
+    expected = attend(layout, q, k, v, size)
+    monkeypatch.setattr(layouts, "_kernel", lambda q: "padded")
+    off = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    torch.testing.assert_close(attend(layout, q, k, v, size), expected, rtol=off, atol=off)
+    unweighted = attend(layout, q, k, v)
+    torch.testing.assert_close(unweighted, attend(layout, q, k, v, torch.ones_like(size)), rtol=off, atol=off)
 
 
-@pytest.mark.parametrize("lengths", [[5, 5], [1, 6, 3]])
-def test_attention_by_a_policy_is_its_definition(lengths):
-    """With the gradients of all, also where what is dropped scores above all others; there eps shows."""
-    layout, total = Layout(lengths, torch.device("cpu")), sum(lengths)
-    given = [*torch.randn(3, total, 2, 4, dtype=torch.float64).mul(2), torch.randint(0, 2, (total,)).double()]
-    given = [x.clone().requires_grad_() for x in given]
-    expected, out = policy_by_loops(layout, *given), attend_by_policy(layout, *given, policy=given[-1])
-    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-14)
-    gradients = (torch.autograd.grad(x.sin().sum(), given) for x in (expected, out))
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(b, a, rtol=1e-10, atol=1e-12)
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_training_step_makes_no_matrix_of_all_rows(hidden, monkeypatch):
+    """The largest tensor of forward and backward grows with the rows, not with their square."""
+    largest = []
+    for n in (256, 1024):
+        layout = Layout([n], torch.device("cpu"))
+        inputs = [x.requires_grad_() for x in torch.randn(3, n, 1, 8).unbind(0)]
+        weight = torch.ones(n)
+        weight[1::2] = 0.0 if hidden else 1.0
+        with Sizes() as sizes:
+            attend(layout, *inputs, weight.requires_grad_()).sin().sum().backward()
+        largest.append(sizes.most)
+    assert largest[1] <= 4 * largest[0]
 
 
-def test_a_size_counts_as_often_in_attention_by_a_policy():
-    """A key of size s, dropped or not, is s equal ones; with all kept, it is proportional attention but for eps."""
-    layout = Layout([4, 6], torch.device("cpu"))
-    q, k, v = torch.randn(3, 10, 2, 4, dtype=torch.float64).mul(2)
-    size, weight = torch.rand(10, dtype=torch.float64) * 3 + 1, torch.tensor([1.0, 0, 1, 1, 0, 1, 1, 0, 1, 1]).double()
-    expected = policy_by_loops(layout, q, k, v, weight, size)
-    torch.testing.assert_close(attend_by_policy(layout, q, k, v, weight, weight, size), expected)
-    ones = torch.ones_like(weight)
-    torch.testing.assert_close(
-        attend_by_policy(layout, q, k, v, ones, ones, size), attend(layout, q, k, v, size), rtol=0, atol=1e-5
-    )
+class Sizes(TorchDispatchMode):
+    """The elements of the largest tensor that any operation makes."""
 
+    most = 0
 
-def test_what_a_gate_hides_from_a_policy_has_a_tangent_of_one_at_most():
-    """Where u_ij > 1 for a key that the gate hides and the policy keeps; the policy's own tangents are true."""
-    layout = Layout([6], torch.device("cpu"))
-    q, k, v = torch.randn(3, 6, 1, 4, dtype=torch.float64).mul(2)
-    gate = torch.tensor([1.0, 0, 1, 0, 1, 1], dtype=torch.float64, requires_grad=True)
-    policy = torch.tensor([1.0, 1, 1, 1, 0, 1], dtype=torch.float64, requires_grad=True)
-    out = attend_by_policy(layout, q, k, v, gate * policy, policy)
-    found = torch.autograd.grad(out.sin().sum(), (gate, policy))
-    weight = (gate * policy).detach()
-    s = q[:, 0] @ k[:, 0].T / 2
-    e = (s - s.amax(1, keepdim=True)).exp()
-    own = torch.eye(6, dtype=torch.float64)
-    u = e / ((e * (weight + (1 - weight) * own)).sum(1, keepdim=True) + 1e-6)
-    hidden = torch.tensor([False, True, False, True, False, False])
-    cut = u.clamp(max=1).where(hidden, u)
-    assert ((cut < u) & (own == 0)).any()
-    pull = out.cos().detach()[:, 0]
-    r = (cut * (1 - own) * (pull @ v[:, 0].T - (pull * out.detach()[:, 0]).sum(1, keepdim=True))).sum(0)
-    torch.testing.assert_close(found[0], r * policy.detach(), rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(found[1], r * gate.detach(), rtol=1e-9, atol=1e-12)
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        made = [x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
+        self.most = max([self.most, *made])
+        return out
 
 
 @pytest.mark.parametrize("lengths", [[3, 3], [2, 5, 1]])

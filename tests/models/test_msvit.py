@@ -228,19 +228,6 @@ def test_threshold_moves_the_share_and_calibration_meets_it(tiny_vit):
     )
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@torch.no_grad()
-@pytest.mark.long
-def test_compiled_blocks_compute_the_same(tiny_vit):
-    model = msvit.MSViT(shake(tiny_vit)).eval()
-    images = torch.randn(3, 3, 64, 64)
-    masks = [torch.rand(3, 4, 4) < rate for rate in (0.3, 0.7)]
-    expected = [model.run(images, mask).logits for mask in masks]
-    model.compile_blocks(backend="aot_eager")
-    for mask, logits in zip(masks, expected, strict=True):
-        assert (model.run(images, mask).logits - logits).abs().max() <= 1e-5
-
-
 class TestBadInput:
     @pytest.fixture
     def model(self, tiny_vit):

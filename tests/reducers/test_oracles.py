@@ -6,7 +6,8 @@ import pytest
 import torch
 from timm.models.vision_transformer import VisionTransformer
 
-from msvit.core.attention import Layout, attend, attend_watched, attention_of_first
+from msvit.core.attention import Layout, attend
+from msvit.core.attention_weights import attend_watched, attention_of_first
 from msvit.core.tokens import Tokens
 from msvit.reducers.base import merge
 from msvit.reducers.registry import EViT, GridPooling, PiToMe, PowerBert, RandomPruning, TokenPooling, ToMe
