@@ -87,6 +87,14 @@ def decode(model, images, gating, execution=None):
     return model.head.decode(model.vit, encode(model, images, gating, execution), gating.decisions)
 
 
+def slope_inside(loss, hard, index, eps=1e-4):
+    """dL/dm by differences of second order at a decision of 0 or 1, taken to between the two: no weight is below 0."""
+    step = torch.zeros(hard.numel(), dtype=hard.dtype)
+    step[index] = eps * (1 - 2 * hard.flatten()[index])
+    at, near, far = (torch.as_tensor(loss((hard + n * step.view_as(hard)).requires_grad_())).item() for n in range(3))
+    return (4 * near - 3 * at - far) / (2 * step[index].item())
+
+
 def shake(vit):
     """Random values where timm starts with zeros, ones or 1e-5, so that nothing drops out of a comparison."""
     with torch.no_grad():
