@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+from matplotlib.ticker import MaxNLocator
 
 from ..plots.looks import Look, display, looks
 from ..training.names import short_name
@@ -71,7 +72,7 @@ def _section(title: str, group: pd.DataFrame, shown: pd.DataFrame, runs: Path) -
         [
             f"<h2>{html.escape(title)}</h2>",
             f"<p class='verdict'>{html.escape(verdict(group))}</p>",
-            shown.rename(index=display).to_html(border=0, classes="sortable"),
+            shown.rename(index=display).rename_axis(None).to_html(border=0, classes="sortable"),
             *drawings,
             _settings(group),
         ]
@@ -88,12 +89,14 @@ def _drawing(marks: Iterable[Mark], across: str, up: str, title: str) -> str:
         return LEFT + across * (WIDTH - LEFT - 12), HEIGHT - BELOW - up * (HEIGHT - BELOW - 12)
 
     parts = [f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' role='img' aria-label='{html.escape(title, quote=True)}'>"]
-    for k in range(5):
-        x, y = x0 + k * (x1 - x0) / 4, y0 + k * (y1 - y0) / 4
-        (px, _), (_, py) = at(x, y0), at(x0, y)
-        parts.append(f"<path d='M{LEFT} {py:.1f}H{WIDTH - 12}M{px:.1f} 12V{HEIGHT - BELOW}' stroke='#ddd'/>")
-        parts.append(f"<text x='{LEFT - 6}' y='{py + 4:.1f}' text-anchor='end'>{y:.4g}</text>")
-        parts.append(f"<text x='{px:.1f}' y='{HEIGHT - BELOW + 16}' text-anchor='middle'>{x:.4g}</text>")
+    for x in _ticks(x0, x1):
+        px, _ = at(x, y0)
+        parts.append(f"<path d='M{px:.1f} 12V{HEIGHT - BELOW}' stroke='#ddd'/>")
+        parts.append(f"<text x='{px:.1f}' y='{HEIGHT - BELOW + 16}' text-anchor='middle'>{x:g}</text>")
+    for y in _ticks(y0, y1):
+        _, py = at(x0, y)
+        parts.append(f"<path d='M{LEFT} {py:.1f}H{WIDTH - 12}' stroke='#ddd'/>")
+        parts.append(f"<text x='{LEFT - 6}' y='{py + 4:.1f}' text-anchor='end'>{y:g}</text>")
     parts.append(f"<text x='{WIDTH / 2}' y='{HEIGHT - 8}' text-anchor='middle'>{across}</text>")
     parts.append(f"<text transform='translate(12 {HEIGHT / 2}) rotate(-90)' text-anchor='middle'>{up}</text>")
     for mark in marks:
@@ -117,12 +120,25 @@ def _span(values: list[float]) -> tuple[float, float]:
     return low - room, high + room
 
 
+def _ticks(low: float, high: float) -> list[float]:
+    """Return round numbers between the ends of an axis, whole ones where the axis is long enough."""
+    at = MaxNLocator(6, integer=high - low > 1, steps=[1, 2, 5, 10]).tick_values(low, high)
+    return [round(float(x), 9) for x in at if low <= x <= high]
+
+
 def _settings(group: pd.DataFrame) -> str:
     """Return the settings in which the rows differ as a table, and those that all share in a fold."""
     there = [name for name in FIELDS if name in group and name not in ("data", "size", "seed")]
     text = group[there].map(str)
     differ = [name for name in there if text[name].nunique() > 1]
-    rows = text[differ].assign(label=group["label"]).drop_duplicates().set_index("label").rename(index=display)
+    rows = (
+        text[differ]
+        .assign(label=group["label"])
+        .drop_duplicates()
+        .set_index("label")
+        .rename_axis(None)
+        .rename(index=display)
+    )
     same: dict[str, Any] = {name: text[name].iloc[0] for name in there if name not in differ}
     shared = html.escape(", ".join(f"{name}={value}" for name, value in same.items()))
     table = f"<details><summary>settings that differ</summary>{rows.to_html(border=0)}</details>" if differ else ""
