@@ -4,11 +4,7 @@ Nothing here is measured: every number is read from the runs' summaries. Run twi
 date on the page.
 """
 
-import base64
-import datetime
 import hashlib
-import html
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -20,6 +16,7 @@ from .. import plots
 from ..checks import plain
 from ..training.names import method_name
 from ..training.recipe import FIELDS, HARMLESS
+from .page import write_page
 from .study import SUMMARY_COLUMNS, finished, summarise
 
 
@@ -124,43 +121,11 @@ def report(runs: str | Path, out: str | Path) -> Path:
     out, table = Path(out), finished(runs)
     if table.empty:
         raise ValueError(f"there is no finished run under {runs}; train something first: `make ablation`")
-    parts, found = [], groups(table)
+    shown, found = {}, groups(table)
     names = file_names(found)
     for title, group in found.items():
         name = names[title]
-        shown = write_tables(group, out / "tables", name, by="label")
+        shown[title] = write_tables(group, out / "tables", name, by="label")
         plots.save(plots.tradeoff(group, "label"), out / "figures", f"tradeoff-{name}", ("png", "svg", "pdf"))
-        parts.append(_section(title, shown, out / "figures" / f"tradeoff-{name}.png", group))
-    page = PAGE.format(date=datetime.date.today().isoformat(), parts="\n".join(parts), runs=len(table))
-    path = out / "index.html"
-    path.write_text(page)
-    return path
-
-
-def _section(title: str, shown: pd.DataFrame, picture: Path, group: pd.DataFrame) -> str:
-    image = base64.b64encode(picture.read_bytes()).decode()
-    same = {k: group[k].iloc[0] for k in FIELDS if k in group and k not in ("data", "size") and group[k].nunique() == 1}
-    settings = html.escape(json.dumps(same, default=str))
-    return (
-        f"<h2>{html.escape(title)}</h2>{shown.to_html(border=0)}"
-        f"<img alt='accuracy against MACs, {html.escape(title)}' src='data:image/png;base64,{image}'>"
-        f"<details><summary>settings that all of these runs share</summary><code>{settings}</code></details>"
-    )
-
-
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>msvit report</title>
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
-table {{ border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }}
-th, td {{ padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd }}
-th:first-child {{ text-align: left }}
-img {{ max-width: 100%; display: block; margin: 1rem 0 }}
-code {{ overflow-wrap: anywhere }}
-</style>
-<h1>msvit report</h1>
-<p>{runs} finished runs; made on {date}. Figures are means ± one standard deviation over seeds.
-MACs include the gate.</p>
-{parts}
-</html>
-"""
+    write_page(out / "index.html", found, shown, Path(runs))
+    return out / "index.html"

@@ -222,6 +222,7 @@ def send(page, **files: bytes):
 def drive(page, out: Path):
     """What a user does: thresholds, a brush, good and hostile files, a second model, a copy to keep."""
     page.wait_for_selector(".msvit-tokens")
+    assert clipped(page) == []
     press(page, 0, "End")
     until(page, 65)
     fine = figure(page, "prediction")

@@ -126,11 +126,15 @@ def test_a_report_reads_finished_runs_and_is_the_same_every_time(tmp_path):
         pages.append({p.relative_to(tmp_path / out): p.read_bytes() for p in sorted((tmp_path / out).rglob("*.*"))})
     assert pages[0] == pages[1]
     text = page.read_text()
-    assert "MSViT gbas at 0.58" in text
-    assert "MSViT l0, untrimmed at 0.58" in text
-    assert "bas at" not in text.replace("gbas at", "")
+    assert "MSViT L0, untrimmed at 0.58" in text
+    assert "BaS at" not in text.replace("GBaS at", "")
     assert "http" not in text
     assert "4 finished runs" in text
+    assert "MSViT GBaS at 0.58" in text, "as people read it"
+    assert text.count("<circle") == 4
+    assert "aria-label='Accuracy against MACs, scenes:easy, 64 px'" in text
+    assert "settings that differ" in text
+    assert "href" not in text
 
 
 def test_reports_and_choices_without_runs_say_so(tmp_path):

@@ -1,0 +1,61 @@
+"""The report's page: what it says of the runs, in words, points and settings."""
+
+import json
+import re
+
+import pytest
+
+from msvit.studies import page, report, study
+from msvit.training.recipe import Recipe
+
+
+def write(folder, accuracy, macs, **settings):
+    """A finished run with two epochs, without the training."""
+    recipe = Recipe(**settings)
+    path = folder / recipe.run_name
+    path.mkdir(parents=True)
+    (path / "settings.json").write_text(json.dumps(recipe.to_dict()))
+    lines = [{"epoch": k, "stage": "gated", "val_accuracy": accuracy - 0.2 + k / 10} for k in (1, 2)]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (path / "summary.json").write_text(json.dumps({"accuracy": accuracy, "macs": macs, "tokens": 30.0}))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for seed in (0, 1):
+        write(tmp_path, 0.95, 1.0, epochs=0, seed=seed)
+        write(tmp_path, 0.93 + seed / 100, 0.58, seed=seed)
+        write(tmp_path, 0.80, 0.58, seed=seed, gating="random")
+    return tmp_path
+
+
+def test_the_verdict_is_of_the_best_that_saves(folder):
+    (group,) = report.groups(study.finished(folder)).values()
+    assert page.verdict(group) == (
+        "MSViT GBaS at 0.58 has 93.5 % of the pictures right at 58 % of the MACs, the dense model 95.0 %: "
+        "-1.5 points, over 2 seeds."
+    )
+    assert page.verdict(group[group["method"] != "dense"]) == ""
+    segmented = group.assign(miou=group["accuracy"] - 0.2)
+    assert "a mean IoU of 73.5 %" in page.verdict(segmented)
+
+
+def test_the_page_holds_all_and_points_nowhere(folder, tmp_path):
+    text = report.report(folder, tmp_path / "out").read_text()
+    assert not [word for word in ("http", "href", "src=") if word in text]
+    assert text.count("<circle") == 6 + 6 * 2
+    assert text.count("<polyline") == 6
+    assert text.count("role='img'") == text.count("aria-label=") == 2
+    assert "MSViT gbas · 58 % · seed 1 · " in text
+    assert 'class="dataframe sortable"' in text
+    differ = text.partition("settings that differ")[2].partition("</details>")[0]
+    heads, row = (
+        re.findall(r"<th>(\w*)</th>", differ),
+        differ.partition("<th>random at 0.58</th>")[2].partition("</tr>")[0],
+    )
+    assert dict(zip(heads[1:], re.findall("<td>(.*)</td>", row), strict=False))["gating"] == "random"
+
+
+def test_one_point_has_an_axis_too(tmp_path):
+    write(tmp_path, 0.9, 0.58)
+    assert "NaN" not in report.report(tmp_path, tmp_path / "out").read_text().replace("isNaN", "")
