@@ -82,7 +82,7 @@ def watched(tmp_path, work):
     )
     done = subprocess.run(
         [sys.executable, "-c", WATCH + work + TELL, str(tmp_path / "home")],
-        capture_output=True, text=True, env=environment, cwd=tmp_path / "home/cwd", timeout=400,
+        capture_output=True, text=True, env=environment, cwd=tmp_path / "home/cwd", timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     left = {path.name for path in (tmp_path / "home/cwd").iterdir()}
