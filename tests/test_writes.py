@@ -60,7 +60,7 @@ run("eval", given / "runs/one", "--macs=0.6")
 run("eval", given / "runs/one", "--gating=entropy")
 run("runs", given / "runs", "--json")
 run("methods")
-run("fit-gate", "--model", given / "runs/one/dense", "--train-n=32", "--val-n=16", "--batch=8", "--steps=2", "--quiet",
+run("fit-gate", "--model", given / "runs/one/dense", "--val-n=16", "--batch=64", "--by=detail", "--quiet",
     "--device=cpu", "--folder", given / "fitted")
 run("sweep", *small[:-1], "--trials=1", "--pruner=none", "--storage", given / "study.db", "--runs", given / "sweep")
 report.report(given / "runs", given / "report")
@@ -82,7 +82,7 @@ def watched(tmp_path, work):
     )
     done = subprocess.run(
         [sys.executable, "-c", WATCH + work + TELL, str(tmp_path / "home")],
-        capture_output=True, text=True, env=environment, cwd=tmp_path / "home/cwd", timeout=400,
+        capture_output=True, text=True, env=environment, cwd=tmp_path / "home/cwd", timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     left = {path.name for path in (tmp_path / "home/cwd").iterdir()}

@@ -13,7 +13,15 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # no others: EPS, for one, would start Ghostscript
+PICTURE_FORMATS = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "BMP",
+    "GIF",
+    "TIFF",
+    "PPM",
+)  # no others: EPS, for one, would start Ghostscript
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 MAX_MEGAPIXELS = 64  # decoded, that is 200 MB
 # What PIL's decoders raise on broken files; a fault of the transforms is not among what is caught.
@@ -39,7 +47,7 @@ def opened(file: Path | BinaryIO, name: str = "") -> Iterator[Image.Image]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # of what is refused below
         try:
-            image = Image.open(file, formats=FORMATS)
+            image = Image.open(file, formats=PICTURE_FORMATS)
         except Image.DecompressionBombError as error:
             pixels = re.search(r"\d+", str(error))
             raise _too_large(name, int(pixels[0]) if pixels else 2 * Image.MAX_IMAGE_PIXELS) from error

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
-from ..data.decode import FORMATS, SUFFIXES, UNREADABLE, PictureError, check_regular, opened
+from ..data.decode import PICTURE_FORMATS, SUFFIXES, UNREADABLE, PictureError, check_regular, opened
 from ..data.scenes import DIFFICULTIES, Scenes
 from ..data.segmentation import classes_of, open_folder
 from .uploads import read_picture
@@ -115,7 +115,7 @@ def folder_source(folder: str | Path) -> PictureSource:
     """Return the pictures of a folder and of the folders in it, with label maps if `open_folder` finds them."""
     root = Path(folder).expanduser()
     if not root.is_dir():
-        raise PictureError(f"there is no folder {root}; name one that holds {', '.join(FORMATS)} files")
+        raise PictureError(f"there is no folder {root}; name one that holds {', '.join(PICTURE_FORMATS)} files")
     try:
         return LabelledSource(root)
     except (OSError, ValueError):  # in neither layout, or with a list of classes that is none

@@ -5,7 +5,7 @@ import warnings
 
 from PIL import Image
 
-from ..data.decode import FORMATS, UNREADABLE, PictureError, opened, to_rgb
+from ..data.decode import PICTURE_FORMATS, UNREADABLE, PictureError, opened, to_rgb
 
 
 def read_picture(data: bytes, name: str) -> Image.Image:
@@ -26,5 +26,5 @@ def read_picture(data: bytes, name: str) -> Image.Image:
                 f"{name} ({size}) is damaged or incomplete: {error}; open it in a viewer and save it anew"
                 if size
                 else f"{name} is no picture that can be read here (it begins with {data[:12]!r}); "
-                f"choose one of {', '.join(FORMATS)}"
+                f"choose one of {', '.join(PICTURE_FORMATS)}"
             ) from error

@@ -22,7 +22,7 @@ PREPROCESSING = ("mean", "std", "interpolation", "crop_pct")  # of the pictures;
 # Arguments of a backbone that a config may have: those of its class, but for other parts and places than MSViT takes.
 ARGUMENTS = set(inspect.signature(VisionTransformer).parameters) | {"pretrained_cfg_overlay"}
 ARGUMENTS -= {"embed_layer", "block_fn", "attn_layer", "device", "dtype"}
-LARGEST, LONGEST = 1e7, 100_000  # number in a config, and list
+LARGEST_NUMBER, MOST_ENTRIES = 1e7, 100_000  # number in a config, and list
 # What building from a config and loading weights raise where these are damaged, of another version, or hostile.
 UNBUILT = (OSError, ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, RuntimeError)
 UNBUILT += (SafetensorError, MemoryError)
@@ -44,14 +44,14 @@ def check_config(config: Any) -> dict[str, Any]:
     in_interval("depth", args.get("depth", 12), "[1, 1000]")
     in_interval("scale", config["scale"], "[2, 64]")
     for number in _numbers(config):
-        in_interval(f"a number in {CONFIG}", number, f"[{-LARGEST}, {LARGEST}]")
+        in_interval(f"a number in {CONFIG}", number, f"[{-LARGEST_NUMBER}, {LARGEST_NUMBER}]")
     return config
 
 
 def _numbers(value: Any) -> Iterator[float]:
     """Yield all numbers of a config; raise for a list that is too long."""
     if isinstance(value, dict | list):
-        if len(value) > LONGEST:
+        if len(value) > MOST_ENTRIES:
             raise ValueError(f"{CONFIG} has a list of {len(value):,} entries")
         for part in value.values() if isinstance(value, dict) else value:
             yield from _numbers(part)
@@ -67,5 +67,5 @@ def check_size(model: nn.Module, weights: Path):
     with safe_open(weights, "pt") as file:
         there = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118 (no mapping)
     needed = sum(value.numel() for value in model.state_dict().values())
-    if needed > 2 * there + LONGEST:
+    if needed > 2 * there + MOST_ENTRIES:
         raise ValueError(f"{CONFIG} describes a model of {needed:,} weights, but {WEIGHTS} has {there:,}")

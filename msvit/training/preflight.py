@@ -90,11 +90,13 @@ def prepare_all(plan: Iterable[Recipe], runs: Path):
 def _ahead(recipe: Recipe, planned: dict[str, Recipe], runs: Path) -> Recipe:
     """Return the recipe with what is already there in place of runs that are still to come."""
 
-    def to_come(name: str) -> bool:
-        return name in planned and not (runs / name.removeprefix("run:") / "summary.json").exists()
+    def to_come(name: str) -> Recipe | None:
+        name = name.removesuffix("/dense")
+        there = (runs / name.removeprefix("run:") / "summary.json").exists()
+        return None if there else planned.get(name)
 
-    while to_come(recipe.model.name):
-        recipe = recipe.replace(model=planned[recipe.model.name].model.name)
+    while before := to_come(recipe.model.name):
+        recipe = recipe.replace(model=before.model.name)
     if to_come(recipe.model.gate):
         recipe = recipe.replace(gate="", gate_lr=recipe.training.gate_lr or 1e-3)
     return recipe.replace(calibrate=False)  # which reads pictures, and changes no shape

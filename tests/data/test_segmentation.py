@@ -140,7 +140,7 @@ def test_augmentation_moves_both_together(camvid):
 
 
 def test_both_are_flipped_half_of_the_time(tmp_path):
-    root = write(tmp_path / "ramp", "camvid", names="a")
+    root = write(tmp_path / "camvid_ramp", "camvid", names="a")
     columns = np.arange(4).repeat(8)[None].repeat(24, 0)  # labels grow from left to right
     picture(columns).save(root / "train/images/a.png")
     Image.fromarray(columns.astype(np.uint8)).save(root / "train/labels/a.png")
@@ -176,7 +176,7 @@ def test_epochs_and_seeds(camvid):
 
 
 def test_short_side_and_padding_of_a_mixed_batch(tmp_path):
-    root = write(tmp_path / "mixed", "camvid", size=(24, 32))
+    root = write(tmp_path / "camvid_mixed", "camvid", size=(24, 32))
     tall = np.zeros((40, 16), np.uint8)
     picture(tall).save(root / "val/images/e.png")
     Image.fromarray(tall).save(root / "val/labels/e.png")

@@ -110,7 +110,7 @@ def test_a_plan_is_looked_at_to_its_end_before_anything_trains(tmp_path):
     dense = SMALL.replace(epochs=0)
     gated = SMALL.replace(epochs_dense=0, model=f"run:{dense.run_name}")
     carried = gated.replace(gate=f"run:{gated.run_name}", gate_lr=0.0)
-    prepare_all([dense, gated, carried], tmp_path)
+    prepare_all([dense, gated, carried, gated.replace(model=f"run:{gated.run_name}/dense")], tmp_path)
     with pytest.raises(RecipeError, match="the nearest is 'sigma'"):
         prepare_all([dense, gated, carried.replace(gate_lr=1e-3, loss_settings={"sigm": 1})], tmp_path)
     with pytest.raises(RecipeError, match="no model of timm"):

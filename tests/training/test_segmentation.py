@@ -78,7 +78,7 @@ def test_eval_finds_again_what_the_run_recorded(finished, capsys):
     assert coarse["coarse"] == 1.0
     assert coarse["fine"] == 0.0
     assert main(["runs", str(finished.folder.parent)]) == 0
-    assert "miou" in capsys.readouterr().out
+    assert "mIoU" in capsys.readouterr().out
 
 
 def test_a_run_starts_from_another_with_its_decoder(finished, tmp_path):
