@@ -91,7 +91,8 @@ def slope_inside(loss, hard, index, eps=1e-4):
     """dL/dm by differences of second order at a decision of 0 or 1, taken to between the two: no weight is below 0."""
     step = torch.zeros(hard.numel(), dtype=hard.dtype)
     step[index] = eps * (1 - 2 * hard.flatten()[index])
-    at, near, far = (torch.as_tensor(loss((hard + n * step.view_as(hard)).requires_grad_())).item() for n in range(3))
+    moved = [(hard + n * step.view_as(hard)).requires_grad_() for n in range(3)]
+    at, near, far = (torch.as_tensor(loss(m), dtype=hard.dtype).item() for m in moved)
     return (4 * near - 3 * at - far) / (2 * step[index].item())
 
 

@@ -17,7 +17,7 @@ from .precision import in_full
 
 PART = 1024  # rows
 COLUMNS = 128  # keys at once, where scores are written out
-SHORT = 64  # rows; pictures of no more than these are padded rather than taken one by one
+SHORT_PICTURE = 64  # rows; pictures of no more than these are padded rather than taken one by one
 HIDDEN = -3e4  # the score of a hidden key that still is a float16
 MOST = 1.0  # the tangent of a hidden key, see `HiddenKeys`
 
@@ -190,7 +190,7 @@ def _attend_counted(
         ends, most = (queries.ends.int(), keys.ends.int()), (max(queries.lengths), max(keys.lengths))
         out, total = varlen_attn(*rows, *ends, *most, return_aux=AuxRequest(lse=True), scale=scale)
         return out[..., :width], total.t()
-    if kernel == "padded" or max(queries.lengths) <= SHORT:
+    if kernel == "padded" or max(queries.lengths) <= SHORT_PICTURE:
         log = keys.pad(k.new_zeros(len(k)) if log is None else log, HIDDEN)
         rows = (x.transpose(1, 2) for x in _with_logs(queries.pad(q), keys.pad(k), keys.pad(v), log))
         if kernel == "padded":

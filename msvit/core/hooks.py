@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from .tokens import Tokens
 
 T = TypeVar("T")
-KINDS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def is_hooked(module: nn.Module) -> bool:
     """Return whether a module has hooks of its own."""
-    return any(getattr(module, kind) for kind in KINDS)
+    return any(getattr(module, kind) for kind in HOOKS)
 
 
 def run_hooked(block: nn.Module, work: Callable[[Tokens], tuple[Tokens, T]], tokens: Tokens) -> tuple[Tokens, T]:

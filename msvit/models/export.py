@@ -11,7 +11,7 @@ from ..core.blocks import run_blocks
 from ..gating.base import Rule
 from .msvit import MSViT
 
-PARTS, FORMATS = ("gate", "masked", "packed"), ("torch", "onnx")
+GRAPHS, FORMATS = ("gate", "masked", "packed"), ("torch", "onnx")
 
 
 class PackedPicture(nn.Module):
@@ -55,7 +55,7 @@ def exported(model: MSViT, part: str, images: Tensor) -> torch.export.ExportedPr
 
 def check_exportable(model: MSViT, part: str):
     """Raise a ValueError that says why a part of a model cannot be a graph."""
-    one_of("part", part, PARTS)
+    one_of("part", part, GRAPHS)
     if part == "gate" and isinstance(model.gate, Rule):
         raise ValueError(f"{type(model.gate).__name__} is a rule, which has nothing to export; export 'masked' instead")
     if model.reducer is not None and part != "gate":

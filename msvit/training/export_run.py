@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..core.backbone import convolution
-from ..models.export import PARTS, check_exportable, exported, save_exported
+from ..models.export import GRAPHS, check_exportable, exported, save_exported
 from ..models.msvit import MSViT
 from .runs import read_finished
 
@@ -15,7 +15,7 @@ PICTURES = 8
 
 
 @torch.no_grad()
-def export_run(folder: str, form: str = "onnx", out: str | None = None, parts: tuple = PARTS) -> list[dict[str, Any]]:
+def export_run(folder: str, form: str = "onnx", out: str | None = None, parts: tuple = GRAPHS) -> list[dict[str, Any]]:
     """Write parts of a run's model, and return a line for each: its file, or why there is none.
 
     Each graph is compared with the model on pictures of noise, on which the gate decides otherwise than on the one that

@@ -63,7 +63,7 @@ def written_out(layout, q, k, v, weight, most=1.0):
 def kernel(request, monkeypatch):
     """The kernel of a CPU for each picture or for all short ones, and that of a device that pads and tells no sums."""
     monkeypatch.setattr(layouts, "_kernel", lambda q: "padded" if request.param == "padded" else "each")
-    monkeypatch.setattr(layouts, "SHORT", 64 if request.param == "short" else 0)
+    monkeypatch.setattr(layouts, "SHORT_PICTURE", 64 if request.param == "short" else 0)
 
 
 @pytest.mark.parametrize("lengths", [[9], [6, 6], [2, 11, 1, 5]])

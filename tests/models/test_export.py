@@ -5,7 +5,7 @@ import torch
 from helpers import mini_model, segmenting, shake
 
 import msvit
-from msvit.models.export import PARTS, exported, save_exported
+from msvit.models.export import GRAPHS, exported, save_exported
 
 pytestmark = [
     pytest.mark.long,
@@ -22,7 +22,7 @@ def said(model, part, images):
         return model.gate(images) if part == "gate" else model(images)
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", GRAPHS)
 def test_a_graph_says_what_the_model_says(part, tmp_path):
     """On pictures with other decisions, and other numbers of tokens, than that which the graph was made with."""
     model, given = mini_model(), pictures(6)
@@ -38,7 +38,7 @@ def test_a_graph_says_what_the_model_says(part, tmp_path):
         torch.testing.assert_close(loaded(many), said(model, part, many), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", GRAPHS)
 def test_onnx_says_what_the_model_says(part, tmp_path):
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed (extra `tests`)")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed (extra `tests`)")
