@@ -7,7 +7,7 @@ from typing import NamedTuple
 from ..bench.timing import Quartiles, interleaved, quartiles
 
 PATIENCE = 0.25  # seconds that the measurement of a picture may take
-FEWEST, MOST = 5, 41  # repeats
+FEWEST_REPEATS, MOST_REPEATS = 5, 41  # repeats
 
 
 class Times(NamedTuple):
@@ -28,7 +28,7 @@ def time_in_turns(gated: Callable[[], object], dense: Callable[[], object], pati
     for work in works.values():
         work()  # the first call of a size is slower than all later ones
     start = time.perf_counter()
-    repeats = list(interleaved(works, FEWEST))
-    each = (time.perf_counter() - start) / FEWEST
-    repeats += interleaved(works, min(int(patience / each), MOST) - FEWEST)
+    repeats = list(interleaved(works, FEWEST_REPEATS))
+    each = (time.perf_counter() - start) / FEWEST_REPEATS
+    repeats += interleaved(works, min(int(patience / each), MOST_REPEATS) - FEWEST_REPEATS)
     return Times(*(quartiles([1e3 * seconds[name] for seconds in repeats]) for name in works))

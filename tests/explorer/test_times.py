@@ -6,7 +6,7 @@ import pytest
 
 from msvit.explorer import export
 from msvit.explorer.state import run_backbone, with_times
-from msvit.explorer.times import FEWEST, time_in_turns
+from msvit.explorer.times import FEWEST_REPEATS, time_in_turns
 
 
 def test_both_have_their_turn_and_the_first_calls_do_not_count():
@@ -22,7 +22,7 @@ def test_both_have_their_turn_and_the_first_calls_do_not_count():
     assert times.gated.low <= times.gated.median <= times.gated.high
     assert 0 < times.gain < 1
     assert calls[:2] == ["gated", "dense"]
-    assert calls.count("gated") == calls.count("dense") >= 1 + FEWEST
+    assert calls.count("gated") == calls.count("dense") >= 1 + FEWEST_REPEATS
     pairs = [set(calls[i : i + 2]) for i in range(2, len(calls), 2)]
     assert all(pair == {"gated", "dense"} for pair in pairs)
 
@@ -30,7 +30,7 @@ def test_both_have_their_turn_and_the_first_calls_do_not_count():
 def test_a_patience_that_is_over_ends_with_the_fewest_repeats():
     calls = []
     time_in_turns(lambda: calls.append(1), lambda: time.sleep(0.002), patience=0)
-    assert len(calls) == 1 + FEWEST
+    assert len(calls) == 1 + FEWEST_REPEATS
 
 
 @pytest.mark.parametrize(("patience", "most"), [(10.0, 42)])
