@@ -15,6 +15,7 @@ from .widgets import WRAP
 
 # Of the slider: sums of 0.01 are not exact, and a browser sends back what it rounds as if a user had moved it.
 THRESHOLD_STEPS = 256
+ALL_HEADS = -1  # None would be no choice at all
 BRUSHES = {"coarse": 1, "fine": 0, "as the gate": UNPAINTED}
 TOOLS = {"strokes": "stroke", "rectangles": "rectangle", "pick a token": "pick"}
 _LONG = {"style": {"description_width": "84px"}, "layout": {"flex": "1 1 240px", "min_width": "220px", "width": "auto"}}
@@ -44,23 +45,23 @@ class Controls:
         self.folder.placeholder = "a folder of pictures, then Enter"
         self.upload = _upload("Upload pictures", "image/*", multiple=True)
         self.brush, self.tool = (
-            widgets.ToggleButtons(options=options, style={"button_width": "110px"}, layout={"width": "max-content"})
+            widgets.ToggleButtons(options=options, style={"button_width": "100px"}, layout={"width": "max-content"})
             for options in (BRUSHES, TOOLS)
         )
         self.width = widgets.BoundedIntText(1, 1, 16, description="Brush", layout={"width": "110px"})
         self.width.tooltip = "regions that the brush is wide"
         self.width.style.description_width = "44px"
-        self.undo, self.redo, self.clear = map(_button, ("Undo", "Redo", "Clear"), ("72px",) * 3)
+        self.undo, self.redo, self.clear = map(_button, ("Undo", "Redo", "Clear"), ("60px",) * 3)
         self.save_mask, self.load_mask = _button("Save mask"), _upload("Load mask", ".png,.npy", multiple=False)
         self.save_png, self.save_svg = _button("Save PNG"), _button("Save SVG")
         self.inside = {
             title: widgets.ToggleButton(description=title, layout={"width": "max-content"}) for title in INSIDE
         }
         self.block = widgets.BoundedIntText(99, 0, 99, description="Block", layout={"width": "110px"})
-        self.head = widgets.Dropdown(options=[("mean", None)], description="Head", layout={"width": "140px"})
+        self.head = widgets.Dropdown(options=[("mean", ALL_HEADS)], description="Head", layout={"width": "140px"})
         for control in (self.block, self.head):
             control.style.description_width = "44px"
-        self.survey = _button("Gallery of all")
+        self.survey = _button("Gallery of all", "120px")
         self.survey.tooltip = "every picture of the source, to sort and filter by what the model makes of it"
         self.message = widgets.HTML()
         lines = (
@@ -111,9 +112,9 @@ class Controls:
         blocks = [block for loaded in models for block in loaded.model.vit.blocks]
         last = max(len(loaded.model.vit.blocks) for loaded in models) - 1
         self.block.value, self.block.max = min(self.block.value, last), last
-        heads = [("mean", None), *((str(k), k) for k in range(max(block.attn.num_heads for block in blocks)))]
+        heads = [("mean", ALL_HEADS), *((str(k), k) for k in range(max(block.attn.num_heads for block in blocks)))]
         if list(self.head.options) != heads:
-            self.head.options, self.head.value = heads, None
+            self.head.options, self.head.value = heads, ALL_HEADS
 
 
 def _button(name: str, width: str = "96px") -> widgets.Button:

@@ -16,7 +16,7 @@ from .panels import panels_of, threshold_text
 from .state import State
 from .times import Times
 
-LONGEST = 120  # letters of a file's name
+LONGEST_NAME = 120  # letters of a file's name
 # Said where the gated model is the slower one: it has as many steps as a large one, and hardly any work in them.
 TOO_SMALL = "no gain on the clock: so small a model spends its time between its matrix products (see msvit bench)"
 PANELS_IN_LINE = 6  # of a file; more are put into two lines
@@ -119,7 +119,11 @@ def name_of(states: list[State]) -> str:
     """Return a file's name for what is shown; one that would be too long ends with a hash of the whole."""
     words = [*(s.gated.loaded.name for s in states), states[0].gated.picture.name, f"{states[0].tokens}-tokens"]
     name = "_".join("".join(c if c.isalnum() or c in ".-" else "-" for c in word) for word in words)
-    return name if len(name) <= LONGEST else f"{name[: LONGEST - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return (
+        name
+        if len(name) <= LONGEST_NAME
+        else f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    )
 
 
 def write_files(out: Path, name: str, files: dict[str, bytes]) -> list[Path]:

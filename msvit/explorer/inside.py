@@ -84,7 +84,7 @@ def _signed(inside: Inside, values: np.ndarray, what: str) -> Image.Image:
         sy, sx = panel.height / values.shape[0], panel.width / values.shape[1]
         for (r, c), value in np.ndenumerate(values):
             at = ((c + 0.5) * sx, (r + 0.5) * sy)
-            ImageDraw.Draw(panel).text(at, f"{value:+.2f}", INK, font(18), anchor="mm")
+            ImageDraw.Draw(panel).text(at, f"{value:+.2f}" if abs(value) >= 0.005 else "0", INK, font(18), anchor="mm")
     return stacked(panel, strip(what, "loss more (red) or less (blue) if coarse"))
 
 

@@ -14,7 +14,7 @@ from traitlets import dlink
 from ..data.decode import PictureError
 from ..models.shipped import shipped
 from . import export
-from .controls import THRESHOLD_STEPS, Controls
+from .controls import ALL_HEADS, THRESHOLD_STEPS, Controls
 from .gallery import Gallery
 from .models import LoadedModel, ModelError, find_models, load_model, suited_to, title_of
 from .painting import blank, mask_files, read_mask
@@ -190,7 +190,7 @@ class Explorer(Controls):
 
     def _measure(self):
         for row in self.rows:
-            row.look_inside(self.block.value, self.head.value)
+            row.look_inside(self.block.value, None if self.head.value == ALL_HEADS else self.head.value)
             row.measure()
 
     def _switch(self):

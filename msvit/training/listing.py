@@ -14,7 +14,7 @@ from .recipe import RecipeError
 CONDITION = re.compile(r"(\w[\w.]*)(<=|>=|!=|=|<|>)(.*)")
 BEST_FIRST = ("accuracy", "miou", "dense_accuracy", "dense_miou")
 WIDE = ("run", "status", "epoch", "size", "model", "tokens", "coarse", "fine_object", "fine_rest", "dense_accuracy")
-SHORT = 14  # letters of a name in the narrow list
+NARROW = 14  # letters of a name in the narrow list
 
 
 def table(folder: str | Path, where: list[str] = (), sort: str = "") -> pd.DataFrame:
@@ -41,7 +41,7 @@ def text(found: pd.DataFrame, wide: bool = False) -> str:
     shown = pd.DataFrame({"id": [name[-6:] if "-" in name[-8:] else name[-12:] for name in found["run"]]})
     shown["method"] = found["method"].where(found["status"] == "finished", found["method"] + f" ({'…'})")
     shown["method"] = [_cut(name, 34) for name in shown["method"]]
-    shown["data"] = [_cut(str(name).rsplit("/", 1)[-1], SHORT) for name in found.get("data", pd.Series(dtype=str))]
+    shown["data"] = [_cut(str(name).rsplit("/", 1)[-1], NARROW) for name in found.get("data", pd.Series(dtype=str))]
     gated = found.get("epochs", 0) > 0
     shown["budget"] = [f"{t:.0%}" if g else "" for t, g in zip(found["target"], gated, strict=True)]
     shown["seed"] = [f"{seed:.0f}" if seed == seed else "" for seed in found["seed"]]

@@ -346,7 +346,9 @@ def browse(page):
     shown = page.locator(".msvit-thumb").count()
     assert 20 <= shown < 150, "of two hundred only those in sight are in the page"
     page.get_by_label("show").select_option("wrong")
-    page.wait_for_function("document.querySelector('.msvit-thumb').textContent.includes('✗')")
+    page.wait_for_function("!document.querySelector('.msvit-thumb')")  # this model's classes are not those of scenes
+    page.get_by_label("show").select_option("all pictures")
+    page.wait_for_selector(".msvit-thumb")
     title = page.locator(".msvit-thumb").nth(1).get_attribute("title")
     page.locator(".msvit-thumb").nth(1).click()
     number = re.match(r"#(\d+) ", title)[1]
