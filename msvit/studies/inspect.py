@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .. import plots
 from ..core.fast_linear import fast_linear
 from ..data.loaders import Loaders
-from ..evaluation.predictions import object_finder
+from ..evaluation.predictions import object_finder, oracle_masks
 from ..gating.losses import make_loss
 from ..models.msvit import MSViT
 from ..plots.style import PictureStyle
@@ -74,12 +74,12 @@ def open_run(folder: str | Path) -> tuple[runs.Run, MSViT, Loaders]:
     return run, model, load_data(run.recipe.data, run.recipe.training.seed, model)
 
 
-def mask_of(run: runs.Run, model: MSViT, loaders: Loaders, indices: Tensor) -> Tensor | None:
+def mask_of(run: runs.Run, model: MSViT, loaders: Loaders, indices: Tensor) -> list[Tensor] | None:
     """Return all fine for a dense run, whose gate has learned nothing; the oracle's mask; None if the model decides."""
     if not run.recipe.training.epochs:
-        return torch.zeros(model.grid(loaders.size), dtype=torch.bool)
+        return model.all_fine(loaders.size)
     if run.recipe.gating.by == "oracle":
-        return ~object_finder(loaders.val)(indices, model.coarse_patch)
+        return oracle_masks(model, object_finder(loaders.val), indices, loaders.size)
     return None
 
 
@@ -143,10 +143,10 @@ class ShapedGates(NamedTuple):
 
 
 def find_shaped(folder: Path, rows: pd.DataFrame) -> ShapedGates | None:
-    """Return the gates of the first row that was trained with GBaS; None if there is none."""
+    """Return the gates of the first row of two scales that was trained with GBaS; None if there is none."""
     for method, name in zip(rows["method"], rows["run"], strict=True):
         path, recipe = folder / name / "gate_loss.safetensors", runs.read(folder / name).recipe
-        if recipe.gating.loss != "gbas" or not path.exists():
+        if recipe.gating.loss != "gbas" or recipe.model.scales[2:] or not path.exists():
             continue
         inspection = inspect_run(folder / name)
         budget = Budget(inspection.model, inspection.images.shape[-2:], recipe.gating)
