@@ -107,6 +107,17 @@ def flips(decisions: Sequence[Tensor], soft: Sequence[Tensor], scale: int) -> li
     return [*parts, enlarge(near, scale)]
 
 
+def token_sizes(whole: Sequence[Tensor]) -> Tensor:
+    """Return the size of token over each smallest region, `[B, h, w]`: 0 fine, 1 its own, 2 the next larger one …"""
+    grids, sizes = [u.shape[-2:] for u in whole], torch.zeros_like(whole[0], dtype=torch.long)
+    for level, u in enumerate(whole):
+        above = (u > 0).long()
+        for grid in reversed(grids[:level]):
+            above = spread(above, grid)
+        sizes = sizes + above
+    return sizes
+
+
 def asked(grids: Sequence[tuple[int, int]], counts: Sequence[Tensor | int]) -> list[Tensor | int]:
     """Return how many regions of each level are asked, from the counts of undivided ones."""
     inside = [*(4 * n for n in counts[1:]), 0]

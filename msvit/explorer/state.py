@@ -15,6 +15,7 @@ import torch
 import torchvision.transforms.functional as TF
 from torch import Tensor
 
+from ..core.scales import token_sizes
 from ..data import IGNORE
 from ..evaluation.segmentation import class_table, confusion
 from ..models.calibrate import nearest_to_budget, thresholds
@@ -59,7 +60,9 @@ class GatedPicture:
 
     def decisions(self, threshold: float) -> np.ndarray:
         """Return the size of token over each region under a threshold, `[h, w]`: 0 fine, 1 coarse, 2 the next …"""
-        return stacked_levels([soft > np.float32(threshold) for soft in (self.soft, *self.larger)])
+        return token_sizes(
+            [torch.from_numpy(soft > np.float32(threshold)) for soft in (self.soft, *self.larger)]
+        ).numpy()
 
     def threshold_for(self, share: float) -> float:
         """Return the threshold that brings this picture's MACs as near as it can to a share of dense."""
@@ -220,16 +223,6 @@ def masks_of(levels: np.ndarray, sizes: int) -> list[Tensor]:
     return masks
 
 
-def stacked_levels(masks: list[np.ndarray]) -> np.ndarray:
-    """Return the size of token over each of the smallest regions, `[h, w]`, from which regions of each size are one."""
-    levels = masks[0].astype(int)
-    for size, mask in enumerate(masks[1:], 2):
-        block = mask.repeat(2 ** (size - 1), 0).repeat(2 ** (size - 1), 1)
-        within = levels[: block.shape[0], : block.shape[1]]
-        within[block] = size
-    return levels
-
-
 def layer_name(layer: int) -> str:
     """Return a block, or AFTER_TOKENIZER, in words."""
     return "after the tokenizer" if layer == AFTER_TOKENIZER else f"at block {layer}"
@@ -257,7 +250,7 @@ def run_backbone(
     """Run the backbone on the tokens that the threshold and the painting leave."""
     painted = np.full(gated.soft.shape, UNPAINTED) if painted is None else painted
     wanted = np.where(painted == UNPAINTED, gated.decisions(threshold), painted)
-    levels = stacked_levels([mask.numpy() for mask in masks_of(wanted, len(gated.larger) + 1)])
+    levels = token_sizes(masks_of(wanted, len(gated.larger) + 1)).numpy()
     result = gated.run(levels)
     segments = gated.loaded.segments
     return State(
@@ -292,6 +285,5 @@ def with_times(state: State) -> State:
 def pixels_of_tokens(state: State) -> np.ndarray:
     """Return the picture, uint8 `[H, W, 3]`, coarse regions averaged over k x k pixels, as the tokenizer does."""
     image = torch.from_numpy(np.array(state.gated.picture.image)).permute(2, 0, 1).float()
-    for level, scale in enumerate(state.gated.loaded.model.scales[1:], 1):
-        image = as_the_model_sees(image, torch.from_numpy(state.levels >= level), scale)
-    return image.round().byte().permute(1, 2, 0).numpy()
+    reduced = as_the_model_sees(image, torch.from_numpy(state.levels), state.gated.loaded.model.scale)
+    return reduced.round().byte().permute(1, 2, 0).numpy()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .. import plots
 from ..core.fast_linear import fast_linear
+from ..core.scales import token_sizes
 from ..data.loaders import Loaders
 from ..evaluation.predictions import object_finder, oracle_masks
 from ..gating.losses import make_loss
@@ -33,7 +34,7 @@ class Inspection:
     Attributes:
         images: Normalised, `[B, 3, H, W]`.
         gates: Soft decisions, `[B, h, w]`.
-        coarse: Decisions, bool `[B, h, w]`.
+        coarse: Decisions, bool `[B, h, w]`; of a quadtree the size of token over each region, see `token_sizes`.
         tokens: Per picture, int64 `[B]`.
         predicted, targets: Numbers of the classes, int64 `[B]`.
         mean, std: What the pictures were normalised with.
@@ -91,7 +92,8 @@ def inspect_run(folder: str | Path, pictures: int = 512) -> Inspection:
     for batch in loaders.val:
         images, targets, indices = (part[: pictures - count] for part in batch)
         result = model.run(images, mask_of(run, model, loaders, indices))
-        seen.append((images, result.gates, result.coarse, result.tokens, result.logits.argmax(1), targets))
+        coarse = token_sizes(result.gating.undivided) if len(model.scales) > 2 else result.coarse
+        seen.append((images, result.gates, coarse, result.tokens, result.logits.argmax(1), targets))
         count += len(images)
         if count >= pictures:
             break

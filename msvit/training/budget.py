@@ -131,7 +131,7 @@ class Budget:
         ends = torch.tensor([-torch.inf, torch.inf])
         bounds = torch.cat([ends[:1], torch.cat(levels).unique()[:: max(1, len(levels[0]) // 500)], ends[1:]])
         above = [1 - torch.searchsorted(level, bounds, right=True) / len(level) for level in levels]
-        return torch.stack(above, 1).tolist()
+        return torch.stack(above, 1).clamp(0.01, 0.99).tolist()  # what a loss can be asked for
 
 
 def choose_gate(model: MSViT, recipe: Recipe, loaders: Loaders) -> Budget:

@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from msvit.core.candidates import Candidates
-from msvit.core.scales import activity_of, asked, check_room, checked_scales, flips, grids_of, nested, undivided
+from msvit.core.scales import (
+    activity_of,
+    asked,
+    check_room,
+    checked_scales,
+    flips,
+    grids_of,
+    nested,
+    token_sizes,
+    undivided,
+)
 
 # The grid of the smallest regions, and the sides of tokens in fine patches.
 CASES = [((4, 6), (1, 2)), ((3, 5), (1, 3)), ((4, 8), (1, 2, 4)), ((5, 7), (1, 2, 4)), ((11, 8), (1, 2, 4, 8))]
@@ -61,6 +71,10 @@ def test_tokens_counts_areas_and_the_map_against_asking_one_by_one(grid, sides):
             assert areas[number] == side**2
             expected[r * side : r * side + side, c * side : c * side + side] = number
         assert torch.equal(covering[b], expected)
+        sizes, k = token_sizes([u[b] for u in whole]), sides[1]
+        assert torch.equal(
+            torch.tensor(sides)[sizes].repeat_interleave(k, 0).repeat_interleave(k, 1), areas[expected].sqrt()
+        )
         counts = [int(u[b].sum()) for u in whole]
         assert asked(grids_of(grid, sides), counts) == questions
         ratios = (sides[1], *(2 for _ in sides[2:]))
