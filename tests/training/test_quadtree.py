@@ -28,7 +28,7 @@ SIZE = (64, 64)
 
 @pytest.fixture(scope="module")
 def loaders():
-    return make_loaders("scenes:scales", size=64, train_n=512, val_n=64, batch=32)
+    return make_loaders("scenes:scales", size=64, train_n=128, val_n=64, batch=32)
 
 
 def new_model(recipe=SMALL):
