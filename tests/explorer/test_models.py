@@ -170,8 +170,10 @@ def test_three_scales_are_shown_and_painted():
     assert (seen == seen[:, :1, :, :1]).all()
     check_panels(gated, [*COMMON, "Class probabilities"])
     assert len(set(map(bytes, (np.asarray(grid_panel(state)) for state in (one, four))))) == 2
-    share = gated.share(gated.threshold_for(0.5))
-    assert share == pytest.approx(0.5, abs=0.1)
+    cuts = np.unique(np.concatenate([gated.soft.ravel(), gated.larger[0].ravel()]))
+    shares = np.array([gated.share(cut) for cut in (0, *cuts)])
+    for share in (0.3, 0.5, 0.9):
+        assert abs(gated.share(gated.threshold_for(share)) - share) == pytest.approx(np.abs(shares - share).min())
 
 
 @pytest.mark.parametrize(
