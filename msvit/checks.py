@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -123,16 +123,28 @@ def check_precision(images: Tensor, weight: Tensor):
         )
 
 
-def check_mask(mask: Tensor, pictures: int, grid: tuple[int, int]):
+def check_mask(mask: Tensor, pictures: int, grid: tuple[int, int], of: str = "the mask"):
     """Raise unless decisions are bool `[h, w]` or `[B, h, w]`."""
     import torch
     from torch import Tensor
 
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"the mask is {got}; expected a bool tensor, True = coarse (for scores use `scores > 0`)")
+        raise TypeError(f"{of} is {got}; expected a bool tensor, True = coarse (for scores use `scores > 0`)")
     if tuple(mask.shape) not in (tuple(grid), (pictures, *grid)):
         raise ValueError(
-            f"the mask has shape {list(mask.shape)}; expected {list(grid)} for all pictures "
-            f"or {[pictures, *grid]} for each"
+            f"{of} has shape {list(mask.shape)}; expected {list(grid)} for all pictures or {[pictures, *grid]} for each"
         )
+
+
+def check_masks(masks: Tensor | Sequence[Tensor], pictures: int, grids: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """Return decisions for regions of each size, small to large; of two scales the one mask need not be in a list."""
+    masks = list(masks) if isinstance(masks, list | tuple) else [masks]
+    if len(masks) != len(grids):
+        raise ValueError(
+            f"{len(masks)} mask{'s' * (len(masks) != 1)} for {len(grids)} sizes of regions; give a list with one for "
+            f"each, of {' and '.join(map(str, map(list, grids)))} regions"
+        )
+    for i, (mask, grid) in enumerate(zip(masks, grids, strict=True)):
+        check_mask(mask, pictures, grid, "the mask" if len(grids) == 1 else f"mask {i} (small regions first)")
+    return masks

@@ -19,7 +19,7 @@ from .training.files import RunError, RunWarning
 from .training.recipe import FIELDS, GROUPS, RecipeError, parse
 
 TEACHERS = FIELDS["gate_start"].field.metadata["choices"][1:]  # all but none
-FITTED = ("model", "checkpoint", "pretrained", "scale", "data", "size", "batch", "val_n", "workers")
+FITTED = ("model", "checkpoint", "pretrained", "scale", "scales", "data", "size", "batch", "val_n", "workers")
 FITTED += ("target", "seed", "device")  # settings of a recipe that fit-gate takes
 
 

@@ -84,7 +84,7 @@ def encode(model, images, gating, execution=None):
 
 def decode(model, images, gating, execution=None):
     """What a decoder makes of them on the fine grid, `[B, H_f, W_f, K]`."""
-    return model.head.decode(model.vit, encode(model, images, gating, execution), gating.decisions)
+    return model.head.decode(model.vit, encode(model, images, gating, execution))
 
 
 def slope_inside(loss, hard, index, eps=1e-4):

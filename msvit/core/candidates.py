@@ -6,13 +6,12 @@ A picture has h x w coarse regions with k x k fine patches each. Its candidates 
     P ... P+hw-1                coarse tokens, row by row
     P+hw ... P+hw+hwk²-1        fine tokens, row by row
 
-and a region's decision m says which of them are active: the coarse one (m = 1) or the k x k fine ones (m = 0).
-A rule with three scales merges some 2 x 2 coarse regions into a block with one token. The tokens of blocks, where there
-are any, have the numbers after the fine ones.
+and a region's decision m says which of them are active: the coarse one (m = 1) or the k x k fine ones (m = 0). With
+more scales the tokens of larger regions come before the coarse ones, the largest first; `scales` says which are active.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -21,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .scales import activity_of, enlarge, flips
 from .tokens import patchify, shrink
 
 
@@ -38,30 +38,29 @@ class Level(NamedTuple):
 
 @dataclass(frozen=True)
 class Candidates:
-    """The candidates of pictures with `grid` coarse regions of `scale` x `scale` fine patches.
+    """The candidates of pictures with `grid` coarse regions of sides[1] x sides[1] fine patches.
 
     Args:
+        sides: Of tokens, in fine patches, from 1 up.
         prefix: How many prefix tokens there are.
-        blocks: Whether blocks of 2 x 2 regions are among the candidates.
     """
 
     grid: tuple[int, int]
-    scale: int
+    sides: tuple[int, ...]
     prefix: int
-    blocks: bool = False
 
     @cached_property
     def levels(self) -> tuple[Level, ...]:
-        """Coarse, fine, and blocks where there are any, by their numbers."""
-        (h, w), k, levels, first = self.grid, self.scale, [], self.prefix
-        for side, grid in ((k, (h, w)), (1, (h * k, w * k)), (2 * k, (h // 2, w // 2)))[: 3 if self.blocks else 2]:
-            levels.append(Level(side, grid, first))
+        """The sizes of tokens from the largest to the fine ones, by their numbers."""
+        fine, levels, first = tuple(n * self.sides[1] for n in self.grid), [], self.prefix
+        for side in reversed(self.sides):
+            levels.append(Level(side, tuple(n // side for n in fine), first))
             first += levels[-1].count
         return tuple(levels)
 
     @property
     def fine(self) -> Level:
-        return self.levels[1]
+        return self.levels[-1]
 
     @property
     def count(self) -> int:
@@ -78,28 +77,36 @@ class Candidates:
         grid = fine.T.unflatten(1, self.fine.grid)
         return torch.cat([prefix, *(shrink(grid, level.side).flatten(1).T for level in self.levels)])
 
-    def activity(self, decisions: Tensor, blocks: Tensor | None = None) -> Tensor:
-        """Return the activity of all candidates `[B, N]` from the decisions m `[B, h, w]`.
+    def activity(self, whole: Sequence[Tensor]) -> Tensor:
+        """Return the activity of all candidates `[B, N]` from u of each level, see `scales.undivided`."""
+        return self._joined(activity_of(whole, self.sides[1]))
 
-        Blocks `[B, h // 2, w // 2]` are 1 where 2 x 2 regions, coarse all four, have one token together.
-        """
-        coarse = decisions if blocks is None else decisions * (1 - spread(blocks, self.grid))
-        fine = enlarge(1 - decisions, self.scale)
-        parts = [decisions.new_ones(len(decisions), self.prefix), coarse, fine] + ([] if blocks is None else [blocks])
-        return torch.cat([part.flatten(1) for part in parts], 1)
+    def flips(self, decisions: Sequence[Tensor], soft: Sequence[Tensor]) -> Tensor:
+        """Return how near each candidate is to being active, `[B, N]`, see `scales.flips`."""
+        return self._joined(flips(decisions, soft, self.sides[1]))
 
-    def covering(self, coarse: Tensor, blocks: Tensor | None = None) -> Tensor:
-        """Return the candidate that covers each fine patch, `[B, hk, wk]`, from the hard decisions `[B, h, w]`."""
-        coarse_level, fine_level, *block_level = self.levels
-        regions = self._numbers(coarse_level, coarse.device)
-        if blocks is not None:
-            numbers = self._numbers(block_level[0], coarse.device)
-            regions = spread(numbers[None], self.grid).where(spread(blocks, self.grid) > 0.5, regions)
-        fine = self._numbers(fine_level, coarse.device)
-        return enlarge(regions, self.scale).where(enlarge(coarse, self.scale), fine)
+    def _joined(self, parts: list[Tensor]) -> Tensor:
+        ones = parts[0].new_ones(len(parts[0]), self.prefix)
+        return torch.cat([ones, *(part.flatten(1) for part in parts)], 1)
 
-    def _numbers(self, level: Level, device: torch.device) -> Tensor:
-        return torch.arange(level.first, level.first + level.count, device=device).view(level.grid)
+    def covering(self, whole: Sequence[Tensor]) -> Tensor:
+        """Return the active candidate that covers each fine patch, `[B, hk, wk]`, from u of each level."""
+        levels = self.everywhere(whole[0].device)
+        covered = levels[-1].expand(len(whole[0]), -1, -1)
+        for level, numbers, u in zip(reversed(self.levels[:-1]), reversed(levels[:-1]), whole, strict=True):
+            covered = numbers.where(self._on_patches(u > 0.5, level.side, False), covered)
+        return covered
+
+    def everywhere(self, device: torch.device) -> Tensor:
+        """Return the candidate of each level that covers each fine patch, `[L, hk, wk]`; -1 where there is none."""
+        numbers = [torch.arange(n.first, n.first + n.count, device=device).view(n.grid) for n in self.levels]
+        pairs = zip(self.levels, numbers, strict=True)
+        return torch.stack([self._on_patches(found, level.side, -1) for level, found in pairs])
+
+    def _on_patches(self, regions: Tensor, side: int, rest: float) -> Tensor:
+        """Repeat `[..., h, w]` for the side x side fine patches of each region, with `rest` where there is none."""
+        patches, (rows, columns) = enlarge(regions, side), self.fine.grid
+        return F.pad(patches, (0, columns - patches.shape[-1], 0, rows - patches.shape[-2]), value=rest)
 
     def pixels(self, rows: Tensor, images: Tensor, patch: int, middle: bool = False) -> tuple[Tensor, Tensor]:
         """Return what chosen candidates see: their places in `rows`, and pixels `[n, c S S]`.
@@ -165,14 +172,3 @@ def choose_levelled(active: Tensor, soft: Tensor) -> tuple[Tensor, list[int]]:
     most = int(active.sum(1).max())
     chosen = (soft.detach() + 2 * active).topk(most, dim=1).indices  # whatever is active comes before what is not
     return choose_active(torch.zeros_like(active).scatter(1, chosen, True))
-
-
-def enlarge(regions: Tensor, scale: int) -> Tensor:
-    """Return `[..., h, w]` with every region repeated for its scale x scale patches."""
-    return regions.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
-
-
-def spread(blocks: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Repeat what holds for blocks `[B, h // 2, w // 2]` for the regions `[B, h, w]`; a last odd row has none."""
-    regions = enlarge(blocks, 2)
-    return F.pad(regions, (0, grid[1] - regions.shape[-1], 0, grid[0] - regions.shape[-2]))

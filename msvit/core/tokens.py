@@ -20,8 +20,8 @@ class Tokens:
         where: `[B, H_f, W_f]`, the row of the active token that covers each fine patch; -1 where it was dropped.
         layout: Which rows belong to which picture. Prefix tokens are the first rows of each.
         size: `[T]`, how many times a token counts as a key (ToMe's proportional attention); None if all count once.
-        other: As `where`, if every region were decided the other way; -1 where that token was trimmed. Only dense tasks
-            ask for it, while a gate learns.
+        others: `[B, L, H_f, W_f]`, the row of each scale that covers each fine patch, active or not; -1 where it was
+            trimmed. Only dense tasks ask for it, while a gate learns.
         entered: How many were active in each picture before the first block; None if no reducer asks.
         policy: `[T]`, the part of the activity that is a reducer's while it trains, see `attend_by_policy`.
     """
@@ -32,7 +32,7 @@ class Tokens:
     where: Tensor
     layout: Layout
     size: Tensor | None = None
-    other: Tensor | None = None
+    others: Tensor | None = None
     entered: list[int] | None = None
     policy: Tensor | None = None
 
@@ -68,7 +68,7 @@ class Tokens:
             area=self.area[rows],
             size=None if self.size is None else self.size[rows],
             where=moved[self.where],
-            other=None if self.other is None else moved[self.other],
+            others=None if self.others is None else moved[self.others],
             policy=None if self.policy is None else self.policy[rows],
             layout=Layout(lengths, rows.device),
         )

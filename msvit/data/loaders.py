@@ -163,10 +163,10 @@ def make_loaders(
     global random numbers, so seed those at the start of each epoch.
 
     Args:
-        data: "scenes:easy", "scenes:middle", "scenes:hard"; "folder:ROOT" with ROOT/train/CLASS/*.jpg and
-            ROOT/val/CLASS/*.jpg; "tar:ROOT" with ROOT/train.tar and ROOT/val.tar of such folders; or a name
-            for timm's `create_dataset` with ":ROOT" where it needs one, such as "hfds/uoft-cs/cifar10",
-            "wds/:ROOT" or "torch/cifar10:ROOT".
+        data: "scenes:easy", "scenes:middle", "scenes:hard", "scenes:scales"; "folder:ROOT" with
+            ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg; "tar:ROOT" with ROOT/train.tar and ROOT/val.tar of such
+            folders; or a name for timm's `create_dataset` with ":ROOT" where it needs one, such as
+            "hfds/uoft-cs/cifar10", "wds/:ROOT" or "torch/cifar10:ROOT".
         size: of the pictures in pixels, or (H, W).
         train_n: number of training pictures in an epoch; 0, or more than there are, for all (scenes: 8192).
         val_n: the same for validation (scenes: 2048).

@@ -4,7 +4,8 @@ A scene is a smooth background, a few flat-coloured distractor blobs and one obj
 of the short side, filled with a fine texture whose pattern is the class. Blobs and textures lie on the grid
 of 2 x 2 pixel blocks and every block of a fine texture has zero mean, so halving the resolution erases the
 class *exactly*: the scenes of two classes that agree in everything else have bit-identical halves. At half
-resolution an object is one more flat blob.
+resolution an object is one more flat blob. The difficulty "scales" has also textures twice and four times as wide, on a
+grid of 4 x 4 pixels, which are erased by averaging 4 x 4 and 8 x 8: so the quadtree that is ideal is known.
 
 Picture i is a function of (seed, split, i, size, difficulty) alone, the same on every machine: its random
 numbers are those of `msvit.data.seeds` and every sum is one of integers.
@@ -33,19 +34,37 @@ class Difficulty(NamedTuple):
     flat: int  # distractors of one colour
     decoys: int  # distractors with a fine texture that is no class and does not average to zero
     shift: bool  # the texture starts anywhere on the 2 x 2 grid, not always at a multiple of its period
+    sizes: tuple[int, ...] = (8,)  # of blobs, in eighths of the width, one drawn for each
+    cell: int = 2  # side in pixels of the grid on which blobs lie
+    details: tuple[int, ...] = (1,) * 8  # side in pixels of what a pattern is made of: what averages more loses it
+    least: int = 16  # side of the smallest picture
 
 
 _FINE = ("rows", "columns", "checks", "broad rows", "broad columns", "broad checks", "weave", "rings")
 _MIXED = _FINE[:3] + ("weave", "wide rows", "wide columns", "wide checks", "wide weave")
+_SCALES = (*_FINE[:3], "wide rows", "wide columns", "wide checks", "vast rows", "vast columns")
 DIFFICULTIES = {
     "easy": Difficulty(_FINE, (56, 56), 0, 1.0, flat=2, decoys=0, shift=False),
     "middle": Difficulty(_MIXED, (4, 32), 6, 1.0, flat=2, decoys=0, shift=False),
     "hard": Difficulty(_FINE, (12, 36), 6, 0.8, flat=2, decoys=2, shift=True),
+    "scales": Difficulty(
+        _SCALES,
+        (32, 56),
+        0,
+        1.0,
+        flat=3,
+        decoys=0,
+        shift=False,
+        sizes=(5, 8, 16),
+        cell=4,
+        details=(1, 1, 1, 2, 2, 2, 4, 4),
+        least=64,
+    ),
 }
 
 
 def _textures() -> dict[str, np.ndarray]:
-    """Return the patterns of +1 and -1, each `[16, 16]`, of period 4 (wide ones: 8).
+    """Return the patterns of +1 and -1, each `[16, 16]`, of period 4 (wide ones: 8, vast ones: 16).
 
     A fine one is put together from 2 x 2 blocks of zero mean: two rows h, two columns v, or a checker d.
     """
@@ -62,7 +81,11 @@ def _textures() -> dict[str, np.ndarray]:
         "rings": [[h, -h], [v, -v]],
     }
     fine = {name: np.tile(np.block(b), (4, 4)) for name, b in blocks.items()}
-    wide = {f"wide {name}": t.repeat(2, 0).repeat(2, 1)[:16, :16] for name, t in fine.items()}
+    wide = {
+        f"{word} {name}": t.repeat(k, 0).repeat(k, 1)[:16, :16]
+        for word, k in (("wide", 2), ("vast", 4))
+        for name, t in fine.items()
+    }
     y, x = np.mgrid[:16, :16]
     decoys = {f"decoy {k}": np.where((x + (2 * k - 1) * y) % 4 < 2, 1, -1) for k in (1, 2)}  # slanted stripes
     return {name: t.astype(np.int16) for name, t in (fine | wide | decoys).items()}
@@ -96,16 +119,19 @@ def _background(draw: Draws, height: int, width: int, top: int) -> np.ndarray:
     return fields.astype(np.uint8)
 
 
-def _blobs(draw: Draws, count: int, side: int, unit: int) -> np.ndarray:
-    """Return shapes of blobs, unions of three discs, in blocks of 2 x 2 pixels: bool `[B, count, side, side]`.
+def _blobs(draw: Draws, count: int, side: int, unit: int, level: Difficulty) -> np.ndarray:
+    """Return shapes of blobs, unions of three discs, in cells of the level's grid: bool `[B, count, side, side]`.
 
     Args:
-        side: of the window, in blocks.
-        unit: width of a blob in 16ths of a pixel.
+        side: of the window, in cells.
+        unit: width of a blob in 16ths of a pixel, before its size is drawn.
     """
-    at = (2 * np.arange(side) + 1 - side) * 16  # centres of the blocks from the window's centre
+    at = (2 * np.arange(side) + 1 - side) * 8 * level.cell  # centres of the cells from the window's centre
     oy, ox = (draw(-unit // 6, unit // 6, count, 3)[..., None, None] for _ in range(2))
     radius = draw(unit * 5 // 16, unit * 7 // 16, count, 3)[..., None, None]
+    if len(level.sizes) > 1:
+        size = np.array(level.sizes)[draw(0, len(level.sizes) - 1, count, 1)][..., None, None]
+        oy, ox, radius = (length * size // 8 for length in (oy, ox, radius))
     return ((at[:, None] - oy) ** 2 + (at - ox) ** 2 <= radius**2).any(2)
 
 
@@ -118,16 +144,18 @@ def render(
     """
     height, width = (n + -n % 4 for n in size)
     draw, unit = Draws(keys), int(min(size) * level.width) * 4
-    side = -(-unit * 5 // 4 // 32)  # in blocks; a blob spans up to 29/24 of its unit
+    cell, most = level.cell, unit * max(level.sizes) // 8
+    side = -(-most * 5 // 4 // (16 * cell))  # in cells; a blob spans up to 29/24 of its unit
     count, object_at = level.flat + level.decoys + 1, level.flat + level.decoys  # the object comes last, on top
     top = 192 - 2**level.noise
     images, masks = _background(draw, height, width, top), np.zeros((len(keys), height, width), np.uint8)
-    shapes = _blobs(draw, count, side, unit).repeat(2, 2).repeat(2, 3)
-    ys, xs = (2 * draw(0, n // 2 - side, count) for n in (height, width))
+    shapes = _blobs(draw, count, side, unit, level).repeat(cell, 2).repeat(cell, 3)
+    ys, xs = (cell * draw(0, n // cell - side, count) for n in (height, width))
     colours = draw(64, top, count, 3)[..., None, None].astype(np.int16)
     contrast, phase, decoy = draw(*level.contrast, 1).astype(np.int16), draw(0, 3, count), draw(1, 2, count)
     shift_y, shift_x = 2 * (phase & 1) * level.shift, (phase & 2) * level.shift
-    side, tiles = 2 * side, -(-side // 8) + 1
+    side *= cell
+    tiles = -(-side // 16) + 1
     planes = {name: np.tile(texture, (tiles, tiles)) for name, texture in _TEXTURES.items()}
     for b, label in enumerate(labels.tolist()):
         for k in range(count):
@@ -154,11 +182,12 @@ class Scenes(Dataset):
 
     Args:
         n: number of pictures.
-        size: H and W in pixels, or (H, W); at least 16.
+        size: H and W in pixels, or (H, W); at least 16, for "scales" 64.
         seed: of the whole set.
         difficulty: "easy", where the class is gone at half resolution; "middle", where half of the classes
             are still readable there, and contrast varies under noise; "hard", with smaller and fainter
-            objects, textures that start anywhere and decoys with a fine texture of no class.
+            objects, textures that start anywhere and decoys with a fine texture of no class; "scales", with objects
+            of three sizes and textures at three scales, which are gone at a half, at a quarter, or at neither.
         split: "train" or "val": streams of random numbers that share no picture.
     """
 
@@ -173,9 +202,9 @@ class Scenes(Dataset):
         split: str = "train",
     ):
         self.size = (size, size) if isinstance(size, int) else tuple(size)
-        if len(self.size) != 2 or min(self.size) < 16:
-            raise ValueError(f"size={size}: a scene needs a height and a width of at least 16 pixels")
         one_of("difficulty", difficulty, DIFFICULTIES)
+        if len(self.size) != 2 or min(self.size) < (least := DIFFICULTIES[difficulty].least):
+            raise ValueError(f"size={size}: a scene needs a height and a width of at least {least} pixels")
         one_of("split", split, _SPLITS)
         if n < 1:
             raise ValueError(f"n={n}: a data set needs at least one picture")
@@ -216,15 +245,17 @@ class Scenes(Dataset):
         """Return the segmentation mask of one picture, uint8 `[H, W]`."""
         return self.masks([i])[0]
 
-    def object_regions(self, indices, patch: int) -> np.ndarray:
+    def object_regions(self, indices, patch: int, scale: int = 2) -> np.ndarray:
         """Return True for the patches that the object touches, bool `[B, h, w]`, or `[h, w]` for a single index.
 
-        The complement is the oracle's coarse mask. A size that is no multiple of `patch` is padded at bottom
-        and right.
+        The complement is the oracle's coarse mask: for "scales", where one scale's texture is still there in the means
+        of scale x scale pixels, its objects are none. A size that is no multiple of `patch` is padded at bottom and
+        right.
         """
-        masks = self.masks(np.atleast_1d(indices))
+        masks, level = self.masks(np.atleast_1d(indices)), DIFFICULTIES[self.difficulty]
         (h, w), batch = self.size, len(masks)
-        inside = np.pad((masks > 0) & (masks < 9), ((0, 0), (0, -h % patch), (0, -w % patch)))
+        shown = np.array([0, *(detail < scale for detail in level.details), 0], bool)  # by the values of a mask
+        inside = np.pad(shown[masks], ((0, 0), (0, -h % patch), (0, -w % patch)))
         touched = inside.reshape(batch, -(-h // patch), patch, -(-w // patch), patch).any((2, 4))
         return touched if np.ndim(indices) else touched[0]
 

@@ -231,7 +231,7 @@ def make_seg_loaders(
     to the largest with pixels to ignore. A crop larger than its picture is an error.
 
     Args:
-        data: "scenes:easy", "scenes:middle", "scenes:hard", or "folder:ROOT" (see `open_folder`).
+        data: "scenes:easy", "scenes:middle", "scenes:hard", "scenes:scales", or "folder:ROOT" (see `open_folder`).
         augment: "none" (the centre) or "light" (random scale, crop and flip); scenes take "none" only.
         short: side to which the shorter side of all pictures is resized first, 0 to leave them.
     """

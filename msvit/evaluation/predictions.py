@@ -10,7 +10,9 @@ from ..data.loaders import Batch
 from ..models.msvit import MSViT, Result
 
 Predict = Callable[[Tensor, Tensor], Result]  # of pictures and their indices
-Objects = Callable[[Tensor, int], Tensor]  # of indices and the side of a patch: bool [B, h, w], where the object is
+# Of indices, the side of a patch, and how many pixels its token averages, 2 if not given: bool [B, h, w], where the
+# object is, of those that this token would lose.
+Objects = Callable[..., Tensor]
 Columns = dict[str, Tensor]  # by name, a value or more for each picture
 
 
@@ -75,9 +77,21 @@ def object_ratios(columns: Columns) -> dict[str, float]:
     return ratios(columns, pairs if "object" in columns else {})
 
 
+def oracle_masks(model: MSViT, where: Objects, indices: Tensor, size: tuple[int, int]) -> list[Tensor]:
+    """Return the ideal decisions for built-in scenes: a region is one token where that loses nothing of the object."""
+    patch, masks = model.coarse_patch // model.scale, []
+    for side, (h, w) in zip(model.scales[1:], model.grids(size), strict=True):
+        masks.append(~where(indices, patch * side, side)[:, :h, :w].to(model.cut.device))
+    return masks
+
+
 def object_finder(loader: Iterable) -> Objects | None:
     """Return what tells where the objects are, if the pictures are built-in ones."""
     scenes = getattr(getattr(loader, "dataset", None), "scenes", None)
     if scenes is None:
         return None
-    return lambda indices, patch: torch.from_numpy(scenes.object_regions(indices.cpu().numpy(), patch))
+
+    def find(indices: Tensor, patch: int, scale: int = 2) -> Tensor:
+        return torch.from_numpy(scenes.object_regions(indices.cpu().numpy(), patch, scale))
+
+    return find

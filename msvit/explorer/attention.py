@@ -107,7 +107,7 @@ def _gradient(state: State, target: Tensor) -> np.ndarray:
     model, pixels = state.gated.loaded.model, state.gated.pixels.clone()  # made in inference mode, without gradients
     m = torch.from_numpy(state.coarse)[None].float().requires_grad_()
     tokens = model.tokenize(pixels, Gating(None, m, m), "masked")
-    logits = model.head.logits(model.vit, run_blocks(model.vit, tokens).final, m, pixels.shape[-2:])
+    logits = model.head.logits(model.vit, run_blocks(model.vit, tokens).final, pixels.shape[-2:])
     return torch.autograd.grad(_loss(logits, target).sum(), m)[0][0].numpy()
 
 

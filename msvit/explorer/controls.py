@@ -11,12 +11,12 @@ from .inside import INSIDE
 from .models import LoadedModel
 from .painting import UNPAINTED
 from .state import AFTER_TOKENIZER, layer_name
-from .widgets import WRAP
+from .widgets import LARGEST, WRAP
 
 # Of the slider: sums of 0.01 are not exact, and a browser sends back what it rounds as if a user had moved it.
 THRESHOLD_STEPS = 256
 ALL_HEADS = -1  # None would be no choice at all
-BRUSHES = {"coarse": 1, "fine": 0, "as the gate": UNPAINTED}
+BRUSHES = {"coarse": 1, "largest": LARGEST, "fine": 0, "as the gate": UNPAINTED}
 TOOLS = {"strokes": "stroke", "rectangles": "rectangle", "pick a token": "pick"}
 _LONG = {"style": {"description_width": "84px"}, "layout": {"flex": "1 1 240px", "min_width": "220px", "width": "auto"}}
 

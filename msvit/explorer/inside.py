@@ -105,5 +105,8 @@ INSIDE = {
 
 
 def looks_inside(loaded: LoadedModel) -> bool:
-    """Return whether a model can be looked into: what a reducer moves about has no place on the grid."""
-    return loaded.model.reducer is None
+    """Return whether a model can be looked into: what a reducer moves about has no place on the grid.
+
+    Nor is it said what a region of a quadtree is worth, whose other decision is one of several.
+    """
+    return loaded.model.reducer is None and len(loaded.model.scales) == 2

@@ -48,11 +48,6 @@ class LoadedModel:
 
         Without a note, a rule that replaces the gate is noted.
         """
-        if getattr(model.gate, "scales", 2) > 2:
-            raise ModelError(
-                f"{name} has a rule of three scales, {model.gate}: the explorer shows and paints regions "
-                "that are coarse or fine, no blocks of regions; choose a model with two scales"
-            )
         describe = ImageNetInfo().index_to_description if model.num_classes == 1000 else "class {}".format
         described = [describe(i).partition(",")[0] for i in range(model.num_classes)]
         classes = tuple(model.head.classes if model.head.dense else described)
@@ -95,7 +90,7 @@ def run_dense(model: MSViT, images: torch.Tensor) -> torch.Tensor:
         where=rows[:, prefix:].unflatten(1, [side // backbone.patch_size(vit) for side in size]),
         layout=Layout([n] * b, x.device),
     )
-    return model.head.logits(vit, tokens, torch.zeros(b, *model.grid(size), device=x.device), size)
+    return model.head.logits(vit, tokens, size)
 
 
 def find_models(runs: str | Path) -> list[str]:

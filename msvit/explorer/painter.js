@@ -19,7 +19,22 @@ function render({ model, el }) {
   let at = -1, from = -1, drawing = false, url = "";  // the region pointed at, and where a rectangle began
   let within = null;  // where in that region, [0, 1) down and across
   const get = (name) => model.get(name);
-  const level = (i) => (get("painted")[i] < 0 ? get("coarse")[i] : get("painted")[i]);
+  const wanted = (i) => Math.min(get("painted")[i] < 0 ? get("coarse")[i] : get("painted")[i], get("sizes"));
+
+  // The regions of the token of a size that would cover region i; none where such a token ends outside of the picture.
+  function block(i, size) {
+    const [h, w] = get("grid"), n = 2 ** Math.max(size - 1, 0), r = Math.floor(i / w / n) * n, c = Math.floor((i % w) / n) * n;
+    if (r + n > h || c + n > w) return [];
+    return Array.from({ length: n * n }, (_, f) => (r + Math.floor(f / n)) * w + c + (f % n));
+  }
+
+  // The size of token over region i, 0 fine, 1 coarse, 2 twice as wide …: it has all of its regions to itself.
+  function level(i) {
+    let size = wanted(i);
+    const whole = (cells) => cells.length && cells.every((j) => wanted(j) >= size);
+    while (size > 1 && !whole(block(i, size))) size--;
+    return size;
+  }
 
   function frame(g, x, y, w, h, colour) {
     for (const [inset, style, line] of [[0.5, "rgba(0,0,0,.5)", 1], [2, `rgb(${colour})`, 2]]) {
@@ -30,14 +45,15 @@ function render({ model, el }) {
 
   function region(g, i, x, y, sx, sy) {
     const k = get("scale");
-    if (level(i) > 0) {
+    const size = level(i), n = 2 ** Math.max(size - 1, 0);
+    if (size > 0 && block(i, size)[0] === i) {  // drawn once, from the first of its regions
       g.strokeStyle = `rgba(${ORANGE},.45)`; g.lineWidth = 2; g.beginPath();
       for (let t = 0.25; t < 2; t += 0.25) {
         const a = Math.max(0, t - 1), b = Math.min(1, t);
-        g.moveTo(x + a * sx, y + (t - a) * sy); g.lineTo(x + b * sx, y + (t - b) * sy);
+        g.moveTo(x + a * n * sx, y + (t - a) * n * sy); g.lineTo(x + b * n * sx, y + (t - b) * n * sy);
       }
-      g.stroke(); frame(g, x, y, sx, sy, ORANGE);
-    } else for (let f = 0; f < k * k; f++)
+      g.stroke(); frame(g, x, y, n * sx, n * sy, ORANGE);
+    } else if (!size) for (let f = 0; f < k * k; f++)
       frame(g, x + ((f % k) * sx) / k, y + (Math.floor(f / k) * sy) / k, sx / k, sy / k, BLUE);
     if (get("painted")[i] >= 0) {
       g.fillStyle = "white"; g.strokeStyle = "black"; g.lineWidth = 2; g.beginPath();
@@ -64,7 +80,7 @@ function render({ model, el }) {
     const score = get("scores")[at];  // a rule has none
     const text = at < 0 ? HELP
       : `row ${Math.floor(at / w)}, column ${at % w}: ` + (score === undefined ? "" : `score ${score.toFixed(2)}, `) +
-        `m ${get("soft")[at].toFixed(3)}, ${level(at) > 0 ? "coarse" : "fine"}` + (get("painted")[at] >= 0 ? ", painted" : "");
+        `m ${get("soft")[at].toFixed(3)}, ${["fine", "coarse"][level(at)] ?? `one token for ${4 ** (level(at) - 1)} regions`}` + (get("painted")[at] >= 0 ? ", painted" : "");
     if (readout.textContent !== text) readout.textContent = text;
   }
 
@@ -84,7 +100,8 @@ function render({ model, el }) {
 
   function paint() {
     const brush = get("brush"), painted = [...get("painted")];  // a new list: changes in place do not travel
-    const changed = at < 0 ? [] : cells().filter((i) => painted[i] !== brush);
+    const size = Math.min(brush, get("sizes")), whole = (i) => (size > 1 && block(i, size).length ? block(i, size) : [i]);
+    const changed = at < 0 ? [] : [...new Set(cells().flatMap(whole))].filter((i) => painted[i] !== brush);
     if (!changed.length) return;
     for (const i of changed) painted[i] = brush;
     model.set("painted", painted);

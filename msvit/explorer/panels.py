@@ -60,7 +60,7 @@ def gate_panel(state: State) -> Image.Image:
 
 
 def grid_panel(state: State) -> Image.Image:
-    """Draw the tokens on the picture: an orange, hatched frame is one coarse token, a blue cross fine ones."""
+    """Draw the tokens on the picture: an orange, hatched frame is a coarse or larger token, a blue cross fine ones."""
     panel = enlarged(state.gated.picture.image)
     veil = Image.new("RGBA", panel.size)
     canvas, k, (h, w) = ImageDraw.Draw(veil), state.gated.loaded.model.scale, state.coarse.shape
@@ -68,10 +68,15 @@ def grid_panel(state: State) -> Image.Image:
     for r, c in sorted(np.ndindex(h, w), key=lambda at: state.coarse[at]):
         y, x = r * sy, c * sx
         if state.coarse[r, c]:
+            n = 2 ** (state.levels[r, c] - 1)  # regions along the side of the token, drawn once for all of them
+            if r % n or c % n:
+                continue
+            across, down = n * sx, n * sy
             for t in np.arange(0.25, 2, 0.25):  # diagonals, cut at the region's borders
                 a, b = max(0, t - 1), min(1, t)
-                canvas.line([(x + a * sx, y + (t - a) * sy), (x + b * sx, y + (t - b) * sy)], (*COARSE_RGB, 110), 2)
-            frame(canvas, (x, y, sx, sy), COARSE_RGB)
+                ends = [(x + a * across, y + (t - a) * down), (x + b * across, y + (t - b) * down)]
+                canvas.line(ends, (*COARSE_RGB, 110), 2)
+            frame(canvas, (x, y, across, down), COARSE_RGB)
         else:
             for i in range(k * k):
                 frame(canvas, (x + i % k * sx / k, y + i // k * sy / k, sx / k, sy / k), FINE_RGB)

@@ -15,7 +15,7 @@ import torch
 import torchvision.transforms.functional as TF
 from torch import Tensor
 
-from ..core.macs import gate_macs
+from ..core.scales import token_sizes
 from ..data import IGNORE
 from ..evaluation.segmentation import class_table, confusion
 from ..models.calibrate import nearest_to_budget, thresholds
@@ -37,6 +37,8 @@ class GatedPicture:
         pixels: The model's input, `[1, 3, H, W]`.
         scores: The gate's logits, `[h, w]`; None where a rule replaces it.
         soft: m in [0, 1], coarse where it is high, `[h, w]`: the gate's probability of coarse, or the rule's value.
+        larger: With more than two scales, the same of larger regions, from small to large; m of a region is then the
+            largest one of it and of those around it.
     """
 
     loaded: LoadedModel
@@ -44,6 +46,7 @@ class GatedPicture:
     pixels: Tensor
     scores: np.ndarray | None
     soft: np.ndarray
+    larger: tuple[np.ndarray, ...] = ()
 
     @property
     def fine_patches(self) -> int:
@@ -56,28 +59,33 @@ class GatedPicture:
         return self.picture.labels if self.picture.regions == self.loaded.classes else None
 
     def decisions(self, threshold: float) -> np.ndarray:
-        """Return the coarse regions under a threshold, bool `[h, w]`."""
-        return self.soft > np.float32(threshold)
+        """Return the size of token over each region under a threshold, `[h, w]`: 0 fine, 1 coarse, 2 the next …"""
+        return token_sizes(
+            [torch.from_numpy(soft > np.float32(threshold)) for soft in (self.soft, *self.larger)]
+        ).numpy()
 
     def threshold_for(self, share: float) -> float:
         """Return the threshold that brings this picture's MACs as near as it can to a share of dense."""
-        return nearest_to_budget(thresholds(torch.from_numpy(self.soft)).tolist(), self.share, share)
+        every = torch.cat([torch.from_numpy(soft).flatten() for soft in (self.soft, *self.larger)])
+        return nearest_to_budget(thresholds(every).tolist(), self.share, share)
 
     def share(self, threshold: float) -> float:
         """Return the MACs under a threshold, gate included, as a share of dense."""
-        coarse, model, size = self.decisions(threshold), self.loaded.model, self.pixels.shape[-2:]
+        levels, model, size = self.decisions(threshold), self.loaded.model, self.pixels.shape[-2:]
         if model.adaptive:
-            return self.macs(self.run(coarse)) / model.dense_macs(size)
-        return float(model.macs_of(torch.tensor([int(coarse.sum())]), size)) / model.dense_macs(size)
+            return self.macs(self.run(levels)) / model.dense_macs(size)
+        counts = [mask.sum()[None] for mask in masks_of(levels, len(self.larger) + 1)]
+        return float(model.macs_of(counts, size)) / model.dense_macs(size)
 
     @torch.inference_mode()
-    def run(self, coarse: np.ndarray) -> Result:
+    def run(self, levels: np.ndarray) -> Result:
         """Run the model under given decisions."""
-        return self.loaded.model.run(self.pixels, mask=torch.from_numpy(coarse))
+        return self.loaded.model.run(self.pixels, mask=masks_of(levels, len(self.larger) + 1))
 
     def macs(self, result: Result) -> float:
         """Return the MACs of a run and of the gate, which ran before it."""
-        return float(result.macs) + gate_macs(self.loaded.model.gate, self.soft.size)
+        counts = [u.sum((1, 2)) for u in result.gating.undivided]
+        return float(result.macs + self.loaded.model.gate_macs(counts, self.pixels.shape[-2:]))
 
 
 class TokenMap(NamedTuple):
@@ -104,8 +112,9 @@ class State:
     """The model's output under a threshold and a painting.
 
     Attributes:
-        painted: `[h, w]`: 1 painted coarse, 0 painted fine, UNPAINTED elsewhere.
-        coarse: The decisions, bool `[h, w]`: the painting where there is one, else m > threshold.
+        painted: `[h, w]`: 0 painted fine, 1 coarse, 2 the next size …, UNPAINTED elsewhere.
+        levels: The size of token over each region, `[h, w]`, 0 fine, 1 coarse …: the painting where there is one, else
+            what the threshold says. A token needs all of its regions for itself.
         probabilities: A classifier's, of the classes, `[K]`; None of a segmenter.
         labels: A segmenter's class of each pixel, `[H, W]`; None of a classifier.
         tokens: Active ones that enter the first block, prefix included.
@@ -118,7 +127,7 @@ class State:
     gated: GatedPicture
     threshold: float
     painted: np.ndarray
-    coarse: np.ndarray
+    levels: np.ndarray
     probabilities: np.ndarray | None
     labels: np.ndarray | None
     tokens: int
@@ -126,6 +135,11 @@ class State:
     token_maps: tuple[TokenMap, ...]
     layer: int = LAST_LAYER
     times: Times | None = None
+
+    @property
+    def coarse(self) -> np.ndarray:
+        """Which regions lie within one token, bool `[h, w]`."""
+        return self.levels > 0
 
     @property
     def token_map(self) -> TokenMap:
@@ -167,7 +181,7 @@ class State:
                 {"layer": None if m.layer == AFTER_TOKENIZER else m.layer, "tokens": m.tokens, "dropped": m.dropped}
                 for m in self.token_maps
             ],
-            "coarse": self.coarse.astype(int).tolist(),
+            "coarse": self.levels.tolist(),
             "painted": self.painted.tolist(),
             "soft": gated.soft.tolist(),
             "scores": None if gated.scores is None else gated.scores.tolist(),
@@ -198,6 +212,17 @@ class State:
         return {"truth": known, "prediction": shares(self.labels), **self.score}
 
 
+def masks_of(levels: np.ndarray, sizes: int) -> list[Tensor]:
+    """Return which regions of each size lie within one token, bool, from the sizes of tokens over the smallest ones."""
+    masks = []
+    for size in range(1, sizes + 1):
+        k = 2 ** (size - 1)
+        h, w = (side // k for side in levels.shape)
+        whole = (levels[: h * k, : w * k] >= size).reshape(h, k, w, k).all((1, 3))
+        masks.append(torch.from_numpy(whole))
+    return masks
+
+
 def layer_name(layer: int) -> str:
     """Return a block, or AFTER_TOKENIZER, in words."""
     return "after the tokenizer" if layer == AFTER_TOKENIZER else f"at block {layer}"
@@ -212,9 +237,10 @@ def shares_of(labels: np.ndarray, classes: int) -> np.ndarray:
 def run_gate(loaded: LoadedModel, picture: Picture) -> GatedPicture:
     """Run a model's gate on a picture."""
     pixels, model = TF.normalize(TF.to_tensor(picture.image), loaded.mean, loaded.std)[None], loaded.model
-    gating = model.decide(pixels)
+    gating = model.decide(pixels, everywhere=True)
     scores = None if gating.scores is None else gating.scores[0].numpy()
-    return GatedPicture(loaded, picture, pixels, scores, gating.soft[0].numpy())
+    soft, *larger = (level[0].numpy() for level in gating.nested)
+    return GatedPicture(loaded, picture, pixels, scores, soft, tuple(larger))
 
 
 @torch.inference_mode()
@@ -223,14 +249,15 @@ def run_backbone(
 ) -> State:
     """Run the backbone on the tokens that the threshold and the painting leave."""
     painted = np.full(gated.soft.shape, UNPAINTED) if painted is None else painted
-    coarse = np.where(painted == UNPAINTED, gated.decisions(threshold), painted == 1)
-    result = gated.run(coarse)
+    wanted = np.where(painted == UNPAINTED, gated.decisions(threshold), painted)
+    levels = token_sizes(masks_of(wanted, len(gated.larger) + 1)).numpy()
+    result = gated.run(levels)
     segments = gated.loaded.segments
     return State(
         gated,
         threshold,
         painted,
-        coarse,
+        levels,
         probabilities=None if segments else result.logits[0].float().softmax(0).numpy(),
         labels=result.logits[0].argmax(0).numpy() if segments else None,
         tokens=int(result.tokens),
@@ -250,7 +277,7 @@ def with_times(state: State) -> State:
     @torch.inference_mode()
     def run_gated():
         model.decide(gated.pixels)
-        gated.run(state.coarse)
+        gated.run(state.levels)
 
     return replace(state, times=time_in_turns(run_gated, gated.loaded.run_dense))
 
@@ -258,5 +285,5 @@ def with_times(state: State) -> State:
 def pixels_of_tokens(state: State) -> np.ndarray:
     """Return the picture, uint8 `[H, W, 3]`, coarse regions averaged over k x k pixels, as the tokenizer does."""
     image = torch.from_numpy(np.array(state.gated.picture.image)).permute(2, 0, 1).float()
-    reduced = as_the_model_sees(image, torch.from_numpy(state.coarse), state.gated.loaded.model.scale)
+    reduced = as_the_model_sees(image, torch.from_numpy(state.levels), state.gated.loaded.model.scale)
     return reduced.round().byte().permute(1, 2, 0).numpy()

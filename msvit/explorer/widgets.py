@@ -16,6 +16,7 @@ from .painting import UNPAINTED, Painting, blank
 from .panels import PANELS, TOKEN_MAP_TITLE, grid_panel, panels_of
 from .state import LAST_LAYER, GatedPicture, State, run_backbone, with_times
 
+LARGEST = 3  # size of token that can be painted: of four scales, the last
 WRAP = {"flex_flow": "row wrap"}
 
 
@@ -29,6 +30,7 @@ class Painter(anywidget.AnyWidget):
     picture = traitlets.Bytes().tag(sync=True)
     grid = traitlets.List([1, 1]).tag(sync=True)
     scale = traitlets.Int(2).tag(sync=True)
+    sizes = traitlets.Int(1).tag(sync=True)  # of regions; a token of size n is 2 ** (n - 1) regions wide
     scores = traitlets.List([0.0]).tag(sync=True)  # empty where a rule replaces the gate
     soft = traitlets.List([0.0]).tag(sync=True)
     coarse = traitlets.List([0]).tag(sync=True)
@@ -47,11 +49,15 @@ class Painter(anywidget.AnyWidget):
             self.scores = [] if gated.scores is None else gated.scores.ravel().tolist()
             self.soft = gated.soft.ravel().tolist()
             self.grid, self.scale = list(gated.soft.shape), gated.loaded.model.scale
+            self.sizes = len(gated.larger) + 1
             self.picture = png(gated.picture.image)
 
     def valid(self) -> bool:
         """Return whether what is painted fits the grid: a browser may send it late."""
-        return len(self.painted) == self.grid[0] * self.grid[1] and set(self.painted) <= {UNPAINTED, 0, 1}
+        return len(self.painted) == self.grid[0] * self.grid[1] and set(self.painted) <= {
+            UNPAINTED,
+            *range(LARGEST + 1),
+        }
 
 
 def _panel_box(title: str, panel: widgets.Widget) -> widgets.VBox:
@@ -102,7 +108,7 @@ class ModelRow:
         """Run the model under the threshold and the painting, and show what changed."""
         painted = np.array(self.painting.now).reshape(self.gated.soft.shape)
         new, last = run_backbone(self.gated, threshold, painted, self.layer), self.state
-        self.painter.coarse = self.gated.decisions(threshold).astype(int).ravel().tolist()
+        self.painter.coarse = self.gated.decisions(threshold).ravel().tolist()
         for title, panel in panels_of(self.gated.loaded).items():
             if title in self.images and (last is None or not panel.fixed):
                 self.images[title].value = png(panel.draw(new))

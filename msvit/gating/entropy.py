@@ -8,10 +8,9 @@ import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
-from ..checks import in_interval, one_of
-from ..core.precision import in_full
+from ..checks import one_of
 from ..core.tokens import patchify
-from .base import Rule, Scores
+from .base import ThresholdRule
 
 
 class Bins(NamedTuple):
@@ -30,7 +29,7 @@ BINS = {
 INCOMPLETE = 1e6  # bits of a patch that ends outside of the picture: it is never coarse
 
 
-class Entropy(Rule):
+class Entropy(ThresholdRule):
     """Coarse where a patch says little (Choudhury et al. 2025, APT): its grey values' entropy is below a threshold.
 
         H = - sum_b p_b log2(p_b + 1e-10),    p the histogram of 512 bins of 0.2989 R + 0.5870 G + 0.1140 B
@@ -41,14 +40,14 @@ class Entropy(Rule):
         score = sigmoid(t - H) > 1/2   exactly where   H < t
 
     Args:
-        thresholds: For coarse patches, and with three scales for blocks of 2 x 2 of them: two numbers, each in [0, 9].
+        thresholds: For coarse patches, and for each size above them with more than two scales: up to three, in [0, 9].
         bins: Which of the publication's two functions puts grey values in bins, the one that trains and evaluates
             ("loader": min(floor(512 g / 255), 511) of pictures of 8 bits) or "batched": min(floor(2 g), 511).
             "rounded" is how it was here until version 0.1: 256 whole grey values.
         mean, std: Of the pictures' normalisation, to have grey values again.
     """
 
-    adjustable = True
+    interval = "[0, 9]"
 
     def __init__(
         self,
@@ -57,32 +56,19 @@ class Entropy(Rule):
         mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
         std: Sequence[float] = IMAGENET_DEFAULT_STD,
     ):
-        super().__init__()
-        if not isinstance(thresholds, list | tuple) or len(thresholds) not in (1, 2):
-            raise ValueError(f"thresholds={thresholds!r}: give a list of one number (two scales) or two (three scales)")
-        for threshold in thresholds:
-            in_interval("threshold", threshold, "[0, 9]")
-        self.thresholds, self.bins = tuple(thresholds), one_of("bins", bins, BINS)
-        self.mean, self.std = tuple(mean), tuple(std)
+        super().__init__(thresholds, mean, std)
+        self.bins = one_of("bins", bins, BINS)
 
-    @property
-    def scales(self) -> int:
-        return len(self.thresholds) + 1
-
-    def score(self, images: Tensor, grid: tuple[int, int]) -> Scores:
-        if len(self.mean) != images.shape[1]:
-            raise ValueError(f"mean={self.mean} for pictures of {images.shape[1]} channels; give one number for each")
-        wide = in_full(images)
-        pictures = wide * wide.new_tensor(self.std)[:, None, None] + wide.new_tensor(self.mean)[:, None, None]
+    def score(self, images: Tensor, grids: list[tuple[int, int]]) -> list[Tensor]:
+        pictures = self.pixels(images)
         levels, scores = grey_bins(pictures, self.bins), []
-        for i, threshold in enumerate(self.thresholds):
-            side = images.shape[-1] // grid[1] * 2**i
-            bits = patch_entropy(levels, side, BINS[self.bins].count)
-            scores.append(torch.sigmoid(threshold - bits)[:, : grid[0] // 2**i, : grid[1] // 2**i].to(wide.dtype))
-        return Scores(*scores)
+        for i, (threshold, (h, w)) in enumerate(zip(self.thresholds, grids, strict=True)):
+            bits = patch_entropy(levels, images.shape[-1] // grids[0][1] * 2**i, BINS[self.bins].count)
+            scores.append(torch.sigmoid(threshold - bits)[:, :h, :w].to(pictures.dtype))
+        return scores
 
     def extra_repr(self) -> str:
-        return f"thresholds={list(self.thresholds)}, bins={self.bins}"
+        return f"{super().extra_repr()}, bins={self.bins}"
 
 
 def grey_bins(pictures: Tensor, bins: str) -> Tensor:

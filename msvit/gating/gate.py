@@ -3,6 +3,7 @@
 `Decider` is what it shares with the others that learn where to be coarse, see `learned`.
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
@@ -31,6 +32,11 @@ class Decider(nn.Module):
 
     bias: nn.Parameter
     settings: dict[str, Any]
+
+    @property
+    def levels(self) -> tuple["Decider"]:
+        """The deciders for each size of regions, from small to large: here one."""
+        return (self,)
 
     def __init__(self, temperature: float = 0.3):
         super().__init__()
@@ -87,16 +93,69 @@ class Gate(Decider, PyTorchModelHubMixin):
     def settings(self) -> dict[str, Any]:
         return {"patch": self.patch, "channels": self.channels, "width": self.mlp[0].out_features}
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits `[B, h, w]` of pictures `[B, channels, h patch, w patch]`.
+    def forward(self, images: Tensor, where: Tensor | None = None) -> Tensor:
+        """Return the logits `[B, h, w]` of pictures `[B, channels, h patch, w patch]`; what is left over is not seen.
 
         In the precision of the weights, under autocast too: many gates lie near the threshold, where rounding to
         bfloat16 would decide, and would decide otherwise than the float32 that a threshold is calibrated in.
+
+        Args:
+            where: Ask these regions alone, bool `[B, h, w]`; the others have -inf.
         """
         h, w = images.shape[-2] // self.patch, images.shape[-1] // self.patch
         device = images.device.type
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            return self.mlp(patchify(images, self.patch).to(self.mlp[1].weight.dtype)).view(-1, h, w)
+            cells = patchify(images[..., : h * self.patch, : w * self.patch], self.patch).to(self.mlp[1].weight.dtype)
+            if where is None:
+                return self.mlp(cells).view(-1, h, w)
+            asked = where.flatten(1)
+            scores = cells.new_full(asked.shape, -torch.inf)
+            return scores.masked_scatter(asked, self.mlp(cells[asked])[:, 0]).view(-1, h, w)
 
     def extra_repr(self) -> str:
         return f"patch={self.patch}, temperature={self.temperature:.3g}"
+
+
+class Quadtree(nn.Module):
+    """A gate for each size of regions; a region is asked where all larger ones around it were divided.
+
+    Args:
+        patch: Side of the smallest regions in pixels; those of the next gate are twice as wide.
+        sizes: How many gates there are.
+        channels, width, temperature: Of each, see `Gate`.
+    """
+
+    def __init__(self, patch: int = 32, sizes: int = 2, channels: int = 3, width: int = 64, temperature: float = 0.3):
+        super().__init__()
+        self.levels = nn.ModuleList(Gate(patch * 2**i, channels, width, temperature) for i in range(sizes))
+
+    @property
+    def patch(self) -> int:
+        """Side of the smallest regions in pixels."""
+        return self.levels[0].patch
+
+    @property
+    def temperature(self) -> float:
+        """T of all gates."""
+        return self.levels[0].temperature
+
+    @temperature.setter
+    def temperature(self, value: float):
+        for gate in self.levels:
+            gate.temperature = value
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"name": "quadtree", **self.levels[0].settings, "sizes": len(self.levels)}
+
+
+def make_gate(patch: int, scales: Sequence[int], channels: int) -> nn.Module:
+    """Return a new gate for tokens that are so many fine patches of `patch` pixels wide: two scales need one alone."""
+    if len(scales) == 2:
+        return Gate(patch * scales[1], channels)
+    return Quadtree(patch * scales[1], len(scales) - 1, channels)
+
+
+def sizes_of(gate: nn.Module | None) -> int | None:
+    """Return how many sizes of regions a gate or rule decides about; None where it is open."""
+    return len(gate.levels) if hasattr(gate, "levels") else getattr(gate, "sizes", None)

@@ -261,3 +261,28 @@ def make_loss(name: str, grid: tuple[int, int], target: float = 0.6, **settings)
     """Return the gate loss of this name; `settings` are those of its class."""
     make = partial(LOSSES[one_of("gate loss", name, LOSSES)], grid, target)
     return make(**known_settings(f"the gate loss {name!r}", settings, make))
+
+
+class LevelLosses(nn.Module):
+    """The losses of a quadtree's gates: `loss(*gates)` adds up one for each size of regions, from small to large.
+
+    What a size's gates are compared with is the share of its regions within one token, their own or a larger one.
+    """
+
+    def __init__(self, losses: list[GateLoss]):
+        super().__init__()
+        self.levels = nn.ModuleList(losses)
+
+    @property
+    def weight(self) -> float:
+        """What the trainer multiplies the sum with."""
+        return self.levels[0].weight
+
+    def forward(self, *gates: Tensor) -> Tensor:
+        return sum(loss(m) for loss, m in zip(self.levels, gates, strict=True))
+
+
+def make_losses(name: str, grids: list[tuple[int, int]], targets: list[float], **settings) -> GateLoss | LevelLosses:
+    """Return the gate loss of this name for each size of regions with its own target; of one size, the loss alone."""
+    losses = [make_loss(name, grid, target, **settings) for grid, target in zip(grids, targets, strict=True)]
+    return losses[0] if len(losses) == 1 else LevelLosses(losses)

@@ -1,7 +1,7 @@
 """Decisions without learning: rules that stand where a gate stands, and masks to run a model with.
 
 A rule is a module that MSViT takes as its gate, `MSViT(vit, gate=msvit.make_rule("centre", rate=0.6))`. It scores
-each coarse region of a picture with a number in [0, 1], and the model makes coarse what exceeds its threshold.
+each region of a picture with a number in [0, 1], and the model makes one token of what exceeds its threshold.
 """
 
 import inspect
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..checks import in_interval, known_settings, one_of
-from .base import Rule, Scores
+from .base import Rule
 from .entropy import Entropy
+from .pixels import PSNR, Equality
 
 
 class Static(Rule):
@@ -24,7 +25,8 @@ class Static(Rule):
     picture's pixels and the seed, so that a picture has the same ones whenever it is seen.
 
     Args:
-        rate: Share of coarse regions, for the kinds that leave it open: centre, border and random.
+        rate: Share of coarse regions, for the kinds that leave it open: centre, border and random. With more than two
+            scales, of the regions of each size, whatever the larger ones around them are.
         seed: Of random places.
     """
 
@@ -40,11 +42,15 @@ class Static(Rule):
         in_interval("rate", rate, "[0, 1]")
         self.kind, self.rate, self.seed = kind, rate, seed
 
-    def score(self, images: Tensor, grid: tuple[int, int]) -> Scores:
+    def score(self, images: Tensor, grids: list[tuple[int, int]]) -> list[Tensor]:
+        return [self._mask(images, grid, self.seed + 7919 * level) for level, grid in enumerate(grids)]
+
+    def _mask(self, images: Tensor, grid: tuple[int, int], seed: int) -> Tensor:
+        """Return 1 for the coarse regions of one size, `[B, h, w]`."""
         b, (h, w), device = len(images), grid, images.device
         y, x = torch.meshgrid(*(torch.arange(n, device=device) for n in grid), indexing="ij")
         if self.kind == "random":
-            order = torch.rand(b, h * w, device=device) if self.training else shuffled(images, h * w, self.seed)
+            order = torch.rand(b, h * w, device=device) if self.training else shuffled(images, h * w, seed)
         elif self.kind == "checkerboard":
             order = ((y + x) % 2).flatten().expand(b, -1)
         else:
@@ -53,7 +59,7 @@ class Static(Rule):
             order = (distance if self.kind == "border" else -distance).flatten().expand(b, -1)
         count = math.floor(self.rate * h * w + 0.5)
         first = order.sort(dim=1, stable=True).indices[:, :count]
-        return Scores(torch.zeros(b, h * w, device=device).scatter(1, first, 1.0).view(b, h, w))
+        return torch.zeros(b, h * w, device=device).scatter(1, first, 1.0).view(b, h, w)
 
     def extra_repr(self) -> str:
         return f"{self.kind}, rate={self.rate:g}"
@@ -74,7 +80,12 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 32)
 
 
-RULES = {"entropy": Entropy, **{kind: partial(Static, kind) for kind in Static.KINDS}}
+RULES = {
+    "entropy": Entropy,
+    "psnr": PSNR,
+    "equality": Equality,
+    **{kind: partial(Static, kind) for kind in Static.KINDS},
+}
 
 
 def make_rule(name: str, **settings) -> Rule:

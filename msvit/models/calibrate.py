@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import inside
-from ..core.candidates import spread
 from ..gating.base import Rule
 from ..gating.learned import Quota
 
@@ -69,7 +68,7 @@ class _Pictures:
 
     def __init__(self, model: nn.Module, loader, knob: Tensor):
         self.model, self.size, self.knob = model, None, knob
-        self.images, scores, device = [], [], model.cut.device
+        self.images, soft, device = [], [], model.cut.device
         for batch in loader:
             images = (batch if isinstance(batch, Tensor) else batch[0]).to(device)
             model.check(images)
@@ -78,22 +77,19 @@ class _Pictures:
                     f"pictures of {tuple(self.size)} and {tuple(images.shape[-2:])} px; calibrate on one size"
                 )
             self.size, images = images.shape[-2:], model.pad(images)
-            if isinstance(model.gate, Rule):
-                scores.append(model.gate.score(images, model.grid(self.size)))
-            else:
-                scores.append((model.decide(images).soft, None))
+            soft.append(model.decide(images, everywhere=True).nested)
             self.images += [images.cpu()] if model.adaptive else []
-        if not scores:
+        if not soft:
             raise ValueError("the loader is empty; calibrate on some pictures")
-        self.regions = torch.cat([regions for regions, _ in scores])
-        self.blocks = torch.cat([blocks for _, blocks in scores]) if scores[0][1] is not None else None
-        self.soft = torch.cat([x.flatten() for x in (self.regions, self.blocks) if x is not None])
+        self.soft = [torch.cat(level) for level in zip(*soft, strict=True)]
         self.dense = model.dense_macs(self.size)
 
     def choices(self) -> Tensor:
         """Return all that the knob can be turned to and makes a difference, from all coarse to all fine."""
         gate = self.model.gate
-        return gate.parts_of(self.regions[0].numel()) if isinstance(gate, Quota) else thresholds(self.soft)
+        if isinstance(gate, Quota):
+            return gate.parts_of(self.soft[0][0].numel())
+        return thresholds(torch.cat([level.flatten() for level in self.soft]))
 
     def share(self, choice: Tensor) -> float:
         """Return the mean, in closed form where there is one; otherwise the whole model runs."""
@@ -102,10 +98,7 @@ class _Pictures:
             macs = [self.model.run(images.to(self.knob.device)).macs for images in self.images]
             return torch.cat(macs).mean().item() / self.dense
         if isinstance(self.model.gate, Quota):
-            count = self.model.gate.count(self.regions[0].numel())[None]
+            count = self.model.gate.count(self.soft[0][0].numel())[None]
             return self.model.macs_of(count, self.size).item() / self.dense
-        coarse, n_blocks = self.regions > choice, 0
-        if self.blocks is not None:
-            blocks = self.blocks > choice
-            coarse, n_blocks = coarse | (spread(blocks.float(), coarse.shape[1:]) > 0.5), blocks.sum((1, 2))
-        return self.model.macs_of(coarse.sum((1, 2)), self.size, n_blocks).mean().item() / self.dense
+        counts = [(level > choice).sum((1, 2)) for level in self.soft]
+        return self.model.macs_of(counts, self.size).mean().item() / self.dense

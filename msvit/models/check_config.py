@@ -42,7 +42,8 @@ def check_config(config: Any) -> dict[str, Any]:
     known_settings(f"the backbone in {CONFIG}", args, sorted(ARGUMENTS))
     known_settings("pretrained_cfg_overlay", args.get("pretrained_cfg_overlay", {}), PREPROCESSING)
     in_interval("depth", args.get("depth", 12), "[1, 1000]")
-    in_interval("scale", config["scale"], "[2, 64]")
+    for side in config["scales"][1:] if "scales" in config else [config["scale"]]:
+        in_interval("scale", side, "[2, 64]")
     for number in _numbers(config):
         in_interval(f"a number in {CONFIG}", number, f"[{-LARGEST_NUMBER}, {LARGEST_NUMBER}]")
     return config

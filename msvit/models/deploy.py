@@ -31,12 +31,17 @@ class Deployable:
         return 0 if self._backend is None else self._backend.graphs
 
     @property
+    def recorded(self) -> bool:
+        """Whether a graph of it is recorded, which must do the same work whatever is decided."""
+        return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+    @property
     def usual_execution(self) -> str:
         """What runs where nothing is said: trimmed while training, packed in evaluation.
 
         Masked where a graph is recorded, since that alone does the same work whatever is decided.
         """
-        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        if self.recorded:
             return "masked"
         return "trimmed" if self.training else "packed"
 

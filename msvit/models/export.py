@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..checks import one_of
 from ..core.blocks import run_blocks
 from ..gating.base import Rule
+from ..gating.gate import Quadtree
 from .msvit import MSViT
 
 GRAPHS, FORMATS = ("gate", "masked", "packed"), ("torch", "onnx")
@@ -31,7 +32,7 @@ class PackedPicture(nn.Module):
         rows = (tokens.activity > 0.5).nonzero()[:, 0]
         packed = replace(tokens.select(rows, [rows.shape[0]]), activity=None)
         final = run_blocks(model.vit, packed).final
-        return model.head.logits(model.vit, final, gating.decisions, images.shape[-2:])
+        return model.head.logits(model.vit, final, images.shape[-2:])
 
 
 def exported(model: MSViT, part: str, images: Tensor) -> torch.export.ExportedProgram:
@@ -58,6 +59,8 @@ def check_exportable(model: MSViT, part: str):
     one_of("part", part, GRAPHS)
     if part == "gate" and isinstance(model.gate, Rule):
         raise ValueError(f"{type(model.gate).__name__} is a rule, which has nothing to export; export 'masked' instead")
+    if part == "gate" and isinstance(model.gate, Quadtree):
+        raise ValueError("a quadtree has a gate for each size of regions, which are no one graph; export 'masked'")
     if model.reducer is not None and part != "gate":
         raise ValueError(
             f"{type(model.reducer).__name__} drops or merges tokens by what they hold, picture by picture, which a "

@@ -6,7 +6,6 @@ called `decoder(x [T, C], weight [T] or None, layout)` on patch tokens alone, th
 token goes to all the fine patches that it covers, and from there bilinearly to the pixels.
 """
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,7 +18,6 @@ from ..checks import one_of
 from ..core import backbone
 from ..core.attention import Layout, attend
 from ..core.blocks import after_attention, before_attention, mlp
-from ..core.candidates import enlarge
 from ..core.macs import classifier_macs, linear_macs
 from ..core.tokens import Tokens
 from ..data import IGNORE
@@ -36,7 +34,7 @@ class ClassificationHead(nn.Module):
     def num_classes(self, vit: nn.Module) -> int:
         return vit.num_classes
 
-    def logits(self, vit: nn.Module, tokens: Tokens, decisions: Tensor, size: tuple[int, int]) -> Tensor:
+    def logits(self, vit: nn.Module, tokens: Tokens, size: tuple[int, int]) -> Tensor:
         """Return `[B, K]` from the tokens after the last norm."""
         return backbone.pooled_logits(vit, tokens)
 
@@ -59,8 +57,8 @@ class SegmentationHead(nn.Module):
         head = msvit.SegmentationHead(vit, classes=11, decoder="mask")
         logits = msvit.MSViT(vit, head=head)(images)  # [B, 11, H, W]
 
-    While the gate trains, it also learns from which of a cell's two tokens the decoder should have read:
-    y_i = m y_coarse(i) + (1 - m) y_i, with the value of the hard decision and the gradient of this sum.
+    While the gate trains, it also learns from which of the tokens over a patch the decoder should have read, with two
+    scales y_i = m y_coarse(i) + (1 - m) y_i: the value of the hard decision and the gradient of this sum.
 
     Args:
         vit: For its width; the backbone's own head is left alone.
@@ -101,21 +99,21 @@ class SegmentationHead(nn.Module):
     def no_weight_decay(self) -> set[str]:
         return {f"decoder.{name}" for name in getattr(self.decoder, "no_weight_decay", set)()}
 
-    def logits(self, vit: nn.Module, tokens: Tokens, decisions: Tensor, size: tuple[int, int]) -> Tensor:
+    def logits(self, vit: nn.Module, tokens: Tokens, size: tuple[int, int]) -> Tensor:
         """Return `[B, K, *size]`; what lies beyond the size, where pictures were padded, is cut off."""
-        grid = self.decode(vit, tokens, decisions).permute(0, 3, 1, 2)
+        grid = self.decode(vit, tokens).permute(0, 3, 1, 2)
         whole = [side * backbone.patch_size(vit) for side in grid.shape[-2:]]
         return F.interpolate(grid, whole, mode="bilinear", align_corners=False)[..., : size[0], : size[1]]
 
-    def decode(self, vit: nn.Module, tokens: Tokens, decisions: Tensor) -> Tensor:
+    def decode(self, vit: nn.Module, tokens: Tokens) -> Tensor:
         """Return what the decoder makes of the tokens after the last norm: logits `[B, H_f, W_f, K]`."""
         prefix = vit.num_prefix_tokens
         seeing = (tokens.area > 0).nonzero()[:, 0]
         patches = tokens.select(seeing, [n - prefix for n in tokens.layout.lengths])
         x = vit.fc_norm(patches.x)
         if self.scatter == "after":
-            return _covered(self.decoder(x, patches.weight, patches.layout), patches, decisions)
-        grid = _covered(x, patches, decisions)
+            return _covered(self.decoder(x, patches.weight, patches.layout), patches)
+        grid = _covered(x, patches)
         b, rows, columns, _ = grid.shape
         layout = Layout([rows * columns] * b, x.device)
         return self.decoder(grid.flatten(0, 2), None, layout).view(b, rows, columns, -1)
@@ -133,19 +131,22 @@ class SegmentationHead(nn.Module):
         return (logits.argmax(1) == targets)[targets != IGNORE].float().mean()
 
 
-def _covered(rows: Tensor, tokens: Tokens, decisions: Tensor) -> Tensor:
+def _covered(rows: Tensor, tokens: Tokens) -> Tensor:
     """Return the rows of the tokens on the fine grid, with the gate's gradient of which token covers a patch.
 
-    y = m c + (1 - m) f has at a hard m the value of the one token, and the gradient c - f by m.
+    y = sum_d a_d y_d over the tokens of all scales that cover a patch, whose activities add up to 1, has at hard
+    decisions the value of the active one, and the gradient y_d - y by a_d.
     """
     grid = tokens.scatter(rows)
-    if tokens.other is None:
+    if tokens.others is None:
         return grid
-    m = enlarge(decisions, grid.shape[1] // decisions.shape[1])[..., None]
-    hard = (m.detach() > 0.5).to(m.dtype)
-    other = replace(tokens, where=tokens.other).scatter(rows.detach())
-    gain = (grid.detach() - other) * (2 * hard - 1)
-    return grid + ((m - hard) * gain.masked_fill(tokens.other[..., None] < 0, 0)).to(grid.dtype)
+    gain = torch.zeros_like(grid)
+    for others in tokens.others.unbind(1):
+        seats = others.clamp(min=0)
+        activity = tokens.activity[seats].masked_fill(others < 0, 0)[..., None]
+        hard = (activity.detach() > 0.5).to(activity.dtype)
+        gain = gain + (activity - hard).to(grid.dtype) * (rows.detach()[seats] - grid.detach())
+    return grid + gain
 
 
 class LinearDecoder(nn.Module):

@@ -22,7 +22,7 @@ from torch import nn
 
 from ..checks import first_line
 from ..gating.entropy import earlier_settings
-from ..gating.gate import Gate
+from ..gating.gate import Gate, Quadtree
 from ..gating.learned import GATES
 from ..gating.rules import make_rule
 from ..reducers.registry import make_reducer
@@ -145,7 +145,7 @@ def model_files(model: nn.Module) -> dict[str, bytes]:
         )
     config = {
         "backbone": describe_backbone(model.vit),
-        "scale": model.scale,
+        "scales": list(model.scales),
         "margin": model.margin,
         "gate": described,
         "coarse_embed": name_of(model.coarse_embed),
@@ -196,7 +196,9 @@ def assemble(cls: type[nn.Module], config: Mapping[str, Any], **options: Any) ->
     vit = timm.create_model(backbone["name"], pretrained=False, **read_args(backbone["args"]))
     gate = _make_gate(**_today(config["gate"]))
     embed = config.get("coarse_embed") or ("shared" if config["share_embedding"] else "own")  # until version 0.1
-    parts = {"scale": config["scale"], "margin": config["margin"], "gate": gate, "coarse_embed": embed}
+    parts = {"margin": config["margin"], "gate": gate, "coarse_embed": embed}
+    # Until version 0.1 the scale alone, and a rule said by its thresholds if there were three.
+    parts |= {"scales": config["scales"]} if "scales" in config else {"scale": config["scale"]}
     if "reducer" in config:
         settings = dict(config["reducer"])
         parts["reducer"] = make_reducer(settings.pop("name"), vit, **settings)
@@ -209,7 +211,8 @@ def _make_gate(name: str | None = None, **settings: Any) -> nn.Module:
     """Return what decides, by the settings that were saved; those of a plain gate have no name."""
     if name is None:
         return Gate(**settings)
-    return GATES[name](**settings) if name in GATES else make_rule(name, **settings)
+    gates = GATES | {"quadtree": Quadtree}
+    return gates[name](**settings) if name in gates else make_rule(name, **settings)
 
 
 def _today(gate: Mapping[str, Any]) -> Mapping[str, Any]:

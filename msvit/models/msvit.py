@@ -1,62 +1,36 @@
 """MSViT: a gate, a mixed-scale tokenizer, a timm backbone and a head."""
 
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from ..checks import check_images, check_mask, check_precision, in_interval, one_of
+from ..checks import check_images, check_masks, check_precision, in_interval, one_of
 from ..core import backbone
-from ..core.blocks import Steps, TokenStage
-from ..core.candidates import Candidates, spread
+from ..core.blocks import Steps
+from ..core.candidates import Candidates
 from ..core.fast_linear import fast_linear
-from ..core.macs import encoder_macs, gate_macs, token_counts
+from ..core.scales import check_room, checked_scales, grids_of, spread
 from ..core.tokens import Tokens
 from ..gating.base import Rule
-from ..gating.gate import Gate
+from ..gating.gate import make_gate, sizes_of
 from ..gating.learned import Quota
 from ..reducers.base import check_lossless, check_same_backbone
 from .calibrate import calibrate
-from .coarse import FullResolution, make_coarse_embed
+from .coarse import make_coarse_embed
+from .costs import Costs
 from .deploy import Deployable
 from .features import FeatureExtractor
 from .heads import ClassificationHead
 from .hub import load_folder, model_files, rename_decoder
+from .result import Result
 from .tokenizer import EXECUTIONS, Gating, tokenize
 
 
-class Result(NamedTuple):
-    """What `MSViT.run` computed; B pictures with h x w coarse regions each.
-
-    Attributes:
-        logits: `[B, classes]`.
-        gates: Soft m in [0, 1], `[B, h, w]`; while training a Gumbel sample that carries gradients.
-        scores: The gate's logits without noise, `[B, h, w]`; None where a mask was given.
-        coarse: The decisions, bool `[B, h, w]`.
-        tokens: Active tokens per picture that enter the first block, prefix tokens included, int64 `[B]`.
-        macs: Per picture, for the active tokens alone, gate and reducer included, float64 `[B]`.
-        counts: Active tokens that each block's attention and MLP saw, int64 `[depth, 2, B]`.
-        stages: Where each fine patch's token was, after the tokenizer and after each step of the reducer.
-        final: The tokens after the last norm.
-    """
-
-    logits: Tensor
-    gates: Tensor
-    scores: Tensor | None
-    coarse: Tensor
-    tokens: Tensor
-    macs: Tensor
-    counts: Tensor | None = None
-    stages: tuple[TokenStage, ...] = ()
-    final: Tokens | None = None
-
-
-class MSViT(FeatureExtractor, Deployable, nn.Module, PyTorchModelHubMixin):
+class MSViT(FeatureExtractor, Deployable, Costs, nn.Module, PyTorchModelHubMixin):
     """Dynamic mixed-scale tokenization (Havtorn et al. 2023) around a built timm VisionTransformer.
 
         vit = timm.create_model("deit_small_patch16_224", pretrained=True)
@@ -64,7 +38,8 @@ class MSViT(FeatureExtractor, Deployable, nn.Module, PyTorchModelHubMixin):
         logits = model(images)
 
     The gate decides for each coarse patch (`scale` x `scale` fine ones) whether it becomes one token or scale² of them.
-    Every parameter of the backbone stays where timm put it.
+    With `scales=(1, 2, 4)` it is a quadtree: a gate decides whether a block of 4 x 4 fine patches becomes one token,
+    and another one about each quarter of what was divided. Every parameter of the backbone stays where timm put it.
 
     All executions compute the same function of the same decisions: "masked" runs all candidates and hides the
     inactive ones in attention, "trimmed" drops most of these (the default while training), "levelled" drops what is
@@ -76,7 +51,7 @@ class MSViT(FeatureExtractor, Deployable, nn.Module, PyTorchModelHubMixin):
 
     Args:
         vit: The backbone; it is used as it is, not copied.
-        scale: Fine patches along the side of a coarse one.
+        scale: Fine patches along the side of a coarse one, the smallest that is decided about.
         gate: A trained gate, one of `gating.learned`, or a rule of `msvit.make_rule`; None makes a new gate.
         margin: An inactive token stays in a trimmed sequence if its soft activity is at least this; 0 keeps them all.
         reducer: What drops or merges tokens inside the network, after the gate; from `msvit.make_reducer`.
@@ -85,6 +60,8 @@ class MSViT(FeatureExtractor, Deployable, nn.Module, PyTorchModelHubMixin):
         head: None is timm's own classifier; a `msvit.SegmentationHead` labels pixels.
         fast_cpu: Run linear layers through oneDNN where PyTorch has it (see `msvit.fast_linear`). Results agree with
             PyTorch's own to rounding.
+        scales: Sides of all tokens in fine patches, each from the third on twice the one before. None is (1, scale), or
+            goes on as far as the gate decides.
     """
 
     def __init__(
@@ -97,12 +74,17 @@ class MSViT(FeatureExtractor, Deployable, nn.Module, PyTorchModelHubMixin):
         coarse_embed: str = "shared",
         head: nn.Module | None = None,
         fast_cpu: bool = False,
+        scales: Sequence[int] | None = None,
     ):
         super().__init__()
         backbone.check_backbone(vit)
-        patch = backbone.patch_size(vit)
+        patch, sizes = backbone.patch_size(vit), sizes_of(gate)
         if not isinstance(scale, int) or scale < 2:
             raise ValueError(f"scale={scale!r}: a coarse patch is a whole number of fine ones wide; use 2, 3, 4 …")
+        if scales is None:
+            scales = (1, *(scale * 2**i for i in range(sizes or 1)))
+        self.scales = checked_scales(scales, sizes)
+        scale = self.scales[1]
         if getattr(gate, "patch", patch * scale) != patch * scale:
             raise ValueError(
                 f"the gate looks at coarse patches of {gate.patch} px, but scale={scale} on patches of {patch} px "
@@ -111,8 +93,8 @@ class MSViT(FeatureExtractor, Deployable, nn.Module, PyTorchModelHubMixin):
         in_interval("margin", margin, "[0, 0.5]")
         if reducer is not None:
             check_same_backbone(reducer, vit)
-        self.vit, self.scale, self.margin, self.reducer = vit, scale, margin, reducer
-        self.gate = gate if gate is not None else Gate(patch * scale, backbone.convolution(vit).in_channels)
+        self.vit, self.margin, self.reducer = vit, margin, reducer
+        self.gate = gate if gate is not None else make_gate(patch, self.scales, backbone.convolution(vit).in_channels)
         self.coarse_embed = make_coarse_embed(coarse_embed, vit, scale)
         self.set_head(head if head is not None else ClassificationHead())
         self.fast_cpu, self._steps, self._backend = fast_cpu, Steps(), None
@@ -141,8 +123,13 @@ class MSViT(FeatureExtractor, Deployable, nn.Module, PyTorchModelHubMixin):
         self.cut.fill_(value)
 
     @property
+    def scale(self) -> int:
+        """Fine patches along the side of the smallest region that is decided about."""
+        return self.scales[1]
+
+    @property
     def coarse_patch(self) -> int:
-        """Side of a coarse patch in pixels."""
+        """Side of such a region in pixels."""
         return backbone.patch_size(self.vit) * self.scale
 
     @property
@@ -159,6 +146,14 @@ class MSViT(FeatureExtractor, Deployable, nn.Module, PyTorchModelHubMixin):
         height, width = map(int, size)  # torch.jit.trace would go on with tensors
         return -(-height // self.coarse_patch), -(-width // self.coarse_patch)
 
+    def grids(self, size: tuple[int, int]) -> list[tuple[int, int]]:
+        """Return the regions (h, w) of each size that is decided about, from small to large."""
+        return grids_of(self.grid(size), self.scales)
+
+    def all_fine(self, size: tuple[int, int]) -> list[Tensor]:
+        """Return the mask that makes all tokens of pictures of `size` pixels fine."""
+        return [torch.zeros(grid, dtype=torch.bool, device=self.cut.device) for grid in self.grids(size)]
+
     def pad(self, images: Tensor) -> Tensor:
         """Return pictures with sides that are multiples of the coarse patch."""
         bottom, right = (-side % self.coarse_patch for side in images.shape[-2:])
@@ -170,67 +165,84 @@ class MSViT(FeatureExtractor, Deployable, nn.Module, PyTorchModelHubMixin):
         weight = backbone.convolution(self.vit).weight
         check_images(images, weight.shape[1], patch, finite)
         check_precision(images, weight)
+        check_room(self.scales, self.grid(images.shape[-2:]), backbone.patch_size(self.vit), images.shape[-2:])
 
     def forward(self, images: Tensor) -> Tensor:
         self.check(images)
         gating, _, encoded = self.encode(self.pad(images))
         with fast_linear(self.fast_cpu):
-            return self.head.logits(self.vit, encoded.final, gating.decisions, images.shape[-2:])
+            return self.head.logits(self.vit, encoded.final, images.shape[-2:])
 
     def run(
-        self, images: Tensor, mask: Tensor | None = None, execution: str | None = None, check: bool = False
+        self,
+        images: Tensor,
+        mask: Tensor | Sequence[Tensor] | None = None,
+        execution: str | None = None,
+        check: bool = False,
     ) -> Result:
         """Return logits, and what was decided on the way.
 
         Args:
             images: `[B, c, H, W]`, normalised as the backbone wants them; both sides multiples of the coarse patch
                 unless the head is dense.
-            mask: Decisions instead of the gate's: bool `[B, h, w]` or `[h, w]`, True = coarse.
+            mask: Decisions instead of the gate's: bool `[B, h, w]` or `[h, w]`, True = coarse. With more than two
+                scales it is a list, one for each size of regions from small to large; what is True in a larger one
+                counts.
             execution: One of the four above; None means trimmed while training and packed in evaluation.
             check: Look for NaN and infinite pixels (costs a pass over the pictures).
         """
         self.check(images, finite=check)
         gating, tokens, (final, counts, stages) = self.encode(self.pad(images), mask, execution)
         with fast_linear(self.fast_cpu):
-            logits = self.head.logits(self.vit, final, gating.decisions, images.shape[-2:])
-        entering, coarse = tokens.active_counts(), gating.decisions.detach() > 0.5
-        path = self.path_macs(coarse.sum((1, 2)), 0 if gating.blocks is None else gating.blocks.long().sum((1, 2)))
+            logits = self.head.logits(self.vit, final, images.shape[-2:])
+        entering, whole = tokens.active_counts(), [u.detach() > 0.5 for u in gating.undivided]
+        sums = [u.sum((1, 2)) for u in whole]
         return Result(
             logits=logits,
-            gates=gating.soft,
+            gates=gating.nested[0],
             scores=gating.scores,
-            coarse=coarse,
+            coarse=whole[0],
             tokens=entering,
-            macs=self._macs(entering, coarse[0].numel(), mask is None, counts) + path,
+            macs=self._macs(entering, sums, images.shape[-2:], mask is None, counts),
             counts=counts,
             stages=stages,
             final=final,
+            gating=gating,
         )
 
-    def decide(self, images: Tensor, mask: Tensor | None = None) -> Gating:
-        """Return the decisions of the gate, of a rule in its place, or of a mask."""
-        grid = self.grid(images.shape[-2:])
+    def decide(self, images: Tensor, mask: Tensor | Sequence[Tensor] | None = None, everywhere: bool = False) -> Gating:
+        """Return the decisions of the gate, of a rule in its place, or of a mask.
+
+        Args:
+            everywhere: Ask gates also about regions inside of undivided ones, as it is while training.
+        """
+        grids = self.grids(images.shape[-2:])
         if mask is not None:
-            check_mask(mask, len(images), grid)
-            m = mask.to(images.device, torch.float32).expand(len(images), -1, -1)
-            return Gating(None, m, m)
-        if isinstance(self.gate, Rule):
-            soft, blocks = self.gate.score(images, grid)
-            m = (soft > self.cut).float()
-            if blocks is not None:
-                blocks = (blocks > self.cut).float()
-                m = m.maximum(spread(blocks, grid))
-            return Gating(None, soft, m, blocks)
-        scores = self.gate(images)
-        return Gating(scores, *self.gate.decide(scores, self.cut))
+            masks = check_masks(mask, len(images), grids)
+            soft = [m.to(images.device, torch.float32).expand(len(images), -1, -1) for m in masks]
+            levels = [Gating(None, m, m) for m in soft]
+        elif isinstance(self.gate, Rule):
+            levels = [Gating(None, soft, (soft > self.cut).float()) for soft in self.gate.score(images, grids)]
+        else:
+            levels = self._ask(images, grids, everywhere or self.training or self.recorded)
+        return levels[0]._replace(larger=tuple(levels[1:]))
+
+    def _ask(self, images: Tensor, grids: list[tuple[int, int]], everywhere: bool) -> list[Gating]:
+        """Return what the gates say from the largest regions down, each where the one before has divided."""
+        levels, whole = [], None
+        for gate, grid in zip(reversed(self.gate.levels), reversed(grids), strict=True):
+            above = None if whole is None else spread(whole, grid)
+            scores = gate(images) if everywhere or above is None else gate(images, above < 0.5)
+            soft, m = gate.decide(scores, self.cut)
+            whole = m.detach() if above is None else m.detach().maximum(above)
+            levels.insert(0, Gating(scores, soft, m))
+        return levels
 
     def tokenize(self, images: Tensor, gating: Gating, execution: str | None = None) -> Tokens:
         """Return the tokens that an execution needs, embedded, before the first block."""
         execution = one_of("execution", execution or self.usual_execution, EXECUTIONS)
         self.check_recordable(execution)
-        candidates = Candidates(
-            self.grid(images.shape[-2:]), self.scale, self.vit.num_prefix_tokens, gating.blocks is not None
-        )
+        candidates = Candidates(self.grid(images.shape[-2:]), self.scales, self.vit.num_prefix_tokens)
         both = self.head.dense and self.reducer is None
         return tokenize(self.vit, images, candidates, gating, execution, self.margin, self.coarse_embed, both)
 
@@ -243,40 +255,6 @@ class MSViT(FeatureExtractor, Deployable, nn.Module, PyTorchModelHubMixin):
             yield
         finally:
             self.train(training)
-
-    def macs_of(self, n_coarse: Tensor, size: tuple[int, int], n_blocks: Tensor | int = 0) -> Tensor:
-        """Return the MACs, float64 `[B]`, of pictures with so many coarse regions, gate and reducer included.
-
-        Args:
-            size: Of the pictures in pixels.
-            n_blocks: With three scales, how many blocks of 2 x 2 of these regions have one token.
-        """
-        regions = math.prod(self.grid(size))
-        patches = n_coarse + (regions - n_coarse) * self.scale**2 - 3 * n_blocks
-        macs = self._macs(self.vit.num_prefix_tokens + patches, regions, gated=True)
-        return macs + self.path_macs(n_coarse, n_blocks)
-
-    def path_macs(self, n_coarse: Tensor | int, n_blocks: Tensor | int = 0) -> Tensor | int:
-        """Return the MACs of APT's path for so many coarse regions, some of them in blocks; 0 without that path."""
-        if not isinstance(self.coarse_embed, FullResolution):
-            return 0
-        coarse, block = (self.coarse_embed.macs(self.vit, side) for side in (self.scale, 2 * self.scale))
-        return (n_coarse - 4 * n_blocks) * coarse + n_blocks * block
-
-    def dense_macs(self, size: tuple[int, int]) -> int:
-        """Return the MACs of backbone and head on a picture with all tokens fine, without gate and reducer."""
-        patches = math.prod(self.grid(size)) * self.scale**2
-        tokens = torch.tensor([self.vit.num_prefix_tokens + patches])
-        counts = token_counts(len(self.vit.blocks), tokens)
-        return int(encoder_macs(self.vit, tokens, counts) + self.head.macs(self.vit, counts[-1, 1], patches))
-
-    def _macs(self, tokens: Tensor, regions: int, gated: bool, counts: Tensor | None = None) -> Tensor:
-        """Return MACs by the tokens that enter and what each block saw, which follows in closed form if not given."""
-        if counts is None:
-            counts = token_counts(len(self.vit.blocks), tokens, self.reducer)
-        macs = encoder_macs(self.vit, tokens.long(), counts, self.reducer)
-        macs = macs + self.head.macs(self.vit, counts[-1, 1], regions * self.scale**2)
-        return (macs + (gate_macs(self.gate, regions) if gated else 0)).double()
 
     def calibrate(self, loader, macs: float = 0.6) -> float:
         """Set the threshold so that the mean MACs over a loader meet that share of dense: one model, many budgets.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..core import backbone
 from ..core.attention import Layout
 from ..core.candidates import Candidates, choose_active, choose_levelled, choose_trimmed
+from ..core.scales import nested, undivided
 from ..core.tokens import Tokens
 from .coarse import FullResolution
 
@@ -16,15 +17,32 @@ EXECUTIONS = ("masked", "trimmed", "levelled", "packed")
 
 
 class Gating(NamedTuple):
-    """What was decided about a batch: the gate's logits (None without one), soft values, and m, 1 = coarse.
+    """What was decided about a batch: the gate's logits (None without one), soft values, and m, 1 = one token.
 
-    Blocks `[B, h // 2, w // 2]` are 1 where 2 x 2 coarse regions have one token; None with two scales.
+    It says so of the smallest regions that can be one token, `[B, h, w]`. With more than two scales m is what a region
+    would be if it were asked, and `larger` has the same of the larger regions, from small to large. Where a model is
+    evaluated, regions inside of an undivided one are not asked: their logits are -inf.
     """
 
     scores: Tensor | None
     soft: Tensor
     decisions: Tensor
-    blocks: Tensor | None = None
+    larger: tuple["Gating", ...] = ()
+
+    @property
+    def levels(self) -> tuple["Gating", ...]:
+        """All sizes of regions, from small to large."""
+        return (self, *self.larger)
+
+    @property
+    def undivided(self) -> list[Tensor]:
+        """u of each level, 1 where a region lies within one token, with the gradients of m."""
+        return undivided([level.decisions for level in self.levels])
+
+    @property
+    def nested(self) -> list[Tensor]:
+        """Soft values of each level that exceed a threshold where, under it, the region would be undivided."""
+        return nested([level.soft for level in self.levels])
 
 
 def tokenize(
@@ -42,24 +60,23 @@ def tokenize(
     Args:
         margin: Of trimming, see `choose_trimmed`.
         coarse_embed: How coarse patches are embedded, from `make_coarse_embed`.
-        both: While a gate learns, also tell which row would cover each fine patch if its region were decided the other
-            way.
+        both: While a gate learns, also tell which row of each level covers each fine patch.
     """
-    activity = candidates.activity(gating.decisions, gating.blocks)
+    whole = gating.undivided
+    activity = candidates.activity(whole)
     rows, lengths = _choose(candidates, activity, gating, execution, margin)
     numbers = rows % candidates.count
     seeing, patches = _embed(vit, candidates, rows, images, coarse_embed)
     bases = backbone.bases(vit, candidates, each=isinstance(coarse_embed, FullResolution))
     x = bases.index_select(0, numbers).to(patches.dtype).index_add_(0, seeing, patches)
-    seats, coarse = candidates.seats(rows, len(images)), gating.decisions.detach() > 0.5
-    both = both and gating.decisions.requires_grad and execution != "packed"
+    seats, learns = candidates.seats(rows, len(images)), activity.requires_grad and execution != "packed"
     return Tokens(
         x=vit.norm_pre(vit.pos_drop(x)),
         activity=None if execution == "packed" else activity.flatten()[rows],
         area=candidates.areas(rows.device)[numbers],
-        where=_seated(seats, candidates.covering(coarse, gating.blocks)),
+        where=_seated(seats, candidates.covering(whole)),
         layout=Layout(lengths, x.device),
-        other=_seated(seats, candidates.covering(~coarse)) if both else None,
+        others=_seats_of_levels(seats, candidates) if both and learns else None,
     )
 
 
@@ -72,11 +89,12 @@ def _choose(
         return choose_active(active)
     if execution == "masked":
         return torch.arange(active.numel(), device=active.device), [active.shape[1]] * len(active)
-    soft = candidates.activity(gating.soft.detach(), gating.blocks)
+    levels = gating.levels
+    near = candidates.flips([level.decisions for level in levels], [level.soft.detach() for level in levels])
     if execution == "levelled":
-        return choose_levelled(active, soft)
+        return choose_levelled(active, near)
     # Inactive tokens are there for their gradient.
-    return choose_trimmed(active, soft, margin if gating.decisions.requires_grad else 1.0)
+    return choose_trimmed(active, near, margin if activity.requires_grad else 1.0)
 
 
 def _embed(
@@ -102,3 +120,10 @@ def _embed(
 def _seated(seats: Tensor, numbers: Tensor) -> Tensor:
     """Return the rows of candidates that cover fine patches, `[B, H_f, W_f]`, from where each candidate sits."""
     return seats.gather(1, numbers.flatten(1)).view_as(numbers)
+
+
+def _seats_of_levels(seats: Tensor, candidates: Candidates) -> Tensor:
+    """Return the row of each level that covers each fine patch, `[B, L, H_f, W_f]`; -1 where it was left out."""
+    numbers = candidates.everywhere(seats.device)
+    rows = seats[:, numbers.clamp(min=0).flatten()].view(len(seats), *numbers.shape)
+    return rows.masked_fill(numbers < 0, -1)

@@ -58,6 +58,8 @@ LOOKS = {
     "checkerboard": Look("checkerboard", OLIVE, "P"),
     "entropy": Look("entropy rule", GREEN, "h"),
     "apt": Look("APT", GREEN, "H"),
+    "psnr": Look("PSNR rule", BLUE, "h"),
+    "equality": Look("equality rule", WINE, "h"),
     "oracle": Look("oracle", SAND, "*"),
     "dynamicvit": Look("DynamicViT", BLUE, "s"),
     "token_pooling": Look("Token Pooling", INDIGO, "p"),

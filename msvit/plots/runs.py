@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
+import torch
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -39,7 +40,8 @@ def gate_maps(
         for axes, (name, masks) in zip(grid[1:-1, column], decisions.items(), strict=True):
             coarse = masks[column]
             drawing.draw(axes, image, coarse)
-            tokens = int(coarse.sum() + (~coarse).sum() * drawing.scale**2)
+            each = torch.where(coarse > 0, 0.25 ** (coarse.long() - 1), drawing.scale**2)  # region, in tokens
+            tokens = int(each.sum())
             said = f"\n{words[name][column]}" if name in words else ""
             axes.set_xlabel(f"{tokens} patch tokens{said}", fontsize=8)
         drawing.draw(grid[-1, column], as_the_model_sees(image, decisions[first][column], drawing.scale))
@@ -103,7 +105,7 @@ def positions(decisions: Mapping[str, Tensor]) -> Figure:
     size = (2.6 * len(decisions) + 0.8, 2.9)
     figure, grid = plt.subplots(1, len(decisions), figsize=size, **PICTURE_GRID)
     for axes, (name, coarse) in zip(grid[0], decisions.items(), strict=True):
-        fine = (~coarse).double().mean(0)
+        fine = (coarse == 0).double().mean(0)
         shown = axes.imshow(fine.numpy() * 100, vmin=0, vmax=100, cmap="cividis")
         axes.set(title=name, xlabel=f"{100 * fine.mean():.0f} % fine")
     figure.colorbar(shown, ax=grid, label="pictures in which the region is fine (%)", shrink=0.9)

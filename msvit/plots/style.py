@@ -57,11 +57,19 @@ def with_note(figure: Figure, note: str, title: str = "") -> Figure:
 
 
 def as_the_model_sees(image: Tensor, coarse: Tensor, scale: int) -> Tensor:
-    """Return the picture `[c, H, W]` with the regions `[h, w]` that are coarse at 1 / scale of the resolution."""
-    reduced = F.interpolate(shrink(image[None], scale), scale_factor=scale, mode="nearest")[0]
-    rows, columns = image.shape[1] // coarse.shape[0], image.shape[2] // coarse.shape[1]
-    pixels = coarse.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
-    return torch.where(pixels, reduced, image)
+    """Return the picture `[c, H, W]` with the regions `[h, w]` that are coarse at 1 / scale of the resolution.
+
+    Of a quadtree, `coarse` has the size of token over each region (`core.scales.token_sizes`); each size above the
+    first has half of the resolution of the one before.
+    """
+    rows, columns, seen = image.shape[1] // coarse.shape[0], image.shape[2] // coarse.shape[1], image
+    pixels = coarse.long().repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+    for size in range(1, int(coarse.max()) + 1):
+        k = scale * 2 ** (size - 1)
+        seen = torch.where(
+            pixels >= size, F.interpolate(shrink(image[None], k), scale_factor=k, mode="nearest")[0], seen
+        )
+    return seen
 
 
 class PictureStyle(NamedTuple):
@@ -78,16 +86,22 @@ class PictureStyle(NamedTuple):
         return (image.detach().cpu() * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()
 
     def draw(self, axes: Axes, image: Tensor, coarse: Tensor | None = None):
-        """Draw a picture; with decisions, the borders of its tokens: frames round coarse ones, crosses in fine ones."""
+        """Draw a picture; with decisions, the borders of its tokens: frames round coarse ones, crosses in fine ones.
+
+        Decisions are as in `as_the_model_sees`.
+        """
         axes.imshow(self.pixels(image), interpolation="nearest")
         if coarse is None:
             return
         lines = {True: [], False: []}
         for r, c in np.ndindex(*coarse.shape):
             top, left = r * self.patch - 0.5, c * self.patch - 0.5  # a pixel's centre is its integer coordinate
-            kind = bool(coarse[r, c])
-            steps = np.linspace(0, self.patch, 2 if kind else self.scale + 1)
-            lines[kind] += [[(left + s, top), (left + s, top + self.patch)] for s in steps]
-            lines[kind] += [[(left, top + s), (left + self.patch, top + s)] for s in steps]
+            kind, n = bool(coarse[r, c]), 2 ** max(int(coarse[r, c]) - 1, 0)  # n regions along the side of the token
+            if r % n or c % n:
+                continue
+            side = n * self.patch
+            steps = np.linspace(0, side, 2 if kind else self.scale + 1)
+            lines[kind] += [[(left + s, top), (left + s, top + side)] for s in steps]
+            lines[kind] += [[(left, top + s), (left + side, top + s)] for s in steps]
         for kind, colour, width in ((True, ORANGE, 1.2), (False, SKY, 0.9)):
             axes.add_collection(LineCollection(lines[kind], colors=colour, linewidths=width))

@@ -165,7 +165,7 @@ def training_threshold(model: nn.Module, loader: Iterable, window: int = 2) -> f
     with model.evaluating():
         for batch in loader:
             images = model.pad((batch if isinstance(batch, Tensor) else batch[0]).to(model.cut.device))
-            fine = torch.zeros(model.grid(images.shape[-2:]), dtype=torch.bool, device=images.device)
+            fine = model.all_fine(images.shape[-2:])
             run_blocks(model.vit, model.tokenize(images, model.decide(images, fine)), everything, watch=watch)
     if not found:
         raise ValueError("the loader is empty; give the training pictures")

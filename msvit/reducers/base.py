@@ -250,7 +250,7 @@ def join(first: Tokens, second: Tokens) -> Tokens:
         rest = second.size if second.size is not None else torch.ones_like(second.area)
         size = torch.cat([size, rest.to(size.dtype)])
     pairs = {name: (getattr(first, name), getattr(second, name)) for name in ("x", "activity", "area")}
-    both = replace(first, **{name: torch.cat(pair) for name, pair in pairs.items()}, size=size, other=None)
+    both = replace(first, **{name: torch.cat(pair) for name, pair in pairs.items()}, size=size, others=None)
     picture = torch.cat([first.layout.picture, second.layout.picture])
     lengths = [a + b for a, b in zip(first.layout.lengths, second.layout.lengths, strict=True)]
     return both.select(picture.sort(dim=0, stable=True).indices, lengths)

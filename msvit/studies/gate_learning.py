@@ -128,7 +128,7 @@ def scores_of(model: MSViT, loaders: Loaders, images: Tensor, objects: Tensor | 
     """
     grid = model.grid(images.shape[-2:])
     scores = {"gate": model.gate(images)} if isinstance(model.gate, Decider) else {}
-    scores["entropy"] = Entropy(mean=loaders.mean, std=loaders.std).score(images, grid).regions
+    scores["entropy"] = Entropy(mean=loaders.mean, std=loaders.std).score(images, [grid])[0]
     rows, columns = (torch.arange(side) - (side - 1) / 2 for side in grid)
     scores["centre"] = (rows[:, None] ** 2 + columns**2).expand(len(images), -1, -1)
     if objects is not None:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from .. import plots
 from ..core.fast_linear import fast_linear
+from ..core.scales import token_sizes
 from ..data.loaders import Loaders
-from ..evaluation.predictions import object_finder
+from ..evaluation.predictions import object_finder, oracle_masks
 from ..gating.losses import make_loss
 from ..models.msvit import MSViT
 from ..plots.style import PictureStyle
@@ -33,7 +34,7 @@ class Inspection:
     Attributes:
         images: Normalised, `[B, 3, H, W]`.
         gates: Soft decisions, `[B, h, w]`.
-        coarse: Decisions, bool `[B, h, w]`.
+        coarse: Decisions, bool `[B, h, w]`; of a quadtree the size of token over each region, see `token_sizes`.
         tokens: Per picture, int64 `[B]`.
         predicted, targets: Numbers of the classes, int64 `[B]`.
         mean, std: What the pictures were normalised with.
@@ -74,12 +75,12 @@ def open_run(folder: str | Path) -> tuple[runs.Run, MSViT, Loaders]:
     return run, model, load_data(run.recipe.data, run.recipe.training.seed, model)
 
 
-def mask_of(run: runs.Run, model: MSViT, loaders: Loaders, indices: Tensor) -> Tensor | None:
+def mask_of(run: runs.Run, model: MSViT, loaders: Loaders, indices: Tensor) -> list[Tensor] | None:
     """Return all fine for a dense run, whose gate has learned nothing; the oracle's mask; None if the model decides."""
     if not run.recipe.training.epochs:
-        return torch.zeros(model.grid(loaders.size), dtype=torch.bool)
+        return model.all_fine(loaders.size)
     if run.recipe.gating.by == "oracle":
-        return ~object_finder(loaders.val)(indices, model.coarse_patch)
+        return oracle_masks(model, object_finder(loaders.val), indices, loaders.size)
     return None
 
 
@@ -91,7 +92,8 @@ def inspect_run(folder: str | Path, pictures: int = 512) -> Inspection:
     for batch in loaders.val:
         images, targets, indices = (part[: pictures - count] for part in batch)
         result = model.run(images, mask_of(run, model, loaders, indices))
-        seen.append((images, result.gates, result.coarse, result.tokens, result.logits.argmax(1), targets))
+        coarse = token_sizes(result.gating.undivided) if len(model.scales) > 2 else result.coarse
+        seen.append((images, result.gates, coarse, result.tokens, result.logits.argmax(1), targets))
         count += len(images)
         if count >= pictures:
             break
@@ -143,10 +145,10 @@ class ShapedGates(NamedTuple):
 
 
 def find_shaped(folder: Path, rows: pd.DataFrame) -> ShapedGates | None:
-    """Return the gates of the first row that was trained with GBaS; None if there is none."""
+    """Return the gates of the first row of two scales that was trained with GBaS; None if there is none."""
     for method, name in zip(rows["method"], rows["run"], strict=True):
         path, recipe = folder / name / "gate_loss.safetensors", runs.read(folder / name).recipe
-        if recipe.gating.loss != "gbas" or not path.exists():
+        if recipe.gating.loss != "gbas" or recipe.model.scales[2:] or not path.exists():
             continue
         inspection = inspect_run(folder / name)
         budget = Budget(inspection.model, inspection.images.shape[-2:], recipe.gating)

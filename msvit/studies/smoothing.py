@@ -32,8 +32,7 @@ def measure_smoothing(model: MSViT, images: Tensor) -> Smoothing:
     A low-pass filter has a response that falls with the frequency, and singular values that fall fast; tokens become
     more alike.
     """
-    fine = torch.zeros(model.grid(images.shape[-2:]), dtype=torch.bool)
-    tokens = model.tokenize(images, model.decide(images, fine), "packed")
+    tokens = model.tokenize(images, model.decide(images, model.all_fine(images.shape[-2:])), "packed")
     layout, rows, found = tokens.layout, tokens.x, []
     grid, prefix = tokens.where.shape[1:], model.vit.num_prefix_tokens
 

@@ -15,7 +15,7 @@ from ..checks import closest, first_line
 from ..data.holdout import hold_out
 from ..data.loaders import Loaders, make_loaders
 from ..data.segmentation import make_seg_loaders
-from ..gating.gate import Decider, Gate
+from ..gating.gate import Gate, Quadtree, sizes_of
 from ..gating.learned import GATES, Pattern, Quota
 from ..models.check_config import UNBUILT, ModelFolderError
 from ..models.coarse import name_of
@@ -35,7 +35,7 @@ def build(recipe: Recipe, runs: Path) -> MSViT:
     Args:
         runs: The folder that "run:NAME" is looked for in.
     """
-    settings, size = recipe.model, recipe.data.size
+    settings, size, scales = recipe.model, recipe.data.size, scales_of(recipe)
     name, start, gate = {"tiny": TINY}.get(settings.name, settings.name), None, None
     if settings.pretrained and not (timm.models.is_model_pretrained(name) or name.startswith("hf-hub:")):
         raise RecipeError(f"model={settings.name!r} has no published weights; leave pretrained out")
@@ -53,7 +53,7 @@ def build(recipe: Recipe, runs: Path) -> MSViT:
     try:
         reducer = make_reducer(recipe.reducer.name, vit, **recipe.reducer.settings) if recipe.reducer.name else None
         embed = "apt" if recipe.gating.by == "apt" else settings.coarse_embed
-        model = MSViT(vit, settings.scale, gate, recipe.gating.margin, reducer, embed, fast_cpu=True)
+        model = MSViT(vit, settings.scale, gate, recipe.gating.margin, reducer, embed, fast_cpu=True, scales=scales)
         if start is not None and name_of(start.coarse_embed) == embed != "shared":
             model.coarse_embed.load_state_dict(start.coarse_embed.state_dict())
         if recipe.data.task == "segment" and start is not None and start.head.dense:
@@ -62,6 +62,13 @@ def build(recipe: Recipe, runs: Path) -> MSViT:
         return model
     except (ValueError, TypeError) as error:
         raise RecipeError(str(error)) from error
+
+
+def scales_of(recipe: Recipe) -> tuple[int, ...]:
+    """Return the sides of tokens in fine patches: given, or 1, the scale and what a rule's thresholds go on to."""
+    thresholds = recipe.gating.rule_settings.get("thresholds")
+    sizes = len(thresholds) if isinstance(thresholds, list) and thresholds else 1
+    return tuple(recipe.model.scales) or (1, *(recipe.model.scale * 2**i for i in range(sizes)))
 
 
 def takes_over_gate(settings: ModelSettings, runs: Path) -> bool:
@@ -77,12 +84,16 @@ def takes_over_gate(settings: ModelSettings, runs: Path) -> bool:
     return os.path.isdir(path) or settings.name.startswith(HUB)
 
 
-def _choose_gate(recipe: Recipe, vit: nn.Module, found: nn.Module | None) -> Decider | None:
+def _choose_gate(recipe: Recipe, vit: nn.Module, found: nn.Module | None) -> nn.Module | None:
     """Return the gate that was found, if it is of the kind that the recipe trains, or a new one; None: the model's."""
     segments = recipe.data.task == "segment"
-    kind, patch = GATES.get(recipe.gating.by, Gate), recipe.model.scale * vit.patch_embed.patch_size[0]
+    scales, kind = scales_of(recipe), GATES.get(recipe.gating.by, Gate)
+    if kind is Gate and len(scales) > 2:
+        kind = Quadtree
+    patch = scales[1] * vit.patch_embed.patch_size[0]
     grid = (recipe.data.size // patch,) * 2
-    if type(found) is kind and (recipe.model.gate or found.patch == patch) and getattr(found, "grid", grid) == grid:
+    fits = type(found) is kind and sizes_of(found) == len(scales) - 1 and getattr(found, "grid", grid) == grid
+    if fits and (recipe.model.gate or found.patch == patch):
         if kind is Quota:
             found.supervised = segments
         return found
@@ -90,6 +101,7 @@ def _choose_gate(recipe: Recipe, vit: nn.Module, found: nn.Module | None) -> Dec
         raise RecipeError(
             f"gate={recipe.model.gate!r} has {type(found).__name__}({found.extra_repr()}), but "
             f"gating={recipe.gating.by!r} trains a {kind.__name__} for {grid[0]} x {grid[1]} regions"
+            + (f" and scales={list(scales)}" if len(scales) > 2 else "")
         )
     if kind is Pattern:
         return Pattern(grid, patch)

@@ -10,6 +10,7 @@ import torch
 from ..evaluation.evaluate import evaluate
 from ..evaluation.predictions import object_finder
 from ..evaluation.reconstruction import reconstruction_errors
+from ..gating.gate import Quadtree
 from ..gating.learned import GATES
 from ..models.coarse import name_of
 from .budget import BUDGETED, Budget, choose_gate
@@ -45,13 +46,14 @@ def evaluate_run(
     if "gating" in changes:
         recipe = recipe.replace(epochs=max(recipe.training.epochs, 1))
         by = recipe.gating.by
-        if recipe.gating.learned and type(model.gate) is not GATES[by]:
+        kind = Quadtree if by == "learned" and len(model.scales) > 2 else GATES.get(by)
+        if recipe.gating.learned and type(model.gate) is not kind:
             raise RecipeError(f"gating={by!r}: {folder} was trained with {run.recipe.gating.by!r} and has no such gate")
         if recipe.gating.by == "apt" and name_of(model.coarse_embed) != "apt":
             raise RecipeError(f"gating='apt': {folder} was trained without APT's path; its rule alone is 'entropy'")
         budget = choose_gate(model, recipe, loaders)
     else:
-        budget = Budget(model, loaders.size, recipe.gating if recipe.training.epochs else None)
+        budget = Budget(model, loaders.size, recipe.gating if recipe.training.epochs else None, loaders)
     by = recipe.gating.by if recipe.training.epochs else "dense"
     if by not in BUDGETED and (macs is not None or threshold is not None):
         raise RecipeError(f"{folder} is evaluated as {by!r}, which has no budget; give gating too, such as entropy")

@@ -6,7 +6,7 @@ import pandas as pd
 import torch
 
 from ..data.loaders import Loaders
-from ..gating.gate import Gate
+from ..gating.gate import make_gate
 from ..models.msvit import MSViT
 from .budget import Budget, choose_gate
 from .build import build, load_data
@@ -41,9 +41,10 @@ def fit_gate(
     loaders = load_data(recipe.data, recipe.training.seed, model)
     model.to("cuda" if torch.cuda.is_available() and recipe.training.device == "auto" else "cpu").eval()
     torch.manual_seed(recipe.training.seed)
-    model.gate = Gate(model.coarse_patch, model.vit.patch_embed.proj.in_channels).to(model.cut.device)
-    budget = Budget(model, loaders.size, recipe.gating)
-    teach_gate(model, loaders, budget.rate, by, recipe.training.seed, steps, progress)
+    patch = model.coarse_patch // model.scale
+    model.gate = make_gate(patch, model.scales, model.vit.patch_embed.proj.in_channels).to(model.cut.device)
+    budget = Budget(model, loaders.size, recipe.gating, loaders)
+    teach_gate(model, loaders, budget.rates, by, recipe.training.seed, steps, progress)
     model.calibrate(loaders.first_pictures(), budget.macs)
     model.save_pretrained(folder)
     table = pd.DataFrame([{"decisions": f"gate, taught by {by}"} | compare_with_dense(model, loaders)])
@@ -61,8 +62,7 @@ def compare_with_dense(model: MSViT, loaders: Loaders) -> dict[str, float]:
     with model.evaluating():
         for images, targets, indices in loaders.val:
             images, read = images.to(model.cut.device), indices >= 0
-            fine = torch.zeros(model.grid(images.shape[-2:]), dtype=torch.bool)
-            dense, result = model.run(images, fine).logits, model.run(images)
+            dense, result = model.run(images, model.all_fine(images.shape[-2:])).logits, model.run(images)
             answer = result.logits.argmax(1)
             found = [answer == dense.argmax(1), divergence(dense, result.logits), result.macs]
             found += [answer == targets.to(answer.device)] if labelled else []

@@ -149,7 +149,7 @@ class Trainer:
         starts = gating.start != "none" and gating.by == "learned" and training.gate_lr
         if starts and not takes_over_gate(self.recipe.model, self.records.path.parent):
             steps = min(STEPS, 2 * training.epochs * self.loaders.steps)
-            teach_gate(self.model, self.loaders, self.budget.rate, gating.start, training.seed, steps, self.progress)
+            teach_gate(self.model, self.loaders, self.budget.rates, gating.start, training.seed, steps, self.progress)
 
     def _epoch(self, stage: Stage, epoch: int):
         """Train and evaluate for an epoch, and make both durable."""

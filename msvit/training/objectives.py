@@ -14,10 +14,11 @@ from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 
 from ..core.fast_linear import fast_linear
-from ..evaluation.predictions import Objects
+from ..core.scales import nested
+from ..evaluation.predictions import Objects, oracle_masks
 from ..gating.controller import BudgetController
 from ..gating.learned import sharing_loss
-from ..gating.losses import make_loss
+from ..gating.losses import make_losses
 from ..models.msvit import MSViT, Result
 from ..models.sliding import slide
 from ..reducers.base import Teacher
@@ -33,7 +34,7 @@ class StepOutput(NamedTuple):
     Attributes:
         loss: Carries the gradient.
         scalars: What is recorded of a step.
-        gate_error: The controller's: how far the scores of a batch lie above those that meet the budget.
+        gate_error: The controllers', `[sizes]`: how far the scores of a batch lie above those that meet the budget.
     """
 
     loss: Tensor
@@ -85,8 +86,8 @@ class Objective(nn.Module):
     def begin(self, progress: float):
         """Prepare a step; `progress` is the share of the stage that is over."""
 
-    def update(self, gate_error: float):
-        """Correct the gate after a step, by the mean of its error over all processes."""
+    def update(self, gate_error: list[float]):
+        """Correct the gate after a step, by the means of its errors over all processes."""
 
     def forward(self, images: Tensor, targets: Tensor, indices: Tensor) -> StepOutput:
         return self.scored(self.predict(self.model, images, indices), targets)
@@ -96,18 +97,18 @@ class Objective(nn.Module):
         b, (h, w) = len(images), model.grid(images.shape[-2:])
         fine = torch.zeros(b, h, w, device=images.device)
         if model.head.dense:
-            return self._run(model, images, fine.bool(), "packed")
+            return self._run(model, images, model.all_fine(images.shape[-2:]), "packed")
         tokens = torch.full((b,), model.vit.num_prefix_tokens + h * w * model.scale**2, device=images.device)
         macs = torch.full((b,), self.budget.dense, dtype=torch.float64, device=images.device)
         with fast_linear(model.fast_cpu):
             logits = model.vit(images)
         return Result(logits=logits, gates=fine, scores=None, coarse=fine.bool(), tokens=tokens, macs=macs)
 
-    def _run(self, model: MSViT, images: Tensor, mask: Tensor | None, execution: str | None) -> Result:
+    def _run(self, model: MSViT, images: Tensor, mask: list[Tensor] | None, execution: str | None) -> Result:
         """Run on whole pictures; in evaluation, on request, on windows of the training size that overlap by a third."""
         if model.training or not self.recipe.model.sliding:
             return model.run(images, mask, execution)
-        patch, side = model.coarse_patch, self.recipe.data.size
+        patch, side = model.coarse_patch * model.scales[-1] // model.scale, self.recipe.data.size
         return slide(model, images, side, max(1, 2 * side // (3 * patch)) * patch, mask)
 
     def scored(self, result: Result, targets: Tensor) -> StepOutput:
@@ -119,8 +120,9 @@ class Objective(nn.Module):
         task = head.loss(result.logits, targets, self.recipe.training.smoothing)
         coarse, macs = result.coarse, result.macs / self.budget.dense
         if result.scores is not None and self.recipe.gating.shaped:
-            coarse = result.scores > 0
-            macs = self.budget.shares.to(coarse.device)[coarse.sum((1, 2))]
+            whole = [scores > 0 for scores in nested([level.scores for level in result.gating.levels])]
+            coarse, counts = whole[0], [u.sum((1, 2)) for u in whole]
+            macs = self.model.macs_of(counts, self.budget.size) / self.budget.dense
         scalars = {
             "loss": task.detach(),
             "task": task.detach(),
@@ -152,15 +154,15 @@ class Gated(Objective):
         self.learned = gating.learned and recipe.training.gate_lr > 0
         taught = recipe.training.distill or (model.reducer is not None and model.reducer.needs_teacher)
         self.teacher = copy.deepcopy(model.vit) if taught else None
-        self.loss, self.controller = None, None
+        self.loss, self.controllers = None, []
         if self.learned and not gating.shaped:
             self.weight = 1.0 if gating.loss_weight is None else gating.loss_weight
         elif self.learned:
-            self.loss = make_loss(gating.loss, grid=budget.grid, target=budget.rate, **gating.loss_settings)
+            self.loss = make_losses(gating.loss, budget.grids, budget.rates, **gating.loss_settings)
             pull = 1 / math.prod(budget.grid) if model.head.dense else 1.0
             self.weight = self.loss.weight * pull if gating.loss_weight is None else gating.loss_weight
             if gating.control != "none":
-                self.controller = BudgetController(budget.rate, gating.control == "projection")
+                self.controllers = [BudgetController(rate, gating.control == "projection") for rate in budget.rates]
 
     def parts(self) -> list[tuple[nn.Module, float, float]]:
         training = self.recipe.training
@@ -197,20 +199,25 @@ class Gated(Objective):
         if self.model.reducer is not None:
             self.model.reducer.begin(progress)
 
-    def update(self, gate_error: float):
-        self.controller.correct(self.model.gate.bias, gate_error)
+    def update(self, gate_error: list[float]):
+        for controller, gate, error in zip(self.controllers, self.model.gate.levels, gate_error, strict=True):
+            controller.correct(gate.bias, error)
 
     def forward(self, images: Tensor, targets: Tensor, indices: Tensor) -> StepOutput:
         result = self.predict(self.model, images, indices)
         task, scalars, _ = self.scored(result, targets)
         extra, gate_error = {}, None
         if self.loss is not None:
-            extra["gate"] = self.weight * self.loss(result.gates)
+            extra["gate"] = self.weight * self.loss(*result.gating.nested)
         elif self.learned and self.model.head.dense:
             extra["gate"] = self.weight * sharing_loss(result.scores, targets)
-        if self.controller is not None:
-            self.controller.hold(result.gates)
-            gate_error = self.controller.error(result.scores)
+        if self.controllers:
+            levels = result.gating.levels
+            for controller, level in zip(self.controllers, levels, strict=True):
+                controller.hold(level.soft)
+            scores = nested([level.scores for level in levels])
+            errors = [controller.error(s) for controller, s in zip(self.controllers, scores, strict=True)]
+            gate_error = torch.stack(errors)
         teacher = self._teach(images) if self.teacher is not None else None
         if self.model.reducer is not None:
             extra |= self.model.reducer.loss(result, teacher)
@@ -227,7 +234,7 @@ class Gated(Objective):
         mask = None
         if self.recipe.gating.by == "oracle":
             where = self.objects["train" if model.training else "val"]
-            mask = ~where(indices, model.coarse_patch).to(images.device)
+            mask = oracle_masks(model, where, indices, images.shape[-2:])
         return self._run(model, images, mask, execution)
 
     @torch.no_grad()

@@ -14,7 +14,8 @@ from ..checks import hint
 from .settings import Checked, RecipeError, parsed, setting
 
 LEARNED = ("learned", "quota", "pattern")  # who trains, and rules that do not
-GATINGS = (*LEARNED, "fine", "coarse", "centre", "border", "checkerboard", "random", "entropy", "apt", "oracle")
+BOUNDED = ("entropy", "apt", "psnr", "equality")  # rules with thresholds
+GATINGS = (*LEARNED, "fine", "coarse", "centre", "border", "checkerboard", "random", *BOUNDED, "oracle")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +23,7 @@ class DataSettings(Checked):
     """Pictures: what a run learns from."""
 
     source: str = setting(
-        "scenes:easy", "scenes:easy|middle|hard, folder:/path, or what timm's create_dataset reads", flat="data"
+        "scenes:easy", "scenes:easy|middle|hard|scales, folder:/path, or what timm's create_dataset reads", flat="data"
     )
     size: int = setting(64, "side of the pictures (segmentation: of the crops to train on) in pixels", "[8, 16384]")
     train_n: int = setting(0, "training pictures an epoch; 0 = all there are (of scenes 8192)", "[0, 100000000]")
@@ -46,6 +47,7 @@ class ModelSettings(Checked):
     pretrained: bool = setting(False, "start a timm model from its published weights")
     gate: str = setting("", "folder, or hub:OWNER/NAME, of the run whose trained gate is taken over")
     scale: int = setting(2, "a coarse patch is scale x scale fine ones", "[2, 64]")
+    scales: list = setting([], "sides of a quadtree's tokens in fine patches, as in 1,2,4; empty = 1,scale", "[1, 64]")
     coarse_embed: str = setting("shared", "how coarse patches are embedded", choices=("shared", "own", "apt"))
     drop_path: float = setting(0.0, "stochastic depth of the last block", "[0, 1)")
     decoder: str = setting("linear", "segmentation: what labels the tokens", choices=("linear", "mask"))
@@ -88,7 +90,7 @@ class GatingSettings(Checked):
     """Gate: who decides, what it costs, and what shapes it."""
 
     by: str = setting("learned", "who decides: the gate, or what stands in its place", choices=GATINGS, flat="gating")
-    rule_settings: dict = setting({}, "settings of entropy or apt, as in thresholds=[6.0,4.0]")
+    rule_settings: dict = setting({}, "settings of entropy, apt, psnr or equality, as in thresholds=[6.0,4.0]")
     loss: str = setting("gbas", "the gate loss: gbas, bas, l0, ratio or none")
     loss_weight: float | None = setting(
         None, "weight of the gate loss; none = the loss's own, segmentation: over the regions", "[0, inf)"
@@ -98,6 +100,9 @@ class GatingSettings(Checked):
         "macs", "what target is a share of: dense MACs, or coarse regions", choices=("macs", "coarse")
     )
     target: float = setting(0.58, "the budget: gate, priors and masks are held to it", "(0, 1)")
+    targets: list = setting(
+        [], "a quadtree's share of undivided regions of each size, small first; empty = as target asks", "(0, 1)"
+    )
     start: str = setting(
         "utility",
         "what the gate learns alone before the joint stage",
@@ -191,8 +196,8 @@ class Recipe:
                 "the force that all gates share out of the gradient, and this loss has no other; say loss='none' for "
                 "that, or control='none' or 'bias' for this loss"
             )
-        if gating.rule_settings and gating.by not in ("entropy", "apt"):
-            raise RecipeError(f"rule_settings are for gating=entropy or apt; gating={gating.by!r} has none")
+        if gating.rule_settings and gating.by not in BOUNDED:
+            raise RecipeError(f"rule_settings are for gating={' or '.join(BOUNDED)}; gating={gating.by!r} has none")
         apt, embed = gating.by == "apt", self.model.coarse_embed
         if apt and embed == "own":
             raise RecipeError("gating='apt' embeds coarse patches as APT does; leave coarse_embed at shared or apt")

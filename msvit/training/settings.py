@@ -16,7 +16,8 @@ class RecipeError(ValueError):
 
 def setting(default: Any, about: str, within: str = "", choices: tuple[str, ...] = (), flat: str = "") -> Any:
     """Return a field: what it means, the interval or the names it is confined to, and its flat name if another."""
-    make = {"default_factory": lambda: dict(default)} if isinstance(default, dict) else {"default": default}
+    mutable = isinstance(default, dict | list)
+    make = {"default_factory": lambda: type(default)(default)} if mutable else {"default": default}
     return dataclasses.field(**make, metadata={"about": about, "within": within, "choices": choices, "flat": flat})
 
 
@@ -36,6 +37,8 @@ def parsed(field: dataclasses.Field, text: str) -> Any:
         if bad := next((key + equals + value for key, equals, value in pairs if not (key and value)), None):
             raise RecipeError(f"{name}={text!r}: {bad!r} is no name=value; write it as sigma=0.1 layers=[3,6]")
         value = {key: _literal(value) for key, _, value in pairs}
+    elif kind is list and not text.strip().startswith("["):
+        value = _literal(f"[{text}]")
     elif kind is not str:
         value = _literal(text)
     return checked(field, value)
@@ -68,6 +71,7 @@ def expected(field: dataclasses.Field) -> str:
     kind, within, choices = _kind(field), field.metadata["within"], field.metadata["choices"]
     words = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
     words[dict] = "name=value pairs, with numbers that are finite"
+    words[list] = "numbers, as in 1,2,4"
     some = " or ".join(choices) if choices else words[kind] + (f" in {within}" if within else "")
     return some if kind is field.type else f"{some}, or none"
 
@@ -79,7 +83,11 @@ def checked(field: dataclasses.Field, value: Any) -> Any:
         return None
     if kind is float and type(value) is int:
         value = float(value)
-    good = type(value) is kind and (not choices or value in choices) and (not within or inside(value, within))
+    good = type(value) is kind and (not choices or value in choices)
+    if kind is list and good:
+        good = all(type(v) in (int, float) and (not within or inside(v, within)) for v in value)
+    elif good and within:
+        good = inside(value, within)
     if kind is dict and good:
         good = all(isinstance(k, str) and isinstance(v, str | int | float | list | None) for k, v in value.items())
         numbers = [n for v in value.values() for n in (v if isinstance(v, list) else [v]) if isinstance(n, float)]
@@ -87,4 +95,4 @@ def checked(field: dataclasses.Field, value: Any) -> Any:
     if not good:
         kind_of = "" if type(value) in (kind, str) else f" ({type(value).__name__})"
         raise RecipeError(f"{_name(field)}={value!r}{kind_of}: expected {expected(field)}{hint(value, choices)}")
-    return dict(value) if kind is dict else value
+    return kind(value) if kind in (dict, list) else value

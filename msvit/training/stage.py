@@ -111,7 +111,7 @@ class Stage:
             if self.ema:
                 self.ema.update(self.objective.model, step=done + 1)
         seen, gate_error = self._averaged(scalars, out.gate_error)
-        if gate_error is not None and all(map(math.isfinite, (*seen.values(), gate_error))):
+        if gate_error and all(map(math.isfinite, (*seen.values(), *gate_error))):
             self.objective.update(gate_error)
         return seen
 
@@ -121,9 +121,9 @@ class Stage:
         place = self.accelerator.process_index * pictures * math.prod(self.objective.budget.grid)
         torch.rand(place, device=self.accelerator.device)
 
-    def _averaged(self, scalars: dict[str, Tensor], gate_error: Tensor | None) -> tuple[dict[str, float], float | None]:
+    def _averaged(self, scalars: dict[str, Tensor], gate_error: Tensor | None) -> tuple[dict[str, float], list[float]]:
         """Return the means over the processes: one wait for the device, and one message, for all of them."""
-        every = [*scalars.values(), *([] if gate_error is None else [gate_error])]
+        every = [*scalars.values(), *([] if gate_error is None else gate_error)]
         values = torch.stack([value.detach().to(self.accelerator.device, torch.float32) for value in every])
         means = self.accelerator.reduce(values, "mean").tolist()
-        return dict(zip(scalars, means, strict=False)), None if gate_error is None else means[-1]
+        return dict(zip(scalars, means, strict=False)), means[len(scalars) :]

@@ -6,20 +6,24 @@ made a decision of: g <- 1.5 (g − g_q) / std g, g_q being the quantile at whic
 
     detail:   c = log(d + 1e-4), d = mean (x − enlarge(average(x)))², what a coarse token does not see
     entropy:  c = the entropy of the region's grey values
-    utility:  what the model itself loses, after a start with detail. With two random masks m, m' of a picture and the
-              divergences K from the answer with all regions fine, −Σ (m_i − m'_i) g(x_i) follows K(m) − K(m'); no
-              label is needed
+    utility:  what the model itself loses, after a start with detail. With two random masks of a picture, a, a' the
+              activities of their coarse tokens i, and the divergences K from the answer with all regions fine,
+              −Σ (a_i − a'_i) g(x_i) follows K(a) − K(a'); no label is needed
+
+A quadtree has a gate for each size of regions, each with scores of its own, and decides from the largest regions down:
+a share is one of the regions that are asked.
 """
 
 import itertools
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..core.candidates import enlarge
+from ..core.scales import activity_of, enlarge, spread, undivided
 from ..core.tokens import patchify, shrink
 from ..data.loaders import Loaders, set_epoch
 from ..gating.rules import Entropy, Static
@@ -32,58 +36,79 @@ REGIONS, ENOUGH = 2048, 32768  # in a step, and to learn from
 
 
 def teach_gate(
-    model: MSViT, loaders: Loaders, rate: float, by: str, seed: int, steps: int = STEPS, progress: bool = False
+    model: MSViT,
+    loaders: Loaders,
+    rates: Sequence[float],
+    by: str,
+    seed: int,
+    steps: int = STEPS,
+    progress: bool = False,
 ):
-    """Teach the model's gate alone, by the name of a teacher, at a share `rate` of coarse regions.
+    """Teach the model's gate alone, by the name of a teacher.
 
     Args:
+        rates: The share of regions that are to lie within one token, for each size of regions from small to large.
         steps: Batches for the teacher "utility".
     """
-    seen = _regions(model, loaders, "detail" if by == "utility" else by)
-    regions = torch.cat([pixels for pixels, _ in seen])
+    first = "detail" if by == "utility" else by
     with torch.random.fork_rng(devices=[]), torch.autocast(model.cut.device.type, enabled=False):
         torch.manual_seed(seed)
-        z = torch.cat([score for _, score in seen])
-        losses = _score_losses(model, regions, (z.mean() - z) / z.std().clamp(min=1e-6))
-        _descend(model.gate, losses, SCORE_STEPS, False)
+        for level, gate in enumerate(model.gate.levels):
+            regions, z = _regions(model, loaders, first, level)
+            _descend(gate, _score_losses(gate, regions, (z.mean() - z) / z.std().clamp(min=1e-6)), SCORE_STEPS, False)
         if by == "utility":
-            _descend(model.gate, _utility_losses(model, loaders, rate), steps, progress)
-    _decide(model.gate, regions.to(model.cut.device), rate)
+            _descend(model.gate, _utility_losses(model, loaders, rates), steps, progress)
+    _decide(model, loaders, rates)
 
 
-def _regions(model: MSViT, loaders: Loaders, by: str) -> list[tuple[Tensor, Tensor]]:
-    """Return the pixels `[n, c S S]` of regions of training pictures, and their scores `[n]`."""
-    seen = []
+def _enough(model: MSViT, loaders: Loaders) -> Iterator[Tensor]:
+    """Yield training pictures, until they have regions enough to learn from."""
+    seen = 0
     for batch in loaders.first_pictures():
-        score = SCORES[by](batch.images, model, loaders).flatten()
-        seen.append((patchify(batch.images, model.coarse_patch).flatten(0, 1), score))
-        if sum(len(pixels) for pixels, _ in seen) >= ENOUGH:
+        yield batch.images
+        seen += len(batch.images) * math.prod(model.grid(batch.images.shape[-2:]))
+        if seen >= ENOUGH:
             break
-    return seen
 
 
-def _score_losses(model: MSViT, regions: Tensor, z: Tensor) -> Iterator[Tensor]:
-    """Yield the loss of the gate against the standardised scores of some regions, without an end."""
-    device = model.cut.device
+def _regions(model: MSViT, loaders: Loaders, by: str, level: int) -> tuple[Tensor, Tensor]:
+    """Return the pixels `[n, c S S]` of a level's regions of training pictures, and their scores `[n]`."""
+    pixels, scores = [], []
+    for images in _enough(model, loaders):
+        (h, w), side = model.grids(images.shape[-2:])[level], model.coarse_patch * 2**level
+        pixels.append(patchify(images[..., : h * side, : w * side], side).flatten(0, 1))
+        scores.append(SCORES[by](images, model, loaders, level).flatten())
+    return torch.cat(pixels), torch.cat(scores)
+
+
+def _score_losses(gate: nn.Module, regions: Tensor, z: Tensor) -> Iterator[Tensor]:
+    """Yield the loss of a gate against the standardised scores of some regions, without an end."""
+    device = next(gate.parameters()).device
     while True:
         some = torch.randint(len(regions), (min(REGIONS, len(regions)),))
-        yield F.smooth_l1_loss(model.gate.mlp(regions[some].to(device))[:, 0], z[some].to(device))
+        yield F.smooth_l1_loss(gate.mlp(regions[some].to(device))[:, 0], z[some].to(device))
 
 
-def _utility_losses(model: MSViT, loaders: Loaders, rate: float) -> Iterator[Tensor]:
+def _utility_losses(model: MSViT, loaders: Loaders, rates: Sequence[float]) -> Iterator[Tensor]:
     """Yield the loss of the gate against what random masks cost the model, without an end."""
-    device, masks, size = model.cut.device, Static("random", rate).train(), 0.0
+    device, size = model.cut.device, 0.0
+    static = [Static("random", rate).train() for rate in asked_rates(rates)]
     for epoch in itertools.count():
         set_epoch(loaders.train, epoch)
         for batch in loaders.train:
             images = batch.images.to(device)
-            m = [masks.score(images, model.grid(images.shape[-2:])).regions for _ in range(2)]
+            grids = model.grids(images.shape[-2:])
+            pair = [[rule.score(images, [grid])[0] for rule, grid in zip(static, grids, strict=True)] for _ in range(2)]
             with torch.no_grad(), model.evaluating():
-                dense = model.run(images, torch.zeros_like(m[0]).bool()).logits
-                first, second = (divergence(dense, model.run(images, part.bool()).logits) for part in m)
+                dense = model.run(images, model.all_fine(images.shape[-2:])).logits
+                first, second = (divergence(dense, model.run(images, [m.bool() for m in part]).logits) for part in pair)
             gap = first - second
             size = gap.abs().mean() if not size else 0.95 * size + 0.05 * gap.abs().mean()
-            yield F.smooth_l1_loss(((m[1] - m[0]) * model.gate(images)).sum((1, 2)), gap / size.clamp(min=1e-12))
+            active = [activity_of(undivided(part), model.scale)[-2::-1] for part in pair]
+            found = sum(
+                ((b - a) * gate(images)).sum((1, 2)) for gate, a, b in zip(model.gate.levels, *active, strict=True)
+            )
+            yield F.smooth_l1_loss(found, gap / size.clamp(min=1e-12))
 
 
 def divergence(dense: Tensor, other: Tensor) -> Tensor:
@@ -102,25 +127,40 @@ def _descend(gate: nn.Module, losses: Iterator[Tensor], steps: int, progress: bo
         schedule.step()
 
 
+def asked_rates(rates: Sequence[float]) -> list[float]:
+    """Return of each size the share of undivided regions among those that are asked, from the shares among all."""
+    above = [*rates[1:], 0.0]
+    return [min(max((u - v) / max(1 - v, 1e-9), 0.0), 1.0) for u, v in zip(rates, above, strict=True)]
+
+
 @torch.no_grad()
-def _decide(gate: nn.Module, regions: Tensor, rate: float):
-    """Make a decision of the gate's scores by its last layer: 1.5 (g − g_q) / std g."""
-    g, last = gate.mlp(regions)[:, 0], gate.mlp[-1]
-    scale = SLOPE / g.std().clamp(min=1e-6)
-    last.bias.sub_(g.quantile(1 - rate)).mul_(scale)
-    last.weight.mul_(scale)
+def _decide(model: MSViT, loaders: Loaders, rates: Sequence[float]):
+    """Make decisions of the gates' scores g, from the largest regions down, by their last layers."""
+    pictures, device = list(_enough(model, loaders)), model.cut.device
+    grids, whole = model.grids(pictures[0].shape[-2:]), None
+    for gate, grid, rate in zip(*map(reversed, (model.gate.levels, grids, asked_rates(rates))), strict=True):
+        scores = torch.cat([gate(images.to(device)) for images in pictures])
+        closed = torch.zeros_like(scores) if whole is None else spread(whole, grid)
+        g = scores[closed < 0.5] if (closed < 0.5).any() else scores.flatten()
+        middle, scale = g.quantile(1 - rate), SLOPE / g.std().clamp(min=1e-6)
+        gate.mlp[-1].bias.sub_(middle).mul_(scale)
+        gate.mlp[-1].weight.mul_(scale)
+        whole = (scores > middle).float().maximum(closed)
 
 
-def detail(images: Tensor, model: MSViT, loaders: Loaders) -> Tensor:
-    """Return the logarithm of what averaging a region throws away, `[B, hw]`."""
-    lost = (images - enlarge(shrink(images, model.scale), model.scale)).square()
-    return (patchify(lost, model.coarse_patch).mean(-1) + 1e-4).log()
+def detail(images: Tensor, model: MSViT, loaders: Loaders, level: int = 0) -> Tensor:
+    """Return the logarithm of what averaging a region throws away, `[B, hw]`, for a level's regions."""
+    scale, (h, w), side = model.scales[level + 1], model.grids(images.shape[-2:])[level], model.coarse_patch * 2**level
+    images = images[..., : h * side, : w * side]
+    lost = (images - enlarge(shrink(images, scale), scale)).square()
+    return (patchify(lost, side).mean(-1) + 1e-4).log()
 
 
-def entropy(images: Tensor, model: MSViT, loaders: Loaders) -> Tensor:
-    """Return the entropy of the regions' grey values less a constant, `[B, hw]`."""
-    rule = Entropy(mean=loaders.mean, std=loaders.std)
-    return -rule.score(images, model.grid(images.shape[-2:])).regions.flatten(1).logit()
+def entropy(images: Tensor, model: MSViT, loaders: Loaders, level: int = 0) -> Tensor:
+    """Return the entropy of a level's regions' grey values less a constant, `[B, hw]`."""
+    grids = model.grids(images.shape[-2:])
+    rule = Entropy([Entropy().thresholds[0]] * len(grids), mean=loaders.mean, std=loaders.std)
+    return -rule.score(images, grids)[level].flatten(1).logit()
 
 
-SCORES: dict[str, Callable[[Tensor, MSViT, Loaders], Tensor]] = {"detail": detail, "entropy": entropy}
+SCORES: dict[str, Callable[..., Tensor]] = {"detail": detail, "entropy": entropy}

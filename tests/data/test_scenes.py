@@ -26,10 +26,15 @@ def halved(images):
 
 @pytest.mark.parametrize(
     ("difficulty", "digest"),
-    [("easy", "4b587c8c2913a381"), ("middle", "a93abbc7081c8e8f"), ("hard", "04b4caf4560067a7")],
+    [
+        ("easy", "4b587c8c2913a381"),
+        ("middle", "a93abbc7081c8e8f"),
+        ("hard", "04b4caf4560067a7"),
+        ("scales", "d6c356013f72864c"),
+    ],
 )
 def test_the_same_pictures_on_every_machine(difficulty, digest):
-    scenes = Scenes(40, size=(48, 70), seed=3, difficulty=difficulty)
+    scenes = Scenes(40, size=(96, 70) if difficulty == "scales" else (48, 70), seed=3, difficulty=difficulty)
     images, labels = scenes.batch([0, 7, 39])
     content = images.numpy().tobytes() + labels.numpy().tobytes() + scenes.masks([0, 7, 39]).tobytes()
     assert hashlib.sha256(content).hexdigest()[:16] == digest
@@ -128,6 +133,45 @@ def test_object_regions_are_the_patches_touched(size, patch):
     assert regions.shape[1:] == (-(-h // patch), -(-w // patch))
 
 
+def averaged(images, k):
+    """Sums over blocks of k x k pixels."""
+    b, c, h, w = images.shape
+    return images.astype(int).reshape(b, c, h // k, k, w // k, k).sum((3, 5))
+
+
+def test_scales_are_erased_one_after_the_other():
+    """Each texture is read at its own resolution, and at half of it gone to the bit; objects are of three sizes."""
+    level = DIFFICULTIES["scales"]
+    versions = [rendered(label, "scales", (128, 128), 48) for label in range(8)]
+    for j, (images, _) in enumerate(versions):
+        for k, (others, _) in enumerate(versions[:j]):
+            for scale in (1, 2, 4):
+                differ = (averaged(images, scale) != averaged(others, scale)).any((1, 2, 3))
+                gone = scale > max(level.details[j], level.details[k])
+                assert not differ.any() if gone else differ.all()
+    areas = ((versions[0][1] > 0) & (versions[0][1] < 9)).sum((1, 2))
+    assert areas.max() > 6 * areas.min() > 0
+    assert [level.details.count(side) for side in (1, 2, 4)] == [3, 3, 2]
+
+
+def test_the_ideal_quadtree_of_scales_loses_nothing():
+    """Where it says one token, the means that the token sees tell the class; where it divides, they would not."""
+    scenes = Scenes(64, size=128, difficulty="scales")
+    images, labels = scenes.batch(range(64))
+    details = np.array(DIFFICULTIES["scales"].details)[labels]
+    inside = (scenes.masks(range(64)) > 0) & (scenes.masks(range(64)) < 9)
+    for side, patch in ((2, 16), (4, 32)):
+        regions = scenes.object_regions(range(64), patch, side)
+        touched = inside.reshape(64, 128 // patch, patch, 128 // patch, patch).any((2, 4))
+        assert np.array_equal(regions, touched & (details < side)[:, None, None])
+        grey = images.numpy().sum(1)
+        lost = grey - averaged(64 * images.numpy(), side).sum(1).repeat(side, 1).repeat(side, 2) / (64 * side**2)
+        full = scenes.masks(range(64)) == (labels + 1).numpy()[:, None, None]
+        for b in range(64):  # the texture alone: backgrounds are smooth, borders of blobs are left out
+            inner = full[b].reshape(32, 4, 32, 4).all((1, 3)).repeat(4, 0).repeat(4, 1)
+            assert (np.abs(lost[b][inner]).mean() > 0.5) == (details[b] < side)
+
+
 @pytest.mark.parametrize("difficulty", DIFFICULTIES)
 def test_pictures_are_normalised(difficulty):
     scenes = Scenes(512, difficulty=difficulty)
@@ -175,8 +219,9 @@ def test_permutation_is_one_and_pinned():
         ({"size": (64, 4)}, "at least 16"),
         (
             {"difficulty": "esay"},
-            "difficulty='esay' is not known; .* 'easy'. There are: easy, middle, hard",
+            "difficulty='esay' is not known; .* 'easy'. There are: easy, middle, hard, scales",
         ),
+        ({"size": 48, "difficulty": "scales"}, "at least 64"),
         ({"split": "test"}, "split='test' is not known. There are: train, val"),
         ({"n": 0}, "n=0: a data set needs"),
     ],

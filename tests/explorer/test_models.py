@@ -14,8 +14,9 @@ from msvit.core.fast_linear import fast_linear
 from msvit.data.scenes import Scenes
 from msvit.explorer import models
 from msvit.explorer.models import LoadedModel, ModelError, find_models, load_model, run_dense
+from msvit.explorer.panels import grid_panel
 from msvit.explorer.sources import SceneSource
-from msvit.explorer.state import run_backbone, run_gate
+from msvit.explorer.state import pixels_of_tokens, run_backbone, run_gate
 from msvit.gating.learned import Pattern, Quota
 from msvit.gating.rules import make_rule
 from msvit.models.shipped import card, shipped
@@ -145,17 +146,34 @@ def test_what_learns_in_the_gates_place_is_shown_as_it_decides(gate):
     check_panels(gated, [*COMMON, "Class probabilities"])
 
 
-def test_three_scales_are_refused_with_a_reason(tmp_path):
-    model = mini_model()
-    model.gate = make_rule("entropy", thresholds=[6.0, 4.0])
-    with pytest.raises(ModelError, match="mine has a rule of three scales"):
-        LoadedModel.of("mine", model)
-    model.save_pretrained(tmp_path / "three")
-    explorer = open_explorer(LoadedModel.of("mini", mini_model()), runs=tmp_path, out=tmp_path)
-    explorer.model.value = "three"
-    assert "three has a rule of three scales" in explorer.message.value
-    assert "delete" not in explorer.message.value
-    assert explorer.model.value == "mini"
+def test_three_scales_are_shown_and_painted():
+    """A painted block is one token; with one of its quarters painted fine it is three coarse ones and four."""
+    model = msvit.MSViT(mini_model().vit, scales=(1, 2, 4)).eval()
+    gated = gate_of(LoadedModel.of("mine", model))
+    for threshold in (0.0, model.threshold, 1.0):
+        state = run_backbone(gated, threshold)
+        model.threshold = threshold
+        result = model.run(gated.pixels)
+        assert np.array_equal(state.coarse, result.coarse[0])
+        assert (state.tokens, state.macs) == (result.tokens.item(), result.macs.item())
+        assert gated.share(threshold) == pytest.approx(state.macs / model.dense_macs((64, 64)))
+    painted = np.zeros((4, 4), int)
+    painted[:2, 2:] = 2
+    one = run_backbone(gated, 0.5, painted)
+    assert one.levels.tolist() == painted.tolist()
+    assert one.tokens == 1 + 48 + 1
+    painted[0, 3] = 0
+    four = run_backbone(gated, 0.5, painted)
+    assert four.levels[:2, 2:].tolist() == [[1, 0], [1, 1]]
+    assert four.tokens == 1 + 48 + 3 + 4
+    seen = pixels_of_tokens(one)[:32, 32:].reshape(8, 4, 8, 4, 3)
+    assert (seen == seen[:, :1, :, :1]).all()
+    check_panels(gated, [*COMMON, "Class probabilities"])
+    assert len(set(map(bytes, (np.asarray(grid_panel(state)) for state in (one, four))))) == 2
+    cuts = np.unique(np.concatenate([gated.soft.ravel(), gated.larger[0].ravel()]))
+    shares = np.array([gated.share(cut) for cut in (0, *cuts)])
+    for share in (0.3, 0.5, 0.9):
+        assert abs(gated.share(gated.threshold_for(share)) - share) == pytest.approx(np.abs(shares - share).min())
 
 
 @pytest.mark.parametrize(

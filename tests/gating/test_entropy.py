@@ -12,6 +12,7 @@ import torchvision.transforms.functional as TF
 
 import msvit
 from msvit.core.candidates import Candidates
+from msvit.core.scales import grids_of, undivided
 from msvit.data.scenes import Scenes
 from msvit.gating.entropy import BINS, Entropy, grey_bins, patch_entropy
 from msvit.gating.rules import make_rule
@@ -64,14 +65,13 @@ def test_published_entropies_and_choices(name, dtype):
         assert (bits[size] - expected).abs().max() <= peers.TOLERANCE[dtype]
     h, w = bits[32].shape[1:]
     for choice in case["masks"]:
-        coarse, *blocks = (bits[size] < t for size, t in zip((32, 64), choice["thresholds"], strict=False))
-        blocks = blocks[0][:, : h // 2, : w // 2].float() if blocks else None
-        candidates = Candidates((h, w), 2, 0, blocks is not None)
-        if blocks is not None:
-            coarse[:, : h // 2 * 2, : w // 2 * 2] |= blocks.repeat_interleave(2, 1).repeat_interleave(2, 2) > 0.5
-        active = candidates.activity(coarse.float(), blocks)
+        sides = (1, 2, 4)[: len(choice["thresholds"]) + 1]
+        pairs = zip((32, 64), grids_of((h, w), sides), choice["thresholds"], strict=False)
+        chosen = [(bits[size][:, : grid[0], : grid[1]] < t).float() for size, grid, t in pairs]
+        candidates = Candidates((h, w), sides, 0)
+        active = candidates.activity(undivided(chosen))
         assert active.sum(1).tolist() == choice["tokens"]
-        for level, size in zip(candidates.levels, (32, 16, 64), strict=False):
+        for level, size in zip(reversed(candidates.levels), (16, 32, 64), strict=False):
             label = f"mask_{'_'.join(map(str, choice['thresholds']))}/{size}"
             chosen = active[:, level.first : level.first + level.count].view(-1, *level.grid)
             expected = peers.output(case, label)
@@ -89,11 +89,11 @@ def test_a_model_decides_as_published(make_vit, name, thresholds):
     gating = msvit.MSViT(vit, gate=rule).decide((images - 0.5) / 0.5)
     label = f"mask_{'_'.join(map(str, thresholds))}"
     coarse = peers.output(case, f"{label}/32").bool()
-    assert torch.equal(gating.decisions.bool().repeat_interleave(2, 1).repeat_interleave(2, 2), ~fine(case, label))
+    regions, *blocks = (u.bool() for u in gating.undivided)
+    assert torch.equal(regions.repeat_interleave(2, 1).repeat_interleave(2, 2), ~fine(case, label))
     if len(thresholds) == 2:
-        assert torch.equal(gating.blocks.bool(), peers.output(case, f"{label}/64").bool())
-        inside = gating.blocks.bool().repeat_interleave(2, 1).repeat_interleave(2, 2)
-        assert torch.equal(gating.decisions.bool() & ~inside, coarse)
+        assert torch.equal(blocks[0], peers.output(case, f"{label}/64").bool())
+        assert torch.equal(regions & ~blocks[0].repeat_interleave(2, 1).repeat_interleave(2, 2), coarse)
     else:
         assert torch.equal(gating.decisions.bool(), coarse)
 
@@ -160,10 +160,10 @@ def test_what_sticks_out_is_black_and_never_coarse():
 def test_normalised_pictures_are_the_same_pictures():
     images, mean, std = pictures(), (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
     normalised = (images - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-    plain = Entropy([5.0, 4.0], **PLAIN).score(images, (4, 4))
-    again = Entropy([5.0, 4.0], mean=mean, std=std).score(normalised, (4, 4))
-    assert torch.equal(plain.regions, again.regions)
-    assert torch.equal(plain.blocks, again.blocks)
+    plain = Entropy([5.0, 4.0], **PLAIN).score(images, [(4, 4), (2, 2)])
+    again = Entropy([5.0, 4.0], mean=mean, std=std).score(normalised, [(4, 4), (2, 2)])
+    assert [score.shape[1:] for score in plain] == [(4, 4), (2, 2)]
+    assert all(map(torch.equal, plain, again))
 
 
 @pytest.mark.parametrize("bins", ["loader", "batched"])
@@ -175,8 +175,8 @@ def test_pixels_are_clamped_each_for_itself(bins):
 
 def test_scores_keep_double_precision():
     images = pictures().double()
-    assert Entropy(**PLAIN).score(images, (4, 4)).regions.dtype == torch.float64
-    assert Entropy(**PLAIN).score(images.bfloat16(), (4, 4)).regions.dtype == torch.float32
+    assert Entropy(**PLAIN).score(images, [(4, 4)])[0].dtype == torch.float64
+    assert Entropy(**PLAIN).score(images.bfloat16(), [(4, 4)])[0].dtype == torch.float32
 
 
 @pytest.mark.parametrize("size", [(64, 64), (80, 112)])
@@ -230,8 +230,9 @@ def test_three_scales_in_all_executions(tiny_vit):
     for other in (*others, packed):
         assert (masked.logits - other.logits).abs().max() <= 1e-4
         assert torch.equal(masked.tokens, other.tokens)
-    closed = model.macs_of(packed.coarse.sum((1, 2)), (64, 64), (packed.final.area == 16).sum() / 6)
-    assert closed.mean() == pytest.approx(packed.macs.mean().item(), rel=0.05)
+    counts = [u.sum((1, 2)) for u in packed.gating.undivided]
+    assert torch.equal(model.macs_of(counts, (64, 64)), packed.macs)
+    assert packed.final.layout.sum((packed.final.area == 16).float()).tolist() == counts[1].tolist()
 
 
 @pytest.mark.parametrize("thresholds", [[8.0], [8.0, 7.0]])
@@ -250,9 +251,9 @@ def test_the_models_threshold_moves_all_thresholds_alike(tiny_vit):
     fewer, moved = (msvit.MSViT(tiny_vit, gate=Entropy(t, **PLAIN)) for t in ([4.5, 4.1], [5.0, 4.6]))
     moved.threshold = 1 / (1 + math.exp(-0.5))
     ours, theirs = fewer.decide(images), moved.decide(images)
-    assert torch.equal(ours.decisions, theirs.decisions)
-    assert torch.equal(ours.blocks, theirs.blocks)
-    assert 0 < ours.decisions.mean() < 1
+    for one, other in zip(ours.levels, theirs.levels, strict=True):
+        assert torch.equal(one.decisions, other.decisions)
+        assert 0 < one.decisions.mean() < 1
 
 
 @pytest.mark.parametrize("thresholds", [[5.5], [5.5, 4.5]])
@@ -286,6 +287,7 @@ def test_an_earlier_rule_decides_as_it_did(tmp_path, earlier, thresholds):
     config = json.loads(path.read_text())
     config["gate"] = {"name": "entropy", **earlier, **{k: list(v) for k, v in PLAIN.items()}}
     config["share_embedding"] = config.pop("coarse_embed") == "shared"
+    config["scale"] = config.pop("scales")[1]
     path.write_text(json.dumps(config))
     again, images = msvit.MSViT.from_pretrained(tmp_path), pictures(3)
     gating, grey = again.decide(images), levels(images, "rounded")
@@ -296,9 +298,9 @@ def test_an_earlier_rule_decides_as_it_did(tmp_path, earlier, thresholds):
                 if len(thresholds) == 2:
                     top, left = r // 2 * 32, c // 2 * 32
                     block = entropy_of(grey[b, top : top + 32, left : left + 32]) < thresholds[1]
-                    assert gating.blocks[b, r // 2, c // 2] == block
+                    assert gating.larger[0].decisions[b, r // 2, c // 2] == block
                     coarse = coarse or block
-                assert gating.decisions[b, r, c] == coarse
+                assert gating.undivided[0][b, r, c] == coarse
     assert again.gate.settings["thresholds"] == pytest.approx(thresholds)
     again.save_pretrained(tmp_path / "anew")
     assert torch.equal(msvit.MSViT.from_pretrained(tmp_path / "anew").decide(images).decisions, gating.decisions)

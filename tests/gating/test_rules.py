@@ -18,7 +18,7 @@ class TestStatic:
     @pytest.mark.parametrize("kind", ["centre", "border", "random"])
     @pytest.mark.parametrize("grid", [(4, 4), (7, 7), (3, 6)])
     def test_every_picture_has_its_rate(self, kind, rate, grid):
-        masks = Static(kind, rate).eval().score(torch.rand(5, 3, 48, 96), grid).regions
+        masks = Static(kind, rate).eval().score(torch.rand(5, 3, 48, 96), [grid])[0]
         assert masks.shape == (5, *grid)
         assert masks.flatten(1).sum(1).tolist() == [math.floor(rate * grid[0] * grid[1] + 0.5)] * 5
         assert set(masks.unique().tolist()) <= {0.0, 1.0}
@@ -26,7 +26,7 @@ class TestStatic:
     def test_centre_and_border_are_ranked_by_distance(self):
         images = torch.rand(1, 3, 48, 96)
         for kind, sign in (("centre", 1), ("border", -1)):
-            mask = Static(kind, 0.5).score(images, (3, 6)).regions[0]
+            mask = Static(kind, 0.5).score(images, [(3, 6)])[0][0]
             distance = {(r, c): (r - 1) ** 2 + (c - 2.5) ** 2 for r in range(3) for c in range(6)}
             coarse = [sign * distance[r, c] for r, c in mask.nonzero().tolist()]
             fine = [sign * distance[r, c] for r, c in (1 - mask).nonzero().tolist()]
@@ -34,28 +34,28 @@ class TestStatic:
 
     def test_checkerboard_fine_and_coarse(self):
         images = torch.rand(2, 3, 64, 64)
-        board = Static("checkerboard").score(images, (4, 4)).regions
+        board = Static("checkerboard").score(images, [(4, 4)])[0]
         assert all(board[0, r, c] == 1 - (r + c) % 2 for r in range(4) for c in range(4))
-        assert (Static("fine").score(images, (4, 4)).regions == 0).all()
-        assert (Static("coarse").score(images, (4, 4)).regions == 1).all()
+        assert (Static("fine").score(images, [(4, 4)])[0] == 0).all()
+        assert (Static("coarse").score(images, [(4, 4)])[0] == 1).all()
 
     def test_random_places_belong_to_the_picture(self):
         images = torch.randn(64, 3, 32, 32)
         rule = Static("random", 0.5).eval()
-        masks = rule.score(images, (4, 4)).regions
+        masks = rule.score(images, [(4, 4)])[0]
         order = torch.randperm(64)
-        assert torch.equal(rule.score(images[order], (4, 4)).regions, masks[order])
-        assert torch.equal(rule.score(images[5:6], (4, 4)).regions[0], masks[5])
+        assert torch.equal(rule.score(images[order], [(4, 4)])[0], masks[order])
+        assert torch.equal(rule.score(images[5:6], [(4, 4)])[0][0], masks[5])
         assert masks.flatten(1).unique(dim=0).shape[0] > 60
         assert ((masks.mean(0) > 0.25) & (masks.mean(0) < 0.75)).all()
-        assert not torch.equal(Static("random", 0.5, seed=1).eval().score(images, (4, 4)).regions, masks)
+        assert not torch.equal(Static("random", 0.5, seed=1).eval().score(images, [(4, 4)])[0], masks)
         similar = images.clone()
         similar[:, 2, 17, 9] += 1e-3
-        assert (rule.score(similar, (4, 4)).regions != masks).flatten(1).any(1).float().mean() > 0.9
+        assert (rule.score(similar, [(4, 4)])[0] != masks).flatten(1).any(1).float().mean() > 0.9
 
     def test_random_places_change_while_training(self):
         images, rule = torch.randn(4, 3, 32, 32), Static("random", 0.5).train()
-        first, second = (rule.score(images, (4, 4)).regions for _ in range(2))
+        first, second = (rule.score(images, [(4, 4)])[0] for _ in range(2))
         assert not torch.equal(first, second)
         assert first.flatten(1).sum(1).tolist() == [8] * 4
 
@@ -100,7 +100,7 @@ class TestBadInput:
             ("fine", {"rate": 0.5}, "a fine mask has the rate 0"),
             ("checkerboard", {"rate": 0.3}, "has the rate 0.5"),
             ("entropy", {"thresholds": [5.5, 9.5]}, r"threshold=9\.5 lies outside"),
-            ("entropy", {"thresholds": [6, 5, 4]}, r"thresholds=\[6, 5, 4\]: give a list of one"),
+            ("entropy", {"thresholds": [6, 5, 4, 3]}, r"thresholds=\[6, 5, 4, 3\]: give a list of one"),
             ("entropy", {"thresholds": 5.5}, r"thresholds=5\.5: give a list"),
             ("entropy", {"threshold": [3]}, "nearest is 'thresholds'"),
             ("entropy", {"bins": "batch"}, "nearest is 'batched'. There are: loader, batched, rounded"),

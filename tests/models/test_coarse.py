@@ -247,11 +247,10 @@ def test_macs_are_what_is_counted(make_vit, scales):
     model.threshold = 0.5 if scales == 3 else model.decide(images).soft.median().item()
     results, size = [], images.shape[-2:]
     assert counted_macs(lambda: results.append(model.run(images))) == results[0].macs.sum().item()
-    gating = model.decide(images)
-    blocks = 0 if gating.blocks is None else gating.blocks.long().sum((1, 2))
-    n_coarse = results[0].coarse.sum((1, 2))
-    assert n_coarse.unique().numel() > 1
-    assert torch.equal(model.macs_of(n_coarse, size, blocks), results[0].macs)
+    counts = [u.sum((1, 2)) for u in model.decide(images).undivided]
+    assert len(counts) == scales - 1
+    assert counts[0].unique().numel() > 1
+    assert torch.equal(model.macs_of(counts, size), results[0].macs)
     # A coarse token: four embeddings of its patches, a convolution of four C x C, and a linear layer.
     width, pixels = 64, 3 * 8 * 8
     assert model.path_macs(1) == 4 * pixels * width + 4 * width**2 + width**2

@@ -47,9 +47,9 @@ def test_a_case_of_the_peers(name, dtype):
     rows = peers.tensor(rows, dtype)[:1] if first else peers.tensor(rows, dtype)
     tokens = as_tokens(rows, -(-size[1] // 8), vit.num_prefix_tokens)
     if name == "segmenter/pixels":
-        logits = head.logits(vit, tokens, None, size)[:, :3]
+        logits = head.logits(vit, tokens, size)[:, :3]
     else:
-        logits = head.decode(vit, tokens, None).permute(0, 3, 1, 2)
+        logits = head.decode(vit, tokens).permute(0, 3, 1, 2)
     assert logits.dtype == dtype
     assert logits.shape == expected.shape
     assert (logits - expected).abs().max() <= TOLERANCE[dtype]

@@ -21,20 +21,21 @@ SMALL = Recipe(data="scenes:easy", train_n=512, val_n=128, batch=64)
 class Additive(nn.Module):
     """A stand-in for a trained model: an answer that loses, for each coarse region, by how bright the region is."""
 
-    coarse_patch, scale = 16, 2
+    coarse_patch, scale, scales = 16, 2, (1, 2)
 
     def __init__(self):
         super().__init__()
         self.gate, self.cut = msvit.Gate(16), torch.tensor(0.5)
 
-    grid = msvit.MSViT.grid
+    grid, grids, all_fine = msvit.MSViT.grid, msvit.MSViT.grids, msvit.MSViT.all_fine
     evaluating = msvit.MSViT.evaluating
 
     @staticmethod
     def cost(images):
         return images.mean(1).unflatten(2, (-1, 16)).unflatten(1, (-1, 16)).mean((2, 4)).sigmoid()
 
-    def run(self, images, mask):
+    def run(self, images, masks):
+        (mask,) = masks
         lost = (mask * self.cost(images)).sum((1, 2))
         logits = torch.stack([-lost, torch.zeros_like(lost)], 1)
         return msvit.Result(logits, None, None, mask, None, None)
@@ -45,7 +46,7 @@ def test_utility_finds_what_each_region_costs():
     loaders = make_loaders("scenes:middle", train_n=1024, val_n=128, batch=64)
     torch.manual_seed(0)
     model = Additive()
-    teach_gate(model, loaders, 0.5, "utility", seed=0, steps=250)
+    teach_gate(model, loaders, [0.5], "utility", seed=0, steps=250)
     images = next(iter(loaders.val)).images
     with torch.no_grad():
         scores, cost = model.gate.eval()(images).flatten(), model.cost(images).flatten()

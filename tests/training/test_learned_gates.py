@@ -127,7 +127,7 @@ def test_evaluating_by_other_decisions(finished, capsys):
 def test_a_quota_has_no_loss_and_no_controller_and_its_gate_learns_from_the_task_alone():
     this, batch = objective_of(SMALL.replace(gating="quota", loss="gbas"))
     assert this.loss is None
-    assert this.controller is None
+    assert not this.controllers
     out = this.train()(*batch)
     assert "gate" not in out.scalars
     out.loss.backward()
@@ -145,8 +145,8 @@ def test_a_pattern_has_the_gates_loss_and_controller():
     decay = {id(p): group["weight_decay"] for group in this.groups() for p in group["params"]}
     assert decay[id(this.model.gate.weight)] == 0
     before = this.model.gate.bias.item()
-    this.update(1.0)
-    assert this.model.gate.bias.item() == pytest.approx(before - this.controller.STEP)
+    this.update([1.0])
+    assert this.model.gate.bias.item() == pytest.approx(before - this.controllers[0].STEP)
 
 
 def test_in_segmentation_a_quota_learns_from_the_label_maps_alone():

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from msvit.core.candidates import enlarge
+from msvit.core.scales import enlarge
 from msvit.data.loaders import make_loaders
 from msvit.training.build import build, takes_over_gate
 from msvit.training.loop import train
@@ -42,7 +42,7 @@ def test_detail_is_what_averaging_throws_away():
 @pytest.mark.parametrize("rate", [0.3, 0.7])
 def test_the_gate_follows_the_score_at_the_rate(loaders, by, rate):
     model = new_model()
-    teach_gate(model, loaders, rate, by, seed=0)
+    teach_gate(model, loaders, [rate], by, seed=0)
     images = next(iter(loaders.val)).images  # not the ones that it learned from
     with torch.no_grad():
         scores = model.eval().decide(images).scores.flatten()
@@ -58,7 +58,7 @@ def test_it_is_the_same_every_time_and_touches_the_gate_alone(loaders):
     for _ in range(2):
         model = new_model()
         torch.rand(3)  # whatever else was drawn
-        teach_gate(model, loaders, 0.5, "detail", seed=3)
+        teach_gate(model, loaders, [0.5], "detail", seed=3)
         states.append(model.state_dict())
     for name, value in before.items():
         assert torch.equal(states[0][name], states[1][name])
