@@ -92,7 +92,7 @@ scalar = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_s
 odd = scalar | st.lists(scalar, max_size=3) | st.dictionaries(st.text(max_size=8), scalar, max_size=2)
 places = st.sampled_from(
     [
-        ("scale",),
+        ("scales",),
         ("margin",),
         ("gate",),
         ("gate", "patch"),

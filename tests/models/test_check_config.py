@@ -56,7 +56,7 @@ ARGS = ("backbone", "args")
         (("gate", "width"), 10**6, "describes a model of"),
         (("gate",), {"name": "quota", "width": -1}, "holds no model"),
         (("gate",), [], "holds no model"),
-        (("scale",), 10**6, "scale=1000000 lies outside"),
+        (("scales",), [1, 10**6], "scale=1000000 lies outside"),
         (("margin",), "x", "holds no model"),
         (("backbone",), None, "has no backbone"),
         (("head",), {"classes": 10**9}, "lies outside"),
@@ -146,6 +146,6 @@ def test_the_hub_is_asked_by_its_prefix(folder, monkeypatch):
 def test_an_evaluation_says_it_too(folder):
     (folder / "settings.json").write_text(json.dumps(Recipe().to_dict()))
     (folder / "summary.json").write_text("{}")
-    change(folder, "scale", to="x")
+    change(folder, "scales", to="x")
     with pytest.raises(RuntimeError, match="holds no model that can be built"):
         evaluate_run(folder)
