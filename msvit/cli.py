@@ -176,7 +176,7 @@ def _add_settings(parser: argparse.ArgumentParser, **defaults: Any):
     """Add all settings of the recipe, with its defaults or others."""
     groups = {name: parser.add_argument_group(kind.__doc__.partition(":")[0].lower()) for name, kind in GROUPS.items()}
     for name, (group, field) in FIELDS.items():
-        default = {} if field.type is dict else field.default
+        default = field.type() if field.type in (dict, list) else field.default
         _add_setting(groups[group], name, defaults.get(name, default))
 
 
@@ -184,7 +184,7 @@ def _add_setting(parser: Any, name: str, default: Any):
     """Add an option for a field: its comment is the help, and its type reads what is typed."""
     field = FIELDS[name].field
     within, choices = field.metadata["within"], field.metadata["choices"]
-    letters = {bool: "true|false", int: "N", dict: "NAME=VALUE", str: "TEXT"}
+    letters = {bool: "true|false", int: "N", dict: "NAME=VALUE", list: "X,X", str: "TEXT"}
     option: dict[str, Any] = {"metavar": "|".join(choices) or letters.get(field.type, "X")}
     if field.type is bool:
         option |= {"nargs": "?", "const": True}
@@ -198,7 +198,7 @@ def _add_setting(parser: Any, name: str, default: Any):
             raise argparse.ArgumentTypeError(str(error)) from None
 
     text = field.metadata["about"] + (f"; in {within}" if within and not within.endswith("inf)") else "")
-    shown = "" if default in (None, "", {}) else f" (default: {str(default).lower()})"
+    shown = "" if default in (None, "", {}, []) else f" (default: {str(default).lower()})"
     text = (text + shown).replace("%", "%%")
     parser.add_argument("--" + _dash(name), dest=name, type=read, default=default, help=text, **option)
 

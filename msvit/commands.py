@@ -127,7 +127,12 @@ def bench(arguments: argparse.Namespace):
 def typed_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the settings among what was typed; pairs that were typed one by one become one dictionary."""
     given = {name: value for name, value in vars(arguments).items() if name in FIELDS and value is not None}
-    return {k: {n: x for pair in v for n, x in pair.items()} if isinstance(v, list) else v for k, v in given.items()}
+    return {k: _joined(v) if FIELDS[k].field.type is dict else v for k, v in given.items()}
+
+
+def _joined(pairs: Any) -> Any:
+    """Return the mapping of all that was typed for a setting; what was not typed as it is."""
+    return {name: value for pair in pairs for name, value in pair.items()} if isinstance(pairs, list) else pairs
 
 
 def _report(run: "Run") -> str:

@@ -74,8 +74,9 @@ def test_the_folder_is_named_by_the_settings(folder):
 def test_runs_is_a_table(folder, capsys):
     code, out, _ = run(capsys, "runs", folder)
     assert code == 0
-    assert out.split()[:4] == ["run", "status", "epoch", "accuracy"]
-    assert "finished" in out
+    assert out.split()[:4] == ["id", "method", "data", "budget"]
+    assert "MSViT gbas" in out
+    assert "finished" in run(capsys, "runs", folder, "--wide")[1]
     code, out, _ = run(capsys, "runs", folder, "--json")
     rows = json.loads(out)
     assert (rows[0]["status"], rows[0]["batch"], rows[0]["loss_weight"]) == ("finished", 16, None)

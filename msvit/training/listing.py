@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ..checks import one_of
+from ..checks import one_of, plain
 from . import runs
 from .names import method_name
 from .recipe import RecipeError
@@ -38,11 +38,16 @@ def table(folder: str | Path, where: list[str] = (), sort: str = "") -> pd.DataF
 
 def text(found: pd.DataFrame, wide: bool = False) -> str:
     """Return the table for people: in less than 100 columns, or with more of each run."""
-    shown = pd.DataFrame({"id": [name[-6:] if "-" in name[-8:] else name[-12:] for name in found["run"]]})
+    found = found.reindex(
+        columns=found.columns.union(["data", "epochs", "target", "seed"], sort=False)
+    )  # if all damaged
+    names = [plain(name) for name in found["run"]]
+    shown = pd.DataFrame({"id": [name[-6:] if "-" in name[-8:] else name[-12:] for name in names]})
     shown["method"] = found["method"].where(found["status"] == "finished", found["method"] + f" ({'…'})")
     shown["method"] = [_cut(name, 34) for name in shown["method"]]
-    shown["data"] = [_cut(str(name).rsplit("/", 1)[-1], NARROW) for name in found.get("data", pd.Series(dtype=str))]
-    gated = found.get("epochs", 0) > 0
+    data = ["" if name != name else plain(name).rsplit("/", 1)[-1] for name in found["data"]]
+    shown["data"] = [_cut(name, NARROW) for name in data]
+    gated = found["epochs"] > 0
     shown["budget"] = [f"{t:.0%}" if g else "" for t, g in zip(found["target"], gated, strict=True)]
     shown["seed"] = [f"{seed:.0f}" if seed == seed else "" for seed in found["seed"]]
     for name, title in (("accuracy", "acc. %"), ("miou", "mIoU %"), ("macs", "MACs %")):

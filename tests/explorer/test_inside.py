@@ -89,7 +89,7 @@ def test_the_gradient_is_that_of_the_masked_model(gated, unbounded):
     def loss(m):
         tokens = model.tokenize(gated.pixels, Gating(None, m, m), "masked")
         final = run_blocks(model.vit, tokens).final
-        return F.cross_entropy(model.head.logits(model.vit, final, m, (64, 64)), target).item()
+        return F.cross_entropy(model.head.logits(model.vit, final, (64, 64)), target).item()
 
     for r, c in ((0, 0), (0, 1), (3, 2)):
         m, h = torch.from_numpy(MIXED).double()[None], 1e-3 * (1 - 2 * MIXED[r, c])

@@ -88,7 +88,9 @@ def test_a_rule_costs_no_macs_and_a_mask_overrides_it(tiny_vit):
 
 class TestBadInput:
     def test_names(self):
-        with pytest.raises(ValueError, match="rule='center'.*the nearest is 'centre'. There are: entropy, fine"):
+        with pytest.raises(
+            ValueError, match="rule='center'.*the nearest is 'centre'. There are: entropy, psnr, equality, fine"
+        ):
             make_rule("center")
         with pytest.raises(ValueError, match="static mask='middle' is not known. There are: fine, coarse"):
             Static("middle")
