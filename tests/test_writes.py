@@ -75,7 +75,8 @@ print("OUTSIDE", *dict.fromkeys(OUTSIDE), sep="\\n")
 
 def watched(tmp_path, work):
     (tmp_path / "home/cwd").mkdir(parents=True)
-    caches = {name: str(tmp_path / "home/caches") for name in ("HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR", "TMPDIR")}
+    names = ("HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR", "TMPDIR", "TORCHINDUCTOR_CACHE_DIR")
+    caches = dict.fromkeys(names, str(tmp_path / "home/caches"))
     (tmp_path / "home/caches").mkdir()
     environment = (
         os.environ | caches | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"}

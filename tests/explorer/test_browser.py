@@ -314,12 +314,14 @@ def look_inside(page):
     page.wait_for_function("image => image.naturalHeight > image.naturalWidth", arg=image.element_handle())
     before = image.get_attribute("src")
     page.get_by_role("button", name="pick a token").click()
+    page.wait_for_function("document.querySelector('.msvit-canvas').style.cursor === 'pointer'")
     canvas = page.locator(".msvit-canvas").first
     canvas.scroll_into_view_if_needed()
     canvas.click(position={"x": 100, "y": 100})
     page.wait_for_function("([image, before]) => image.src !== before", arg=[image.element_handle(), before])
     until(page, 65)  # nothing was painted
     page.get_by_role("button", name="strokes").click()
+    page.wait_for_function("document.querySelector('.msvit-canvas').style.cursor === 'crosshair'")
     page.get_by_role("button", name="Attention").click()
 
 
