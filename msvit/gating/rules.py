@@ -54,8 +54,7 @@ class Static(Rule):
         elif self.kind == "checkerboard":
             order = ((y + x) % 2).flatten().expand(b, -1)
         else:
-            # Squared distance to the centre of the picture, in half regions.
-            distance = (2 * y + 1 - h).square() + (2 * x + 1 - w).square()
+            distance = from_centre(grid, device)
             order = (distance if self.kind == "border" else -distance).flatten().expand(b, -1)
         count = math.floor(self.rate * h * w + 0.5)
         first = order.sort(dim=1, stable=True).indices[:, :count]
@@ -63,6 +62,12 @@ class Static(Rule):
 
     def extra_repr(self) -> str:
         return f"{self.kind}, rate={self.rate:g}"
+
+
+def from_centre(grid: tuple[int, int], device: torch.device | None = None) -> Tensor:
+    """Return the squared distance of regions to the centre of the picture, in half regions, `[h, w]`."""
+    y, x = torch.meshgrid(*(torch.arange(1 - n, n, 2, device=device) for n in grid), indexing="ij")
+    return y.square() + x.square()
 
 
 def shuffled(images: Tensor, n: int, seed: int) -> Tensor:

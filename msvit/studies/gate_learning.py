@@ -6,7 +6,7 @@ What a region is worth is the true difference that it makes, all others as they 
     u_i = L(m with m_i = 1) − L(m with m_i = 0)
 
 A gate that knows ranks the regions by −u. What is there to win at all lies between random masks and the masks that
-a search finds who knows the labels (`best_of_random`, `greedy`): no gate can do better, few can do as well.
+a search finds that knows the labels (`winnings`, `greedy`): no gate can do better, few can do as well.
 """
 
 from collections.abc import Mapping
@@ -19,14 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data import IGNORE
 from ..data.loaders import Loaders
 from ..evaluation.predictions import object_finder
 from ..gating.entropy import Entropy
 from ..gating.gate import Decider
+from ..gating.rules import from_centre
 from ..models.msvit import MSViT
 from ..plots.style import PictureStyle
 from ..training.budget import Budget
-from .inspect import open_run
+from .inspect import first_of, open_run
 
 
 class Answer(NamedTuple):
@@ -45,14 +47,14 @@ def answer(model: MSViT, images: Tensor, targets: Tensor, masks: Tensor, batch: 
             picture = rows // count
             logits = model.run(images[picture], masks.flatten(0, 1)[rows]).logits
             y = targets[picture]
-            losses.append(_of_pictures(F.cross_entropy(logits.float(), y, reduction="none"), y))
+            losses.append(_of_pictures(F.cross_entropy(logits.float(), y, reduction="none", ignore_index=IGNORE), y))
             right.append(_of_pictures((logits.argmax(1) == y).float(), y))
     return Answer(*(torch.cat(part).view(len(masks), count) for part in (losses, right)))
 
 
 def _of_pictures(values: Tensor, targets: Tensor) -> Tensor:
     """Return the mean over each picture's labelled pixels, `[B]`; a picture's label is one."""
-    seen = (targets >= 0) & (targets != 255)
+    seen = targets != IGNORE
     return (values * seen).flatten(1).sum(1) / seen.flatten(1).sum(1).clamp(min=1) if values.dim() > 1 else values
 
 
@@ -104,17 +106,13 @@ def gradient_signal(
     What a step of training sees is one draw.
     """
     pulls = []
-    was = model.training
-    model.eval().gate.train()  # the gate's noise alone: no dropout, no stochastic depth
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            for _ in range(draws):
-                result = model.run(images, execution="masked")
-                loss = model.head.loss(result.logits, targets) * len(images)
-                pulls.append(torch.autograd.grad(loss, result.scores)[0])
-    finally:
-        model.train(was)
+    with model.evaluating(), torch.random.fork_rng(devices=[]):
+        model.gate.train()  # the gate's noise alone: no dropout, no stochastic depth
+        torch.manual_seed(seed)
+        for _ in range(draws):
+            result = model.run(images, execution="masked")
+            loss = model.head.loss(result.logits, targets) * len(images)
+            pulls.append(torch.autograd.grad(loss, result.scores)[0])
     pulls = torch.stack(pulls)
     return pulls.mean(0), pulls.std(0)
 
@@ -129,8 +127,7 @@ def scores_of(model: MSViT, loaders: Loaders, images: Tensor, objects: Tensor | 
     grid = model.grid(images.shape[-2:])
     scores = {"gate": model.gate(images)} if isinstance(model.gate, Decider) else {}
     scores["entropy"] = Entropy(mean=loaders.mean, std=loaders.std).score(images, [grid])[0]
-    rows, columns = (torch.arange(side) - (side - 1) / 2 for side in grid)
-    scores["centre"] = (rows[:, None] ** 2 + columns**2).expand(len(images), -1, -1)
+    scores["centre"] = from_centre(grid).expand(len(images), -1, -1)
     if objects is not None:
         scores["object"] = 1 - objects.float()
     return scores
@@ -203,13 +200,7 @@ class Learned:
 def measure(folder: Path, pictures: int = 64, draws: int = 200) -> Learned:
     """Return what a finished run's gate has learned."""
     run, model, loaders = open_run(folder)
-    batches, count = [], 0
-    for batch in loaders.val:
-        batches.append([part[: pictures - count] for part in batch])
-        count += len(batches[-1][0])
-        if count >= pictures:
-            break
-    images, targets, indices = (torch.cat(part) for part in zip(*batches, strict=True))
+    images, targets, indices = (torch.cat(part) for part in zip(*first_of(loaders.val, pictures), strict=True))
     where = object_finder(loaders.val)
     scores = scores_of(model, loaders, images, where(indices, model.coarse_patch) if where else None)
     budget = Budget(model, images.shape[-2:], run.recipe.gating)

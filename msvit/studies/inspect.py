@@ -1,7 +1,7 @@
 """What trained models do to pictures: decisions, token counts, speed, and other thresholds than their own."""
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -84,19 +84,26 @@ def mask_of(run: runs.Run, model: MSViT, loaders: Loaders, indices: Tensor) -> l
     return None
 
 
+def first_of(loader: Iterable, pictures: int) -> Iterator[list[Tensor]]:
+    """Yield the batches of a loader up to so many pictures: images, targets, indices."""
+    count = 0
+    for batch in loader:
+        part = [rows[: pictures - count] for rows in batch]
+        yield part
+        count += len(part[0])
+        if count >= pictures:
+            break
+
+
 @torch.no_grad()
 def inspect_run(folder: str | Path, pictures: int = 512) -> Inspection:
     """Run a trained model on the first validation pictures."""
     run, model, loaders = open_run(folder)
-    seen, count = [], 0
-    for batch in loaders.val:
-        images, targets, indices = (part[: pictures - count] for part in batch)
+    seen = []
+    for images, targets, indices in first_of(loaders.val, pictures):
         result = model.run(images, mask_of(run, model, loaders, indices))
         coarse = token_sizes(result.gating.undivided) if len(model.scales) > 2 else result.coarse
         seen.append((images, result.gates, coarse, result.tokens, result.logits.argmax(1), targets))
-        count += len(images)
-        if count >= pictures:
-            break
     return Inspection(
         model, *(torch.cat(part) for part in zip(*seen, strict=True)), loaders.mean, loaders.std, tuple(loaders.classes)
     )

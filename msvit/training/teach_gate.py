@@ -50,15 +50,15 @@ def teach_gate(
         rates: The share of regions that are to lie within one token, for each size of regions from small to large.
         steps: Batches for the teacher "utility".
     """
-    first = "detail" if by == "utility" else by
+    first, pictures = "detail" if by == "utility" else by, list(_enough(model, loaders))
     with torch.random.fork_rng(devices=[]), torch.autocast(model.cut.device.type, enabled=False):
         torch.manual_seed(seed)
         for level, gate in enumerate(model.gate.levels):
-            regions, z = _regions(model, loaders, first, level)
+            regions, z = _regions(model, loaders, pictures, first, level)
             _descend(gate, _score_losses(gate, regions, (z.mean() - z) / z.std().clamp(min=1e-6)), SCORE_STEPS, False)
         if by == "utility":
             _descend(model.gate, _utility_losses(model, loaders, rates), steps, progress)
-    _decide(model, loaders, rates)
+    _decide(model, pictures, rates)
 
 
 def _enough(model: MSViT, loaders: Loaders) -> Iterator[Tensor]:
@@ -71,10 +71,10 @@ def _enough(model: MSViT, loaders: Loaders) -> Iterator[Tensor]:
             break
 
 
-def _regions(model: MSViT, loaders: Loaders, by: str, level: int) -> tuple[Tensor, Tensor]:
+def _regions(model: MSViT, loaders: Loaders, pictures: list[Tensor], by: str, level: int) -> tuple[Tensor, Tensor]:
     """Return the pixels `[n, c S S]` of a level's regions of training pictures, and their scores `[n]`."""
     pixels, scores = [], []
-    for images in _enough(model, loaders):
+    for images in pictures:
         (h, w), side = model.grids(images.shape[-2:])[level], model.coarse_patch * 2**level
         pixels.append(patchify(images[..., : h * side, : w * side], side).flatten(0, 1))
         scores.append(SCORES[by](images, model, loaders, level).flatten())
@@ -134,10 +134,9 @@ def asked_rates(rates: Sequence[float]) -> list[float]:
 
 
 @torch.no_grad()
-def _decide(model: MSViT, loaders: Loaders, rates: Sequence[float]):
+def _decide(model: MSViT, pictures: list[Tensor], rates: Sequence[float]):
     """Make decisions of the gates' scores g, from the largest regions down, by their last layers."""
-    pictures, device = list(_enough(model, loaders)), model.cut.device
-    grids, whole = model.grids(pictures[0].shape[-2:]), None
+    device, grids, whole = model.cut.device, model.grids(pictures[0].shape[-2:]), None
     for gate, grid, rate in zip(*map(reversed, (model.gate.levels, grids, asked_rates(rates))), strict=True):
         scores = torch.cat([gate(images.to(device)) for images in pictures])
         closed = torch.zeros_like(scores) if whole is None else spread(whole, grid)
