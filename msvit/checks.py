@@ -90,8 +90,8 @@ def in_interval(name: str, value: Tensor | float, interval: str, error: type[Exc
     return value
 
 
-def check_images(images: Tensor, channels: int, patch: int, finite: bool = False):
-    """Raise unless pictures are floats `[B, channels, H, W]`, not empty, both sides multiples of the coarse patch."""
+def check_images(images: Tensor, channels: int, finite: bool = False):
+    """Raise unless pictures are floats `[B, channels, H, W]`, not empty."""
     from torch import Tensor
 
     if not isinstance(images, Tensor) or images.dim() != 4 or not images.is_floating_point():
@@ -102,12 +102,8 @@ def check_images(images: Tensor, channels: int, patch: int, finite: bool = False
         raise ValueError("an empty batch; give at least one picture")
     if c != channels:
         raise ValueError(f"pictures have {c} channels, the backbone takes {channels}")
-    if height % patch or width % patch or not height or not width:
-        fits = [f"{max(side // patch, 1) * patch} or {(side // patch + 1) * patch}" for side in (height, width)]
-        raise ValueError(
-            f"a picture of {height} x {width} px is no whole number of coarse patches of {patch} px; "
-            f"resize the height to {fits[0]} and the width to {fits[1]}"
-        )
+    if not height or not width:
+        raise ValueError(f"a picture of {height} x {width} px; give at least one pixel")
     if finite and not (ok := images.isfinite().flatten(1).all(1)).all():
         raise ValueError(f"pictures {(~ok).nonzero()[:, 0].tolist()} of the batch have NaN or infinite pixels")
 

@@ -1,4 +1,4 @@
-"""The command line: `msvit train`, `fit-gate`, `eval`, `export`, `runs`, `diff`, `sweep`, `methods` and `bench`.
+"""The command line: `msvit train`, `fit-gate`, `eval`, `export`, `runs`, `diff`, `sweep`, `methods`, `models`, `bench`.
 
 Exit codes: 0 done, 1 failed, 2 a setting that does not exist or cannot be, 130 interrupted. What is typed is parsed
 before torch or timm are imported, so that help and mistakes come at once.
@@ -67,6 +67,11 @@ def _parser() -> argparse.ArgumentParser:
         subparsers, commands.methods, "methods", "list the methods on this bench",
         "Every method with its paper, what of it is learned, what it costs, and the tasks that it can serve.",
     )  # fmt: skip
+    listed = _command(
+        subparsers, commands.models, "models", "list the backbones of timm that work",
+        "Builds each matching name of timm without its weights, and says whether MSViT takes it and if not, why.",
+    )  # fmt: skip
+    listed.add_argument("pattern", nargs="?", default="*", help="such as '*dinov3*' (default: all)")
     clock = _command(
         subparsers, commands.bench, "bench", "time MSViT and reducers against dense timm",
         "Times every row in turns, and sets its gain on the clock beside the one that its MACs promise.",
@@ -165,6 +170,7 @@ def _add_sweep(subparsers):
 
 def _command(subparsers, run: Callable, name: str, about: str, description: str) -> argparse.ArgumentParser:
     takes = {"eval": " RUN", "export": " RUN", "runs": " [FOLDER]", "diff": " RUN RUN"}
+    takes["models"] = " [PATTERN]"
     usage = f"msvit {name} [OPTIONS]{takes.get(name, '')}"
     parser = subparsers.add_parser(name, help=about, description=description, usage=usage, allow_abbrev=False)
     parser.set_defaults(command=run)

@@ -111,9 +111,21 @@ def methods(arguments: argparse.Namespace):
     from .reducers.registry import METHODS
 
     rows = [{"method": name, **method._asdict()} for name, method in METHODS.items()]
-    columns = [[key, *(row[key] for row in rows)] for key in rows[0]]
-    padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
-    _put(rows, "\n".join("  ".join(line).rstrip() for line in zip(*padded, strict=True)), arguments.json)
+    _put(rows, "\n".join(_lines(rows)), arguments.json)
+
+
+def models(arguments: argparse.Namespace):
+    from .models.names import list_backbones
+
+    try:
+        found = list_backbones(arguments.pattern)
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
+    works = [backbone._asdict() for backbone in found if not backbone.refused]
+    lines = _lines([{key: str(value) for key, value in row.items() if key != "refused"} for row in works])
+    lines += [f"{backbone.name}  does not work: {backbone.refused}" for backbone in found if backbone.refused]
+    lines.append(f"{len(works)} of {len(found)} names work")
+    _put([backbone._asdict() for backbone in found], "\n".join(lines), arguments.json)
 
 
 def bench(arguments: argparse.Namespace):
@@ -150,6 +162,13 @@ def _report(run: "Run") -> str:
         shares = f"{found['fine_object']:.3f} of the object's regions, {found['fine_rest']:.3f} of the others"
         lines.append(f"  fine: {shares}")
     return "\n".join(lines)
+
+
+def _lines(rows: list[dict[str, str]]) -> list[str]:
+    """Return rows of text as the lines of a table, their keys above; nothing of no rows."""
+    columns = [[key, *(row[key] for row in rows)] for key in (rows[0] if rows else ())]
+    padded = [[cell.ljust(max(map(len, column))) for cell in column] for column in columns]
+    return ["  ".join(line).rstrip() for line in zip(*padded, strict=True)]
 
 
 def _put(result: Any, text: str, as_json: bool):

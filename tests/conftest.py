@@ -13,6 +13,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads starve e
 
 import pytest
 import torch
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 
 from msvit.core import attention
@@ -44,23 +45,28 @@ def seed():
     torch.manual_seed(0)
 
 
+TINY = {"img_size": 64, "patch_size": 8, "embed_dim": 64, "depth": 3, "num_heads": 4, "num_classes": 8}
+
+
 @pytest.fixture
 def make_vit():
     """A function that builds a ViT of three narrow blocks for 64 px pictures, in evaluation mode.
 
-    Its keyword arguments go to timm's `VisionTransformer`, over the defaults below.
+    Its keyword arguments go to timm's `VisionTransformer`, over the defaults above.
     """
 
     def make(**settings):
-        tiny = {
-            "img_size": 64,
-            "patch_size": 8,
-            "embed_dim": 64,
-            "depth": 3,
-            "num_heads": 4,
-            "num_classes": 8,
-        }
-        return VisionTransformer(**tiny | settings).eval()
+        return VisionTransformer(**TINY | settings).eval()
+
+    return make
+
+
+@pytest.fixture
+def make_eva():
+    """As `make_vit`, timm's `Eva`: with rotary positions and a class token that answers."""
+
+    def make(**settings):
+        return Eva(**TINY | {"use_rot_pos_emb": True, "global_pool": "token"} | settings).eval()
 
     return make
 

@@ -205,3 +205,15 @@ def write_run(folder, **settings):
     }
     (path / "summary.json").write_text(json.dumps(summary))
     return path
+
+
+# Rotary positions as timm's `Eva` makes them.
+ROTARY = [
+    {},
+    {"ref_feat_shape": (4, 5), "rope_grid_offset": 1.0, "rope_grid_indexing": "xy", "attn_type": "rope"},
+    {"rope_rotate_half": True, "rope_temperature": 100.0},
+    {"rope_type": "dinov3", "rope_rotate_half": True, "rope_temperature": 100.0, "num_reg_tokens": 2},
+    {"rope_type": "mixed", "rope_temperature": 10.0, "rope_grid_indexing": "xy", "attn_type": "rope"},
+    {"rope_type": "mixed", "rope_temperature": 10.0, "use_abs_pos_emb": False},
+    {"rope_type": "mrope", "rope_mrope_section": (2, 3, 3)},
+]

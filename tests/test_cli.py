@@ -37,6 +37,7 @@ def test_help_names_every_setting_with_its_default(capsys):
         ["eval", "--help"],
         ["runs", "--help"],
         ["methods", "--help"],
+        ["models", "--help"],
         ["bench", "--help"],
     ):
         with pytest.raises(SystemExit) as ended:
@@ -111,6 +112,19 @@ def test_export_writes_graphs_and_compares_them(folder, tmp_path, capsys):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["gate.pt2", "masked.pt2", "packed.pt2"]
     code, _, err = run(capsys, "export", tmp_path)
     assert code == 1
+
+
+def test_models_are_listed(capsys):
+    code, out, _ = run(capsys, "models", "*small*dinov3")
+    assert code == 0
+    assert out.splitlines()[0].split() == ["name", "patch", "size", "tokens", "positions"]
+    assert out.splitlines()[-1] == "2 of 2 names work"
+    assert "vit_small_patch16_dinov3" in out
+    found = {row["name"]: row for row in json.loads(run(capsys, "models", "vit_small_patch16_18x2*", "--json")[1])}
+    assert found["vit_small_patch16_18x2_224"]["refused"].startswith("VisionTransformer has ['ParallelThingsBlock']")
+    code, _, err = run(capsys, "models", "swin_tiny*")
+    assert code == 2
+    assert "none is a plain vision transformer" in err
 
 
 def test_methods_are_listed(capsys):

@@ -1,4 +1,4 @@
-"""The timm side: what of a built VisionTransformer is used, and which ones can be used at all.
+"""The timm side: what of a built VisionTransformer or Eva is used, and which ones can be used at all.
 
 The functions here read a timm model's public parts and never change it.
 """
@@ -7,30 +7,40 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, AttentionPoolLatent, PatchEmbed
+from timm.layers import Attention, AttentionPoolLatent, AttentionRope, PatchEmbed
+from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from .attention import Layout, attend
 from .candidates import Candidates
 from .precision import in_full
+from .rotary import check_rotary
 from .tokens import Tokens
 
 POOLS = ("token", "avg", "avgmax", "max", "map")
+BLOCKS = {
+    Block: (Attention,),
+    EvaBlock: (EvaAttention, AttentionRope),
+    EvaBlockPostNorm: (EvaAttention, AttentionRope),
+}
 
 
 def check_backbone(vit: nn.Module):
     """Raise a TypeError or ValueError that says why a model cannot be used."""
     kind = type(vit).__name__
-    if not isinstance(vit, VisionTransformer):
+    if not isinstance(vit, VisionTransformer | Eva):
         raise TypeError(
-            f"{kind} is no plain vision transformer; MSViT needs a timm VisionTransformer such as vit_*, deit_*, "
-            "deit3_* (not eva, swin, or a convolutional network)"
+            f"{kind} is no plain vision transformer; MSViT needs a timm VisionTransformer or Eva such as vit_*, "
+            "deit_*, deit3_*, eva02_* (not swin, or a convolutional network); `msvit models` lists all"
         )
-    blocks = {type(b).__name__ for b in vit.blocks if type(b) is not Block}
-    blocks |= {type(b.attn).__name__ for b in vit.blocks if type(b) is Block and type(b.attn) is not Attention}
+    known = [b for b in vit.blocks if type(b) in BLOCKS]
+    blocks = {type(b).__name__ for b in vit.blocks if type(b) not in BLOCKS}
+    blocks |= {type(b.attn).__name__ for b in known if type(b.attn) not in BLOCKS[type(b)]}
     if blocks:
-        raise ValueError(f"{kind} has {sorted(blocks)}; supported are timm's standard Block with Attention")
+        listed = ", ".join(block.__name__ for block in BLOCKS)
+        raise ValueError(f"{kind} has {sorted(blocks)}; supported are timm's standard blocks ({listed}) and attention")
+    check_rotary(getattr(vit, "rope", None))
     if type(vit.patch_embed) is not PatchEmbed:
         raise ValueError(f"patch embedding {type(vit.patch_embed).__name__}; supported is timm's PatchEmbed")
     if len(set(vit.patch_embed.patch_size)) > 1:
@@ -43,6 +53,31 @@ def check_backbone(vit: nn.Module):
             f"attn_drop_rate or patch_drop_rate is {dropout}; build the backbone without them (drop_path_rate, "
             "proj_drop_rate and pos_drop_rate work)"
         )
+
+
+def norms_after(block: nn.Module) -> bool:
+    """Return whether a block has its norms on what its branches add, in place of what they see."""
+    return type(block) is EvaBlockPostNorm
+
+
+def projections(attn: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    """Return queries, keys and values of rows `[T, C]`, each `[T, heads * D]`, from one projection or from three."""
+    if attn.qkv is None:
+        return attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
+    joint = attn.qkv(x)
+    if getattr(attn, "q_bias", None) is not None:
+        joint = joint + torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])  # EVA's: that of keys is 0
+    return joint.chunk(3, 1)
+
+
+def scaled(block: nn.Module, branch: int, rows: Tensor) -> Tensor:
+    """Return what the first or second branch of a block adds, scaled (LayerScale) or normed where the block does so."""
+    if type(block) is Block:
+        return getattr(block, f"ls{branch}")(rows)
+    if norms_after(block):
+        return getattr(block, f"norm{branch}")(rows)
+    scale = getattr(block, f"gamma_{branch}")
+    return rows if scale is None else rows * scale
 
 
 def patch_size(vit: VisionTransformer) -> int:
@@ -134,13 +169,18 @@ def pooled_logits(vit: VisionTransformer, tokens: Tokens) -> Tensor:
     if vit.global_pool == "map":
         return vit.head(vit.head_drop(vit.fc_norm(_attention_pool(vit, tokens))))
     pooled = _pool(vit, tokens)[:, None]
-    return vit.forward_head(pooled if vit.pool_include_prefix else torch.cat([lead, pooled], 1))
+    return vit.forward_head(pooled if pools_prefix(vit) else torch.cat([lead, pooled], 1))
+
+
+def pools_prefix(vit: VisionTransformer) -> bool:
+    """Return whether pooling takes the prefix tokens too: as a setting says, in Eva's attention pooling always."""
+    return vit.pool_include_prefix if isinstance(vit, VisionTransformer) else vit.attn_pool is not None
 
 
 def _weights(vit: VisionTransformer, tokens: Tokens, by_area: bool) -> Tensor:
     """Return how much each row counts in pooling, `[T]`; prefix rows only where timm includes them."""
     weight = tokens.area if by_area else tokens.area.clamp(max=1)
-    if vit.pool_include_prefix:
+    if pools_prefix(vit):
         weight = weight.where(tokens.area > 0, torch.ones_like(weight))
     return weight if tokens.activity is None else weight * tokens.activity
 

@@ -13,6 +13,7 @@ from . import backbone
 from .attention import Layout, attend, by_rows
 from .attention_weights import attend_by_policy, attend_watched, attention_of_first
 from .hooks import run_hooked, warn_of_hooks
+from .rotary import Rotary, Turn, make_rotary, rotate
 from .tokens import Tokens
 
 
@@ -39,25 +40,32 @@ class Encoded(NamedTuple):
 
 
 def before_attention(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the normed rows `[T, C]`, and their queries, keys and values `[T, H, D]`."""
-    attn, normed = block.attn, block.norm1(x)
-    q, k, v = attn.qkv(normed).view(-1, 3, attn.num_heads, attn.head_dim).unbind(1)
-    return normed, attn.q_norm(q).to(v.dtype), attn.k_norm(k).to(v.dtype), v
+    """Return the rows that attention sees `[T, C]`, and their queries, keys and values `[T, H, D]`."""
+    attn, seen = block.attn, x if backbone.norms_after(block) else block.norm1(x)
+    q, k, v = (part.unflatten(1, (-1, attn.head_dim)) for part in backbone.projections(attn, seen))
+    q, k = attn.q_norm(q).to(v.dtype), attn.k_norm(k).to(v.dtype)
+    if k.shape[1] < q.shape[1]:  # queries share keys and values in groups
+        k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], 1) for part in (k, v))
+    return seen, q, k, v
 
 
-def after_attention(block: nn.Module, x: Tensor, normed: Tensor, heads: Tensor, layout: Layout) -> Tensor:
+def after_attention(block: nn.Module, x: Tensor, seen: Tensor, heads: Tensor, layout: Layout) -> Tensor:
     """Return the rows with attention's branch added, which is made of its output `[T, H, D]`."""
     attn = block.attn
     out = attn.norm(heads.flatten(1))
     if getattr(attn, "gate", None) is not None:
-        out = out * attn.gate(normed).sigmoid()
-    branch = block.ls1(attn.proj_drop(attn.proj(out)))
+        out = out * attn.gate(seen).sigmoid()
+    branch = backbone.scaled(block, 1, attn.proj_drop(attn.proj(out)))
     return x + backbone.drop_path(block.drop_path1, branch, layout)
 
 
 def mlp(block: nn.Module, x: Tensor, layout: Layout) -> Tensor:
     """Return the rows with the MLP's branch added."""
-    branch = by_rows(lambda rows: block.ls2(block.mlp(block.norm2(rows))), x)
+
+    def work(rows: Tensor) -> Tensor:
+        return backbone.scaled(block, 2, block.mlp(rows if backbone.norms_after(block) else block.norm2(rows)))
+
+    branch = by_rows(work, x)
     return x + backbone.drop_path(block.drop_path2, branch, layout)
 
 
@@ -88,7 +96,7 @@ def run_blocks(
     Args:
         after: Called with the number of each block and the tokens that it returns.
     """
-    prefix = vit.num_prefix_tokens
+    prefix, rotary = vit.num_prefix_tokens, make_rotary(vit)
     stages, counts, n = [_stage(None, tokens, prefix)], [], tokens.active_counts()
     warn_of_hooks(vit)
     if reducer is not None:
@@ -96,7 +104,7 @@ def run_blocks(
     proportional, again = reducer is None or reducer.proportional, vit.grad_checkpointing and torch.is_grad_enabled()
     for layer, block in enumerate(vit.blocks):
         acting = reducer if reducer is not None and layer in reducer.layers else None
-        work = partial(_run_block, block, layer, n, acting, proportional, steps, watch, again)
+        work = partial(_run_block, block, layer, n, acting, proportional, steps, watch, again, rotary)
         tokens, seen = run_hooked(block, work, tokens)
         counts += seen
         n = seen[-1]
@@ -117,6 +125,7 @@ def _run_block(
     steps: Steps,
     watch: Watch | None,
     again: bool,
+    rotary: Rotary | None,
     tokens: Tokens,
 ) -> tuple[Tokens, tuple[Tensor, Tensor]]:
     """Return the tokens after a block, and how many active ones its attention and its MLP saw.
@@ -131,7 +140,8 @@ def _run_block(
         tokens = _watched(watch, layer, tokens, reducer.before_block(layer, tokens))
         n = tokens.active_counts()
     attended, needs = n, None if reducer is None else reducer.needs
-    x, seen = half(_attention, block, tokens, proportional, needs, steps)
+    turn = None if rotary is None else rotary.turn(layer, tokens)
+    x, seen = half(_attention, block, tokens, proportional, needs, steps, turn)
     tokens = replace(tokens, x=x)
     if reducer is not None:
         tokens = _watched(watch, layer, tokens, reducer.after_attention(layer, tokens, seen))
@@ -150,16 +160,19 @@ def _watched(watch: Watch | None, layer: int, before: Tokens, after: Tokens) -> 
 
 
 def _attention(
-    block: nn.Module, tokens: Tokens, proportional: bool, needs: str | None, steps: Steps
+    block: nn.Module, tokens: Tokens, proportional: bool, needs: str | None, steps: Steps, turn: Turn | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return the rows after attention, and what a reducer needs of it; queries, keys and values go before the MLP.
+
+    What a token says of itself are its keys before they are rotated.
 
     Args:
         proportional: Whether a row of size s counts s times as a key.
     """
     layout, size = tokens.layout, tokens.size if proportional else None
     weight = tokens.weight if proportional else tokens.activity
-    normed, q, k, v = steps.before_attention(block, tokens.x)
+    rows, q, key, v = steps.before_attention(block, tokens.x)
+    q, k = (q, key) if turn is None else (rotate(q, turn), rotate(key, turn))
     if needs == "received":
         heads, seen = attend_watched(layout, q, k, v, weight)
     elif tokens.policy is not None:
@@ -169,8 +182,8 @@ def _attention(
     if needs == "class":
         seen = attention_of_first(layout, q, k, weight)
     elif needs == "keys":
-        seen = k.detach().mean(1)
-    return steps.after_attention(block, tokens.x, normed, heads, layout), seen
+        seen = key.detach().mean(1)
+    return steps.after_attention(block, tokens.x, rows, heads, layout), seen
 
 
 def _stage(layer: int | None, tokens: Tokens, prefix: int) -> TokenStage:

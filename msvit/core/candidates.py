@@ -40,21 +40,27 @@ class Level(NamedTuple):
 class Candidates:
     """The candidates of pictures with `grid` coarse regions of sides[1] x sides[1] fine patches.
 
+    Of the last rows and columns of regions a part may lie outside of the picture. There are no candidates for the fine
+    patches there, and a larger token stands for those inside alone.
+
     Args:
         sides: Of tokens, in fine patches, from 1 up.
         prefix: How many prefix tokens there are.
+        patches: Rows and columns of fine patches inside the picture; None: all of those of the regions.
     """
 
     grid: tuple[int, int]
     sides: tuple[int, ...]
     prefix: int
+    patches: tuple[int, int] | None = None
 
     @cached_property
     def levels(self) -> tuple[Level, ...]:
         """The sizes of tokens from the largest to the fine ones, by their numbers."""
-        fine, levels, first = tuple(n * self.sides[1] for n in self.grid), [], self.prefix
+        whole, levels, first = tuple(n * self.sides[1] for n in self.grid), [], self.prefix
         for side in reversed(self.sides):
-            levels.append(Level(side, tuple(n // side for n in fine), first))
+            grid = tuple(n // side for n in whole)
+            levels.append(Level(side, grid if side > 1 else self.patches or whole, first))
             first += levels[-1].count
         return tuple(levels)
 
@@ -67,15 +73,30 @@ class Candidates:
         """N, candidates of a picture."""
         return self.levels[-1].first + self.levels[-1].count
 
+    def boxes(self, device: torch.device) -> Tensor:
+        """Return what of the picture each candidate covers, `[N, 4]`, in fine patches: top, left, bottom, right.
+
+        Nothing, all 0, for prefix tokens.
+        """
+        return torch.cat([torch.zeros(self.prefix, 4, device=device), *(self._boxes(n, device) for n in self.levels)])
+
+    def _boxes(self, level: Level, device: torch.device) -> Tensor:
+        starts = [level.side * torch.arange(n, device=device, dtype=torch.float32) for n in level.grid]
+        ends = [(start + level.side).clamp(max=n) for start, n in zip(starts, self.fine.grid, strict=True)]
+        return torch.cat([torch.cartesian_prod(*starts), torch.cartesian_prod(*ends)], 1)
+
     def areas(self, device: torch.device) -> Tensor:
         """Return how many fine patches each candidate covers, `[N]`; 0 for prefix tokens."""
-        covered = [torch.full((level.count,), float(level.side**2), device=device) for level in self.levels]
-        return torch.cat([torch.zeros(self.prefix, device=device), *covered])
+        return areas_of(self.boxes(device))
 
     def positions(self, prefix: Tensor, fine: Tensor) -> Tensor:
         """Return `[N, C]` from the prefix tokens `[P, C]` and the fine positions; a larger token has their mean."""
-        grid = fine.T.unflatten(1, self.fine.grid)
-        return torch.cat([prefix, *(shrink(grid, level.side).flatten(1).T for level in self.levels)])
+        grid, means, (h, w) = fine.T.unflatten(1, self.fine.grid), [], self.fine.grid
+        for level in self.levels:
+            bottom, right = (n * level.side - inside for n, inside in zip(level.grid, (h, w), strict=True))
+            inside = (level.side**2 / areas_of(self._boxes(level, fine.device))).to(fine.dtype)
+            means.append(shrink(F.pad(grid, (0, right, 0, bottom)), level.side).flatten(1).T * inside[:, None])
+        return torch.cat([prefix, *means])
 
     def activity(self, whole: Sequence[Tensor]) -> Tensor:
         """Return the activity of all candidates `[B, N]` from u of each level, see `scales.undivided`."""
@@ -86,7 +107,8 @@ class Candidates:
         return self._joined(flips(decisions, soft, self.sides[1]))
 
     def _joined(self, parts: list[Tensor]) -> Tensor:
-        ones = parts[0].new_ones(len(parts[0]), self.prefix)
+        ones, (rows, columns) = parts[0].new_ones(len(parts[0]), self.prefix), self.fine.grid
+        parts = [*parts[:-1], parts[-1][..., :rows, :columns]]
         return torch.cat([ones, *(part.flatten(1) for part in parts)], 1)
 
     def covering(self, whole: Sequence[Tensor]) -> Tensor:
@@ -147,6 +169,11 @@ class Candidates:
         seats = torch.full((pictures * self.count,), -1, device=rows.device)
         seats[rows] = torch.arange(len(rows), device=rows.device)
         return seats.view(pictures, self.count)
+
+
+def areas_of(boxes: Tensor) -> Tensor:
+    """Return how many fine patches boxes `[N, 4]` hold, `[N]`."""
+    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
 
 
 def choose_active(active: Tensor) -> tuple[Tensor, list[int]]:

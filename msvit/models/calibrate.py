@@ -76,7 +76,7 @@ class _Pictures:
                 raise ValueError(
                     f"pictures of {tuple(self.size)} and {tuple(images.shape[-2:])} px; calibrate on one size"
                 )
-            self.size, images = images.shape[-2:], model.pad(images)
+            self.size = images.shape[-2:]
             soft.append(model.decide(images, everywhere=True).nested)
             self.images += [images.cpu()] if model.adaptive else []
         if not soft:
@@ -100,5 +100,5 @@ class _Pictures:
         if isinstance(self.model.gate, Quota):
             count = self.model.gate.count(self.soft[0][0].numel())[None]
             return self.model.macs_of(count, self.size).item() / self.dense
-        counts = [(level > choice).sum((1, 2)) for level in self.soft]
-        return self.model.macs_of(counts, self.size).mean().item() / self.dense
+        coarse = [level > choice for level in self.soft]
+        return self.model.macs_of(coarse, self.size).mean().item() / self.dense

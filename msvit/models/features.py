@@ -81,12 +81,16 @@ class FeatureExtractor:
     def encode(
         self, images: Tensor, mask: Tensor | None = None, execution: str | None = None, after: Callable | None = None
     ) -> EncodedPictures:
-        """Return all but the logits, of pictures that are padded; the arguments are those of `run` and `run_blocks`."""
+        """Return all but the logits; the arguments are those of `run` and `run_blocks`."""
         gating = self.decide(images, mask)
         with fast_linear(self.fast_cpu):
             tokens = self.tokenize(images, gating, execution)
-            encoded = run_blocks(self.vit, tokens, self.reducer, self._steps, after=after)
+            encoded = self.through_blocks(tokens, after)
         return EncodedPictures(gating, tokens, encoded)
+
+    def through_blocks(self, tokens: Tokens, after: Callable | None = None) -> Encoded:
+        """Take tokens from before the first block to after the last norm, through the reducer."""
+        return run_blocks(self.vit, tokens, self.reducer, self._steps, after=after)
 
     def _features(self, images: Tensor, mask: Tensor | None, chosen: Collection[int]) -> tuple[Tokens, list[Tokens]]:
         """Return the tokens after the last norm, and those after the chosen blocks, in the order of the blocks."""
@@ -97,7 +101,7 @@ class FeatureExtractor:
             if layer in chosen:
                 taken.append(tokens)
 
-        return self.encode(self.pad(images), mask, after=after).encoded.final, taken
+        return self.encode(images, mask, after=after).encoded.final, taken
 
     def _formatted(self, tokens: Tokens, output_fmt: str, with_prefix: bool) -> Tokens | Tensor | tuple[Tensor, Tensor]:
         if output_fmt == "tokens":

@@ -26,6 +26,7 @@ from .deploy import Deployable
 from .features import FeatureExtractor
 from .heads import ClassificationHead
 from .hub import load_folder, model_files, rename_decoder
+from .lists import run_list
 from .result import Result
 from .tokenizer import EXECUTIONS, Gating, tokenize
 
@@ -46,8 +47,10 @@ class MSViT(FeatureExtractor, Deployable, Costs, nn.Module, PyTorchModelHubMixin
     beyond the batch's longest picture (the trimming of the paper), "packed" runs the active tokens alone, each picture
     at its own length (the default in evaluation).
 
-    With a dense head, pictures of any size are padded with the mean colour at bottom and right, and what is predicted
-    there is cut off again; masks and gates are those of the padded picture, see `grid`.
+    Pictures may be of any size: they are padded with the mean colour at bottom and right to whole coarse patches.
+    Masks and gates are those of the padded picture, see `grid`, but what is padding alone has no tokens: the backbone
+    sees as many as timm's does with `dynamic_img_pad`. A list of pictures `[c, H, W]` of different sizes is one batch,
+    packed: see `run`.
 
     Args:
         vit: The backbone; it is used as it is, not copied.
@@ -150,6 +153,11 @@ class MSViT(FeatureExtractor, Deployable, Costs, nn.Module, PyTorchModelHubMixin
         """Return the regions (h, w) of each size that is decided about, from small to large."""
         return grids_of(self.grid(size), self.scales)
 
+    def patches(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the rows and columns of fine patches that a picture of `size` pixels has."""
+        patch, (height, width) = backbone.patch_size(self.vit), map(int, size)
+        return -(-height // patch), -(-width // patch)
+
     def all_fine(self, size: tuple[int, int]) -> list[Tensor]:
         """Return the mask that makes all tokens of pictures of `size` pixels fine."""
         return [torch.zeros(grid, dtype=torch.bool, device=self.cut.device) for grid in self.grids(size)]
@@ -161,49 +169,51 @@ class MSViT(FeatureExtractor, Deployable, Costs, nn.Module, PyTorchModelHubMixin
 
     def check(self, images: Tensor, finite: bool = False):
         """Raise a ValueError unless the model takes these pictures."""
-        patch = 1 if self.head.dense else self.coarse_patch
         weight = backbone.convolution(self.vit).weight
-        check_images(images, weight.shape[1], patch, finite)
+        check_images(images, weight.shape[1], finite)
         check_precision(images, weight)
         check_room(self.scales, self.grid(images.shape[-2:]), backbone.patch_size(self.vit), images.shape[-2:])
 
     def forward(self, images: Tensor) -> Tensor:
+        if isinstance(images, list | tuple):
+            return self.run(images).logits
         self.check(images)
-        gating, _, encoded = self.encode(self.pad(images))
+        gating, _, encoded = self.encode(images)
         with fast_linear(self.fast_cpu):
             return self.head.logits(self.vit, encoded.final, images.shape[-2:])
 
     def run(
         self,
-        images: Tensor,
-        mask: Tensor | Sequence[Tensor] | None = None,
+        images: Tensor | Sequence[Tensor],
+        mask: Tensor | Sequence | None = None,
         execution: str | None = None,
         check: bool = False,
     ) -> Result:
         """Return logits, and what was decided on the way.
 
         Args:
-            images: `[B, c, H, W]`, normalised as the backbone wants them; both sides multiples of the coarse patch
-                unless the head is dense.
+            images: `[B, c, H, W]`, normalised as the backbone wants them; or a list of pictures `[c, H, W]` of any
+                sizes. What a `Result` has of each region or pixel is then a list too.
             mask: Decisions instead of the gate's: bool `[B, h, w]` or `[h, w]`, True = coarse. With more than two
                 scales it is a list, one for each size of regions from small to large; what is True in a larger one
-                counts.
+                counts. Of a list of pictures it is a list with what each one's is.
             execution: One of the four above; None means trimmed while training and packed in evaluation.
             check: Look for NaN and infinite pixels (costs a pass over the pictures).
         """
+        if isinstance(images, list | tuple):
+            return run_list(self, images, mask, execution, check)
         self.check(images, finite=check)
-        gating, tokens, (final, counts, stages) = self.encode(self.pad(images), mask, execution)
+        size, (gating, tokens, (final, counts, stages)) = images.shape[-2:], self.encode(images, mask, execution)
         with fast_linear(self.fast_cpu):
-            logits = self.head.logits(self.vit, final, images.shape[-2:])
-        entering, whole = tokens.active_counts(), [u.detach() > 0.5 for u in gating.undivided]
-        sums = [u.sum((1, 2)) for u in whole]
+            logits = self.head.logits(self.vit, final, size)
+        entering = tokens.active_counts()
         return Result(
             logits=logits,
             gates=gating.nested[0],
             scores=gating.scores,
-            coarse=whole[0],
+            coarse=gating.undivided[0].detach() > 0.5,
             tokens=entering,
-            macs=self._macs(entering, sums, images.shape[-2:], mask is None, counts),
+            macs=self.spent(gating, size, entering, counts, mask is None),
             counts=counts,
             stages=stages,
             final=final,
@@ -216,7 +226,7 @@ class MSViT(FeatureExtractor, Deployable, Costs, nn.Module, PyTorchModelHubMixin
         Args:
             everywhere: Ask gates also about regions inside of undivided ones, as it is while training.
         """
-        grids = self.grids(images.shape[-2:])
+        grids, images = self.grids(images.shape[-2:]), self.pad(images)
         if mask is not None:
             masks = check_masks(mask, len(images), grids)
             soft = [m.to(images.device, torch.float32).expand(len(images), -1, -1) for m in masks]
@@ -242,7 +252,8 @@ class MSViT(FeatureExtractor, Deployable, Costs, nn.Module, PyTorchModelHubMixin
         """Return the tokens that an execution needs, embedded, before the first block."""
         execution = one_of("execution", execution or self.usual_execution, EXECUTIONS)
         self.check_recordable(execution)
-        candidates = Candidates(self.grid(images.shape[-2:]), self.scales, self.vit.num_prefix_tokens)
+        size, images = images.shape[-2:], self.pad(images)
+        candidates = Candidates(self.grid(size), self.scales, self.vit.num_prefix_tokens, self.patches(size))
         both = self.head.dense and self.reducer is None
         return tokenize(self.vit, images, candidates, gating, execution, self.margin, self.coarse_embed, both)
 

@@ -12,6 +12,9 @@ from .tokenizer import Gating
 class Result(NamedTuple):
     """What `MSViT.run` computed; B pictures with h x w coarse regions each.
 
+    Of a list of pictures of different sizes, gates, scores, coarse and gating are lists, and so are the logits of
+    pixels.
+
     Attributes:
         logits: `[B, classes]`.
         gates: Soft m in [0, 1], `[B, h, w]`; while training a Gumbel sample that carries gradients.

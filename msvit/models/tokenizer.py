@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..core import backbone
 from ..core.attention import Layout
-from ..core.candidates import Candidates, choose_active, choose_levelled, choose_trimmed
+from ..core.candidates import Candidates, areas_of, choose_active, choose_levelled, choose_trimmed
 from ..core.scales import nested, undivided
 from ..core.tokens import Tokens
 from .coarse import FullResolution
@@ -44,6 +44,11 @@ class Gating(NamedTuple):
         """Soft values of each level that exceed a threshold where, under it, the region would be undivided."""
         return nested([level.soft for level in self.levels])
 
+    def picture(self, b: int) -> "Gating":
+        """Return what was decided about one picture."""
+        own = (None if part is None else part[b : b + 1] for part in self[:3])
+        return Gating(*own, tuple(level.picture(b) for level in self.larger))
+
 
 def tokenize(
     vit: VisionTransformer,
@@ -70,13 +75,17 @@ def tokenize(
     bases = backbone.bases(vit, candidates, each=isinstance(coarse_embed, FullResolution))
     x = bases.index_select(0, numbers).to(patches.dtype).index_add_(0, seeing, patches)
     seats, learns = candidates.seats(rows, len(images)), activity.requires_grad and execution != "packed"
+    boxes = candidates.boxes(rows.device)[numbers]
     return Tokens(
         x=vit.norm_pre(vit.pos_drop(x)),
         activity=None if execution == "packed" else activity.flatten()[rows],
-        area=candidates.areas(rows.device)[numbers],
+        area=areas_of(boxes),
         where=_seated(seats, candidates.covering(whole)),
         layout=Layout(lengths, x.device),
         others=_seats_of_levels(seats, candidates) if both and learns else None,
+        centre=(boxes[:, :2] + boxes[:, 2:]) / 2,
+        box=boxes,
+        grids=torch.tensor(candidates.fine.grid, device=rows.device).expand(images.shape[0], -1),
     )
 
 

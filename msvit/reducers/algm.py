@@ -164,7 +164,7 @@ def training_threshold(model: nn.Module, loader: Iterable, window: int = 2) -> f
     everything = ALGM(model.vit, threshold=-1.0, layers=[0], window=window)  # what is behind the first block is cheap
     with model.evaluating():
         for batch in loader:
-            images = model.pad((batch if isinstance(batch, Tensor) else batch[0]).to(model.cut.device))
+            images = (batch if isinstance(batch, Tensor) else batch[0]).to(model.cut.device)
             fine = model.all_fine(images.shape[-2:])
             run_blocks(model.vit, model.tokenize(images, model.decide(images, fine)), everything, watch=watch)
     if not found:

@@ -205,7 +205,8 @@ def merge(
 ) -> Tokens:
     """Merge tokens r into new rows n: x_n = sum w_r x_r / sum w_r over all r with into_r = n.
 
-    Areas add up, sizes too, and the pixels follow.
+    Areas add up, sizes too, and the pixels follow. A new row stands where its members do in the mean, by the same
+    weights: c_n = sum w_r c_r / sum w_r.
 
     Args:
         into: `[T]`, the number of a new row; a token's new row belongs to its own picture.
@@ -232,7 +233,7 @@ def merge(
     if seeds is not None:
         x = x.where(~empty[:, None], wide[seeds])
         activity = None if activity is None else activity.where(~empty, torch.ones_like(activity))
-    return replace(
+    merged = replace(
         tokens,
         x=x.to(tokens.x.dtype),
         activity=activity,
@@ -241,6 +242,22 @@ def merge(
         layout=Layout(lengths, into.device),
         size=None if tokens.size is None else add(tokens.size),
     )
+    if tokens.centre is None:
+        return merged
+    box, heavy = union(tokens.box, into, total), add(active)
+    centre = add(tokens.centre.to(wide.dtype) * active[:, None]) / heavy.masked_fill(empty, 1)[:, None]
+    if seeds is not None:
+        box = tokens.box[seeds].where(empty[:, None], box)
+        centre = tokens.centre[seeds].to(centre.dtype).where(empty[:, None], centre)
+    return replace(merged, centre=centre, box=box)
+
+
+def union(boxes: Tensor, into: Tensor, rows: int) -> Tensor:
+    """Return, for each of the new rows, the box around the boxes `[T, 4]` of all that go into it; 0 if none does."""
+    into = into[:, None].expand(-1, 2)
+    ends = zip(boxes.split(2, 1), ("amin", "amax"), strict=True)
+    parts = [part.new_zeros(rows, 2).scatter_reduce(0, into, part, by, include_self=False) for part, by in ends]
+    return torch.cat(parts, 1)
 
 
 def join(first: Tokens, second: Tokens) -> Tokens:
@@ -249,8 +266,9 @@ def join(first: Tokens, second: Tokens) -> Tokens:
     if size is not None:
         rest = second.size if second.size is not None else torch.ones_like(second.area)
         size = torch.cat([size, rest.to(size.dtype)])
-    pairs = {name: (getattr(first, name), getattr(second, name)) for name in ("x", "activity", "area")}
-    both = replace(first, **{name: torch.cat(pair) for name, pair in pairs.items()}, size=size, others=None)
+    names = [name for name in ("x", "activity", "area", "centre", "box") if getattr(first, name) is not None]
+    both = {name: torch.cat([getattr(first, name), getattr(second, name)]) for name in names}
+    both = replace(first, **both, size=size, others=None)
     picture = torch.cat([first.layout.picture, second.layout.picture])
     lengths = [a + b for a, b in zip(first.layout.lengths, second.layout.lengths, strict=True)]
     return both.select(picture.sort(dim=0, stable=True).indices, lengths)

@@ -11,7 +11,7 @@ from ..core.macs import block_costs, classifier_macs, embedding_macs
 from ..core.precision import in_full
 from ..core.sampling import with_gradient_of
 from ..core.tokens import Tokens
-from .base import Reducer, Teacher, merge, ranked, top_rows
+from .base import Reducer, Teacher, merge, ranked, top_rows, union
 from .tome import most_similar
 
 GMACS_OF_DEIT_SMALL = 4.6
@@ -158,7 +158,7 @@ class DiffRate(Reducer):
         source, target, added = self._matched(tokens, ranked(tokens.layout, scores), merged, pruned)
         kept = torch.ones(len(tokens.x), dtype=torch.bool, device=source.device).index_fill(0, source, False)
         number = kept.cumsum(0) - 1
-        size = _sizes(tokens).index_copy(0, source, added)
+        size = tokens.sizes.index_copy(0, source, added)
         into = number.index_copy(0, source, number[target])
         return merge(replace(tokens, size=size), into, merged, weight=torch.ones_like(size))
 
@@ -183,14 +183,17 @@ class DiffRate(Reducer):
         source, target, added = self._matched(tokens, order, merged, pruned)
         moved, gone = every.index_copy(0, source, target), active & ~stays
         where = moved[tokens.where.clamp(min=0)]
+        if tokens.centre is not None:
+            box = union(tokens.box, moved, len(every)).where((moved == every)[:, None], tokens.box)
+            tokens = replace(tokens, box=box, centre=self._merged(tokens, tokens.centre, active, source, target))
         return replace(
             tokens,
-            x=self._merged(tokens, active, source, target),
+            x=self._merged(tokens, tokens.x, active, source, target),
             activity=tokens.activity * keep,
             policy=tokens.policy * keep,
             area=tokens.area.index_add(0, target, tokens.area[source]).index_fill(0, source, 0.0),
             where=where.masked_fill((tokens.where < 0) | gone[where], -1),
-            size=_sizes(tokens).index_add(0, target, added),
+            size=tokens.sizes.index_add(0, target, added),
         )
 
     def _mask(self, kind: int, layer: int, rank: Tensor, stays: Tensor) -> Tensor:
@@ -203,16 +206,16 @@ class DiffRate(Reducer):
     def _matched(self, tokens: Tokens, order: Tensor, merged: list[int], pruned: list[int]) -> tuple[Tensor, ...]:
         """Return the rows to merge, each one's target, and what is added to the target's size."""
         source, target, cosine = most_similar(tokens.x, tokens.layout, order, self.prefix, merged, pruned)
-        return source, target, _sizes(tokens)[source] * cosine.clamp(min=0)
+        return source, target, tokens.sizes[source] * cosine.clamp(min=0)
 
     @staticmethod
-    def _merged(tokens: Tokens, active: Tensor, source: Tensor, target: Tensor) -> Tensor:
-        """Return the rows, in targets the mean with their sources, weighted by the gate's part of the activity."""
-        x = in_full(tokens.x)
-        own = (tokens.activity.where(active, 1.0) / tokens.policy.where(active, 1.0)).to(x.dtype)
+    def _merged(tokens: Tokens, rows: Tensor, active: Tensor, source: Tensor, target: Tensor) -> Tensor:
+        """Return rows `[T, C]`, in targets the mean with their sources, weighted by the gate's part of the activity."""
+        wide = in_full(rows)
+        own = (tokens.activity.where(active, 1.0) / tokens.policy.where(active, 1.0)).to(wide.dtype)
         more = torch.zeros_like(own).index_add(0, target, own[source])
-        sums = (x * own[:, None]).index_add(0, target, x[source] * own[source][:, None])
-        return (sums / (own + more)[:, None]).where((more > 0)[:, None], x).to(tokens.x.dtype)
+        sums = (wide * own[:, None]).index_add(0, target, wide[source] * own[source][:, None])
+        return (sums / (own + more)[:, None]).where((more > 0)[:, None], wide).to(rows.dtype)
 
     def _refresh(self):
         """Read the numbers from the device, once for what follows."""
@@ -293,8 +296,3 @@ def tilted(numbers: Tensor, candidates: Tensor) -> Tensor:
         low, high = t.where(less, low), high.where(less, t)
     logits = (low + high)[..., None] / 2 * steps
     return (logits - logits.amax(-1, keepdim=True)).float()
-
-
-def _sizes(tokens: Tokens) -> Tensor:
-    """Return the tokens' sizes, in float32 or better."""
-    return in_full(torch.ones_like(tokens.x[:, 0])) if tokens.size is None else tokens.size

@@ -81,7 +81,9 @@ class TokenPooling(Keeping):
         seeds = seeds.flatten() if beyond is None else seeds[~F.pad(beyond, (self.prefix, 0))]
         weight = F.pad(weight, (self.prefix, 0), value=1)
         merged = merge(tokens, into, lengths, layout.unpad(weight), seeds=seeds)
-        return replace(merged, x=tokens.x[seeds]) if self.method == "kmedoids" else merged
+        if self.method == "kmeans":
+            return merged
+        return replace(merged, x=tokens.x[seeds], centre=None if tokens.centre is None else tokens.centre[seeds])
 
 
 @torch.no_grad()

@@ -110,8 +110,7 @@ def merge_by_size(tokens: Tokens, target: Tensor, lengths: list[int], places: Te
     number = torch.empty_like(target)
     number[:, places] = stays[:, places].cumsum(1) - 1
     into = layout.unpad(number.gather(1, target)) + Layout(lengths, target.device).ends[layout.picture]
-    size = torch.ones_like(tokens.area) if tokens.size is None else tokens.size
-    return merge(replace(tokens, size=size), into, lengths, weight=size)
+    return merge(replace(tokens, size=tokens.sizes), into, lengths, weight=tokens.sizes)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.blocks import after_attention, before_attention, mlp
+from ..core.rotary import make_rotary, rotate
 from ..models.msvit import MSViT
 
 
@@ -34,14 +35,16 @@ def measure_smoothing(model: MSViT, images: Tensor) -> Smoothing:
     """
     tokens = model.tokenize(images, model.decide(images, model.all_fine(images.shape[-2:])), "packed")
     layout, rows, found = tokens.layout, tokens.x, []
-    grid, prefix = tokens.where.shape[1:], model.vit.num_prefix_tokens
+    grid, prefix, rotary = tokens.where.shape[1:], model.vit.num_prefix_tokens, make_rotary(model.vit)
 
     def likeness() -> Tensor:
         return mean_cosine(layout.pad(rows)[:, prefix:])
 
-    for block in model.vit.blocks:
+    for layer, block in enumerate(model.vit.blocks):
         cosines = [likeness()]
         normed, q, k, v = before_attention(block, rows)
+        if rotary is not None:
+            q, k = (rotate(part, rotary.turn(layer, tokens)) for part in (q, k))
         q, k, v = (layout.pad(part).transpose(1, 2) for part in (q, k, v))
         shares = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
         out = shares @ v

@@ -7,8 +7,7 @@ from pathlib import Path
 import timm
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import load_state_dict
-from timm.models.vision_transformer import checkpoint_filter_fn
+from timm.models import eva, load_state_dict, vision_transformer
 from torch import nn
 
 from ..checks import closest, first_line
@@ -22,6 +21,7 @@ from ..models.coarse import name_of
 from ..models.heads import SegmentationHead
 from ..models.hub import HUB, describe_backbone, read_args
 from ..models.msvit import MSViT
+from ..models.names import TIMM_MODULES
 from ..reducers.registry import make_reducer
 from .recipe import DataSettings, ModelSettings, Recipe, RecipeError
 from .runs import read
@@ -46,7 +46,7 @@ def build(recipe: Recipe, runs: Path) -> MSViT:
         described, gate = describe_backbone(start.vit), start.gate
         args = {k: v for k, v in read_args(described["args"]).items() if k not in ("img_size", "drop_path_rate")}
         vit = _create(settings, size, described["name"], **args)
-        vit.load_state_dict(checkpoint_filter_fn(start.vit.state_dict(), vit))
+        vit.load_state_dict(_fitted(start.vit.state_dict(), vit))
     if settings.checkpoint:
         _load_checkpoint(vit, Path(settings.checkpoint))
     gate = _choose_gate(recipe, vit, _saved(settings.gate, runs).gate if settings.gate else gate)
@@ -151,7 +151,7 @@ def _create(settings: ModelSettings, size: int, name: str, pretrained: bool = Fa
     except (TypeError, AssertionError, ValueError, RuntimeError, OSError) as error:
         raise RecipeError(
             f"model={name!r} cannot be built for pictures of {size} px ({first_line(error)}); use a plain vision "
-            "transformer (vit_*, deit_*, deit3_*) and a size that is a multiple of its coarse patch"
+            "transformer (vit_*, deit_*, deit3_*, eva02_*) and a size that is a multiple of its coarse patch"
         ) from error
 
 
@@ -163,7 +163,7 @@ def _saved(name: str, runs: Path) -> MSViT:
     """Return the model of a run beside this one ("run:NAME"), of a folder, or of the hub ("hub:OWNER/NAME")."""
     path = _path(name, runs)
     if not name.startswith(HUB) and not os.path.isdir(path):
-        near = closest(name, ["tiny", *timm.list_models(module=["vision_transformer", "deit"])], 3)
+        near = closest(name, ["tiny", *timm.list_models(module=TIMM_MODULES)], 3)
         hint = f"did you mean {', '.join(near)}?" if near else "see timm.list_models('*vit*')"
         raise RecipeError(f"{name!r} is no model of timm, no folder and no hub id ({HUB}OWNER/NAME); {hint}")
     try:
@@ -175,13 +175,19 @@ def _saved(name: str, runs: Path) -> MSViT:
         ) from error
 
 
+def _fitted(state: dict, vit: nn.Module) -> dict:
+    """Return weights under timm's names, positions resized to the backbone's grid."""
+    module = eva if isinstance(vit, eva.Eva) else vision_transformer
+    return module.checkpoint_filter_fn(state, vit)
+
+
 def _load_checkpoint(vit: nn.Module, path: Path):
     """Load weights from a file; its head is left out if it has other classes. Runs no pickled code."""
     if not os.path.isfile(path):
         raise RecipeError(f"checkpoint={str(path)!r}: there is no such file")
     own = vit.state_dict()
     try:
-        state = checkpoint_filter_fn(load_state_dict(str(path), weights_only=True), vit)
+        state = _fitted(load_state_dict(str(path), weights_only=True), vit)
         shapes = {name: tuple(weight.shape) for name, weight in state.items()}
     except (*UNBUILT, EOFError, pickle.UnpicklingError) as error:
         raise RecipeError(

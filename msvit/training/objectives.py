@@ -98,7 +98,8 @@ class Objective(nn.Module):
         fine = torch.zeros(b, h, w, device=images.device)
         if model.head.dense:
             return self._run(model, images, model.all_fine(images.shape[-2:]), "packed")
-        tokens = torch.full((b,), model.vit.num_prefix_tokens + h * w * model.scale**2, device=images.device)
+        patches = math.prod(model.patches(images.shape[-2:]))
+        tokens = torch.full((b,), model.vit.num_prefix_tokens + patches, device=images.device)
         macs = torch.full((b,), self.budget.dense, dtype=torch.float64, device=images.device)
         with fast_linear(model.fast_cpu):
             logits = model.vit(images)
@@ -121,8 +122,7 @@ class Objective(nn.Module):
         coarse, macs = result.coarse, result.macs / self.budget.dense
         if result.scores is not None and self.recipe.gating.shaped:
             whole = [scores > 0 for scores in nested([level.scores for level in result.gating.levels])]
-            coarse, counts = whole[0], [u.sum((1, 2)) for u in whole]
-            macs = self.model.macs_of(counts, self.budget.size) / self.budget.dense
+            coarse, macs = whole[0], self.model.macs_of(whole, self.budget.size) / self.budget.dense
         scalars = {
             "loss": task.detach(),
             "task": task.detach(),

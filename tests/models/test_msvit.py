@@ -239,10 +239,9 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"32 px.*scale=2.*16 px"):
             msvit.MSViT(tiny_vit, gate=msvit.Gate(32))
 
-    @pytest.mark.parametrize(("height", "width", "remedy"), [(72, 64, "64 or 80"), (64, 8, "16 or 16")])
-    def test_indivisible_picture(self, model, height, width, remedy):
-        with pytest.raises(ValueError, match=rf"coarse patches of 16 px.*{remedy}"):
-            model(torch.randn(1, 3, height, width))
+    def test_no_pixels(self, model):
+        with pytest.raises(ValueError, match="a picture of 0 x 64 px; give at least one pixel"):
+            model(torch.randn(1, 3, 0, 64))
 
     def test_channels(self, model):
         with pytest.raises(ValueError, match="1 channels, the backbone takes 3"):
@@ -282,9 +281,9 @@ class TestBadInput:
             model.run(images, check=True)
         assert model.run(images).logits[0].isfinite().all()
 
-    @pytest.mark.parametrize("name", ["resnet18", "eva02_tiny_patch14_224", "swin_tiny_patch4_window7_224"])
+    @pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224"])
     def test_other_architectures(self, name):
-        with pytest.raises(TypeError, match="no plain vision transformer.*deit_"):
+        with pytest.raises(TypeError, match="no plain vision transformer.*deit_.*msvit models"):
             msvit.MSViT(timm.create_model(name))
 
     @pytest.mark.parametrize(
@@ -303,7 +302,7 @@ class TestBadInput:
 
     @pytest.mark.long
     def test_parallel_blocks(self):
-        with pytest.raises(ValueError, match="ParallelThingsBlock.*standard Block"):
+        with pytest.raises(ValueError, match="ParallelThingsBlock.*standard blocks"):
             msvit.MSViT(timm.create_model("vit_small_patch16_18x2_224"))
 
     @pytest.mark.parametrize("threshold", [-0.1, 1.5])

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import shake
+from helpers import ROTARY, shake
 
 from msvit import MSViT
 from msvit.studies.smoothing import amplitudes, mean_cosine, measure_smoothing
@@ -42,7 +42,17 @@ def test_uniform_attention_lets_the_mean_pass_and_nothing_else(tiny_vit):
 
 @pytest.mark.parametrize("settings", [{}, {"class_token": False, "global_pool": "avg"}, {"reg_tokens": 3}])
 def test_the_tokens_are_those_of_the_backbone(make_vit, settings):
-    model, images = MSViT(shake(make_vit(**settings))).eval(), torch.randn(2, 3, 64, 64)
+    assert_followed(make_vit(**settings))
+
+
+@pytest.mark.parametrize("settings", [ROTARY[3], ROTARY[4]], ids=str)
+def test_the_tokens_are_those_of_a_rotary_backbone(make_eva, settings):
+    assert_followed(make_eva(**settings))
+
+
+def assert_followed(vit):
+    """Block by block, as timm's own hooks see them."""
+    model, images = MSViT(shake(vit)).eval(), torch.randn(2, 3, 64, 64)
     found, hidden = measure_smoothing(model, images), []
     for block in model.vit.blocks:
         block.register_forward_hook(lambda module, seen, out: hidden.append((seen[0], out)))
