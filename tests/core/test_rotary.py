@@ -12,12 +12,21 @@ from msvit.core.rotary import make_rotary, rotate
 from msvit.models.msvit import EXECUTIONS
 
 
-def tokens_of(vit, size=(64, 96), scale=2, execution="masked"):
-    model = msvit.MSViT(vit, scale=scale).eval()
-    mask = torch.rand(2, *model.grid(size)) < 0.5
+def tokens_of(vit, size=(64, 96), scales=(1, 2), execution="masked"):
+    model = msvit.MSViT(vit, scales=scales).eval()
+    masks = [torch.rand(2, *grid) < 0.5 for grid in model.grids(size)]
     with torch.no_grad():
         images = torch.randn(2, 3, *size)
-        return model, model.tokenize(images, model.decide(images, mask), execution), mask
+        return model, model.tokenize(images, model.decide(images, masks), execution), masks
+
+
+def side_of(masks, scales, b, y, x):
+    """Of the token over a fine patch: the largest region around it that is one, where a whole one fits."""
+    for mask, side in zip(reversed(masks), reversed(scales[1:]), strict=True):
+        row, column = y // side, x // side
+        if row < mask.shape[1] and column < mask.shape[2] and mask[b, row, column]:
+            return side
+    return 1
 
 
 def coordinate(vit, place, sides, axis):
@@ -72,7 +81,7 @@ def test_angles_against_loops(make_eva, settings):
 @torch.no_grad()
 def test_fine_tokens_are_rotated_as_by_timm(make_eva, settings):
     vit = make_eva(dynamic_img_size=True, **settings)
-    model, tokens, mask = tokens_of(vit)
+    _, tokens, _ = tokens_of(vit)
     rotary, embedding = make_rotary(vit), vit.rope.get_embed(shape=(8, 12))
     q = torch.randn(len(tokens.x), 4, 16)
     for layer in range(3):
@@ -89,13 +98,19 @@ def test_fine_tokens_are_rotated_as_by_timm(make_eva, settings):
     assert make_rotary(make_eva(use_rot_pos_emb=False)) is None
 
 
+SCALES_AND_SIZES = [
+    *(((1, scale), size) for scale in (2, 3, 4) for size in [(64, 96), (41, 71), (8, 60)]),
+    *(((1, 2, 4), size) for size in [(64, 96), (41, 71)]),
+    ((1, 2, 4, 8), (71, 57)),
+]
+
+
 @pytest.mark.parametrize("execution", EXECUTIONS)
-@pytest.mark.parametrize("scale", [2, 3, 4])
-@pytest.mark.parametrize("size", [(64, 96), (41, 71), (8, 60)])
+@pytest.mark.parametrize(("scales", "size"), SCALES_AND_SIZES)
 @torch.no_grad()
-def test_centres_boxes_and_areas_against_loops(make_vit, execution, scale, size):
+def test_centres_boxes_and_areas_against_loops(make_vit, execution, scales, size):
     """Of what a token covers inside of the picture, patch by patch; padding is covered by none."""
-    _, tokens, mask = tokens_of(make_vit(), size, scale, execution)
+    _, tokens, masks = tokens_of(make_vit(), size, scales, execution)
     h, w = -(-size[0] // 8), -(-size[1] // 8)
     assert tokens.grids.tolist() == [[h, w]] * 2
     assert tokens.where.shape == (2, h, w)
@@ -103,7 +118,7 @@ def test_centres_boxes_and_areas_against_loops(make_vit, execution, scale, size)
     for b in range(2):
         for y in range(h):
             for x in range(w):
-                k = scale if mask[b, y // scale, x // scale] else 1
+                k = side_of(masks, scales, b, y, x)
                 row = int(tokens.where[b, y, x])
                 covered.setdefault(row, (b, y // k, x // k, []))[3].append((y + 0.5, x + 0.5))
     for row, (b, _, _, patches) in covered.items():

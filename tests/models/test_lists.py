@@ -13,6 +13,7 @@ from msvit.models.msvit import EXECUTIONS
 from msvit.reducers.registry import make_reducer
 
 SIZES = [(64, 64), (40, 96), (41, 71), (15, 17), (64, 64), (100, 36)]
+ROOMY = [(64, 64), (40, 96), (41, 71), (64, 64), (100, 36)]  # for tokens of 32 px
 
 
 def pictures(sizes=SIZES):
@@ -21,6 +22,10 @@ def pictures(sizes=SIZES):
 
 def masks_of(model, images):
     return [torch.rand(model.grid(image.shape[1:])) < 0.5 for image in images]
+
+
+def masks_of_levels(model, images):
+    return [[torch.rand(grid) < 0.4 for grid in model.grids(image.shape[1:])] for image in images]
 
 
 def backbones(make_vit, make_eva):
@@ -59,16 +64,20 @@ def test_executions_agree_on_odd_sizes(make_eva, size, settings):
         assert torch.equal(masked.macs, other.macs)
 
 
+@pytest.mark.parametrize("scales", [(1, 2), (1, 2, 4)])
 @torch.no_grad()
-def test_macs_of_odd_sizes_are_counted(make_eva):
-    model = msvit.MSViT(make_eva(**ROTARY[3])).eval().requires_grad_(False)
+def test_macs_of_odd_sizes_are_counted(make_eva, scales):
+    model = msvit.MSViT(make_eva(**ROTARY[3]), scales=scales).eval().requires_grad_(False)
     images, results = torch.randn(3, 3, 41, 71), []
     model.threshold = model.run(images).gates.median().item()
     assert counted_macs(lambda: results.append(model.run(images))) == results[0].macs.sum().item()
-    assert torch.equal(model.macs_of(results[0].coarse, (41, 71)), results[0].macs)
+    whole = [u > 0.5 for u in results[0].gating.undivided]
+    assert all(0 < u.sum() < u.numel() for u in whole)
+    assert torch.equal(model.macs_of(whole, (41, 71)), results[0].macs)
     # Of a number of regions it is not known which; all or none leave no choice.
-    all_or_none = torch.tensor([False, True])[:, None, None].expand(2, 3, 5)
-    assert torch.equal(model.macs_of(torch.tensor([0, 15]), (41, 71)), model.macs_of(all_or_none, (41, 71)))
+    all_or_none = [torch.tensor([False, True])[:, None, None].expand(2, *grid) for grid in model.grids((41, 71))]
+    counts = [u.sum((1, 2)) for u in all_or_none]
+    assert torch.equal(model.macs_of(counts, (41, 71)), model.macs_of(all_or_none, (41, 71)))
     loader = [torch.randn(8, 3, 41, 71) for _ in range(2)]
     share = model.calibrate(loader, 0.6)
     measured = torch.cat([model.run(x).macs for x in loader]).mean().item() / model.dense_macs((41, 71))
@@ -110,6 +119,27 @@ def test_a_batch_of_different_sizes_is_as_many_single_calls(make_vit, make_eva, 
                     assert torch.equal(together.final.picture(i).where, alone.final.where)
         assert together.scores is None
         assert torch.equal(model(images), model.run(images).logits)
+
+
+@pytest.mark.parametrize("execution", EXECUTIONS)
+@torch.no_grad()
+def test_a_list_at_three_scales_is_as_many_single_calls(make_vit, make_eva, execution):
+    for vit in (make_vit(), make_eva(**ROTARY[3]), make_eva(**ROTARY[4])):
+        model, images = msvit.MSViT(shake(vit), scales=(1, 2, 4)).eval(), pictures(ROOMY)
+        model.threshold = model.run(images[0][None]).gating.larger[0].soft.median().item()
+        masks = masks_of_levels(model, images)
+        for given in (None, masks):
+            together = model.run(images, given, execution)
+            for i, image in enumerate(images):
+                alone = model.run(image[None], None if given is None else given[i], execution)
+                assert (together.logits[i] - alone.logits[0]).abs().max() <= 1e-5
+                assert torch.equal(together.coarse[i], alone.coarse[0])
+                assert torch.equal(together.gates[i], alone.gates[0])
+                assert together.tokens[i] == alone.tokens[0]
+                assert together.macs[i] == alone.macs[0]
+                for one, other in zip(together.gating[i].undivided, alone.gating.undivided, strict=True):
+                    assert torch.equal(one, other)
+        assert {1.0, 4.0, 16.0} <= set(together.final.area.tolist())
 
 
 @pytest.mark.parametrize("name", ["tome", "token_pooling", "grid", "evit", "algm", "dynamicvit", "diffrate"])
@@ -172,6 +202,24 @@ def test_lists_train(make_eva):
         torch.testing.assert_close(together[name], p.grad, rtol=1e-3, atol=1e-6)
 
 
+def test_lists_teach_a_quadtree_through_a_decoder(make_vit):
+    """The gradient of a list is the sum of those of its pictures, by which token each patch should have been in too."""
+    vit = shake(make_vit(depth=2))
+    model = msvit.MSViT(vit, margin=0.0, scales=(1, 2, 4), head=msvit.SegmentationHead(vit, 5, "linear")).train()
+    model.gate.eval()  # without noise
+    images = pictures(ROOMY[:3])
+    labels = [torch.randint(5, image.shape[1:]) for image in images]
+    each = zip(model.run(images, execution="trimmed").logits, labels, strict=True)
+    sum(F.cross_entropy(logits[None], label[None]) for logits, label in each).backward()
+    together = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    for image, label in zip(images, labels, strict=True):
+        F.cross_entropy(model.run(image[None], execution="trimmed").logits, label[None]).backward()
+    assert all(together[f"gate.levels.{level}.mlp.0.weight"].abs().sum() > 0 for level in range(2))
+    for name, gradient in together.items():
+        torch.testing.assert_close(gradient, model.get_parameter(name).grad, rtol=1e-3, atol=1e-6)
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("images", "match"),
@@ -195,3 +243,8 @@ class TestBadInput:
     def test_a_mask_of_another_size(self, tiny_vit):
         with pytest.raises(ValueError, match=r"expected \[3, 6\]"):
             msvit.MSViT(tiny_vit).run([torch.zeros(3, 40, 96)], [torch.zeros(4, 4, dtype=torch.bool)])
+
+    def test_one_mask_of_two(self, tiny_vit):
+        model = msvit.MSViT(tiny_vit, scales=(1, 2, 4))
+        with pytest.raises(ValueError, match=r"1 mask for 2 sizes of regions; give a list .* \[4, 4\] and \[2, 2\]"):
+            model.run([torch.zeros(3, 64, 64)], [torch.zeros(4, 4, dtype=torch.bool)])

@@ -1,8 +1,14 @@
 """Names of timm that are plain vision transformers, or why not."""
 
 import pytest
+import timm
+import torch
 
-from msvit.models.names import list_backbones
+import msvit
+from msvit.models.names import TIMM_MODULES, list_backbones
+
+NARROW = {"embed_dim": 64, "depth": 2, "num_heads": 4, "num_classes": 5}
+PIECES = 24  # in which all names are walked
 
 
 def test_a_name_says_what_it_builds():
@@ -18,3 +24,36 @@ def test_a_name_says_what_it_builds():
         list_backbones("swin*")
     with pytest.raises(ValueError, match="timm has no name that matches 'vitt'"):
         list_backbones("vitt")
+
+
+def narrow(name, patch):
+    """A narrow variant for pictures of six by four patches; everything else is as timm has it."""
+    queries = {"num_kv_heads": (4, 2)} if "sapiens2" in name else {}
+    vit = timm.create_model(name, img_size=(6 * patch, 4 * patch), **NARROW | queries).eval()
+    for p in vit.parameters():
+        p.add_(0.1 * torch.randn_like(p))
+    return vit
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("piece", range(PIECES))
+@torch.no_grad()
+def test_every_name_works_or_is_refused_in_words(piece):
+    """All fine is timm to 1e-5 of the largest logit, and executions agree, for all names that are listed as working."""
+    wrong = []
+    for name in timm.list_models(module=TIMM_MODULES)[piece::PIECES]:
+        (found,) = list_backbones(name)
+        if found.refused:
+            assert len(found.refused) > 20
+            continue
+        vit = narrow(name, found.patch)
+        model, images = msvit.MSViT(vit).eval(), torch.randn(1, 3, *vit.patch_embed.img_size)
+        expected, size = vit(images), images.shape[-2:]
+        allowed = 1e-5 * max(1.0, expected.abs().max().item())
+        fine = [model.run(images, model.all_fine(size), execution).logits for execution in ("masked", "packed")]
+        mixed = [model.run(images, torch.eye(3, 2) > 0, execution).logits for execution in ("masked", "packed")]
+        if any((logits - expected).abs().max() > allowed for logits in fine):
+            wrong.append(name)
+        if (mixed[0] - mixed[1]).abs().max() > 10 * allowed:
+            wrong.append(f"{name}: executions")
+    assert wrong == []

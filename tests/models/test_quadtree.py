@@ -174,6 +174,29 @@ def test_a_decoder_reads_all_scales_and_teaches_the_gates(make_vit, scatter):
     assert all(gate.mlp[0].weight.grad.abs().sum() > 0 for gate in model.gate.levels)
 
 
+@torch.no_grad()
+def test_windows_follow_the_decisions_about_the_whole_picture(make_vit):
+    """At its border too, where a window sees what is left, and no whole larger region may fit."""
+    model, images = segmenting(quadtree(make_vit), 5), torch.randn(2, 3, 73, 110)
+    whole, found = model.run(images), slide(model, images, 64, 32)
+    small, large = (u > 0.5 for u in whole.gating.undivided)
+    assert torch.equal(found.coarse, small)
+    torch.testing.assert_close(slide(model, images, 128, 64).logits, whole.logits)
+    total, count, tokens = torch.zeros(2, 5, 73, 110), torch.zeros(73, 110), 0
+    for y in (0, 32):
+        for x in (0, 32, 64):
+            parts = ((small[:, y // 16 :, x // 16 :], 4), (large[:, y // 32 :, x // 32 :], 2))
+            masks = [u[:, :n, :n] for u, n in parts]
+            seen = model.run(images[..., y : y + 64, x : x + 64], masks)
+            total[..., y : y + 64, x : x + 64] += seen.logits
+            count[y : y + 64, x : x + 64] += 1
+            tokens = tokens + seen.tokens
+    torch.testing.assert_close(found.logits, total / count)
+    assert torch.equal(found.tokens, tokens)
+    with pytest.raises(ValueError, match="window=32 holds one token .* 73 x 110 px .* windows of 64 px or more"):
+        slide(model, images, 32, 32)
+
+
 @pytest.mark.parametrize("coarse_embed", ["shared", "own", "apt"])
 @torch.no_grad()
 def test_macs_are_counted_and_a_budget_is_met_over_all_levels(make_vit, coarse_embed):

@@ -128,6 +128,25 @@ def test_all_executions_agree_with_options(make_eva, variant, scale):
     assert_executions_agree(make_eva(**variant), (64, 96), scale)
 
 
+@pytest.mark.parametrize("size", [(64, 96), (41, 71)])
+@pytest.mark.parametrize("variant", ROTARY, ids=str)
+@torch.no_grad()
+def test_three_scales(make_eva, variant, size):
+    """All fine is timm, and executions agree for random decisions at two levels, also where pictures are padded."""
+    vit = shaken(make_eva(dynamic_img_size=True, dynamic_img_pad=True, **variant))
+    model, images = msvit.MSViT(vit, scales=(1, 2, 4)).eval(), torch.randn(3, 3, *size)
+    masks, expected = [torch.rand(3, *grid) < 0.4 for grid in model.grids(size)], vit(images)
+    for execution in EXECUTIONS:
+        assert (model.run(images, model.all_fine(size), execution).logits - expected).abs().max() <= 1e-5
+    masked, *others = (model.run(images, masks, execution) for execution in EXECUTIONS)
+    for other in others:
+        assert (masked.logits - other.logits).abs().max() <= 1e-4
+        assert torch.equal(masked.tokens, other.tokens)
+        assert torch.equal(masked.macs, other.macs)
+    assert {1.0, 4.0, 16.0} <= set(others[-1].final.area.tolist())
+    assert (masked.logits - expected).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
 def test_closed_form_macs_equal_the_count(make_eva, variant):
     """The latent query of attention pooling is projected once for the whole batch, which belongs to no picture."""
