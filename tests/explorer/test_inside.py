@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import gate_of, mini_model, open_explorer, reduced, segmenter_of
+from helpers import ROTARY, gate_of, mini_model, open_explorer, reduced, segmenter_of, shake
 from PIL import Image
 
+from msvit import MSViT
 from msvit.core.blocks import run_blocks
 from msvit.explorer.attention import attention_of, worth_of
 from msvit.explorer.drawing import PANEL_WIDTH
@@ -27,6 +28,16 @@ def state(gated):
 
 
 def test_attention_is_that_of_the_model(state):
+    assert_models_own(state)
+
+
+@pytest.mark.parametrize("settings", [ROTARY[0], ROTARY[4]], ids=str)
+def test_attention_is_that_of_a_rotary_model(make_eva, settings):
+    model = MSViT(shake(make_eva(**settings))).eval()
+    assert_models_own(run_backbone(gate_of(LoadedModel.of("rotary", model)), 0.5, MIXED))
+
+
+def assert_models_own(state):
     """The rows of A sum to 1, and the class token of the first block takes what timm's own attention gives it."""
     attention = attention_of(state)
     n = 1 + MIXED.sum() + 4 * (1 - MIXED).sum()
