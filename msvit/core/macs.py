@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 
 def linear_macs(module: nn.Module) -> int:
-    """Return the MACs of one row through every linear layer of a module."""
-    return sum(m.in_features * m.out_features for m in module.modules() if _is_linear(m))
+    """Return the MACs of one row through every linear layer of a module; one that cuts it says into how many rows."""
+    linear = (m for m in module.modules() if _is_linear(m))
+    return sum(m.in_features * m.out_features * getattr(m, "rows", 1) for m in linear)
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -12,9 +12,11 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from ..checks import one_of
 from ..core.precision import in_full
 from ..core.sampling import add_logistic_noise, straight_through
 from ..core.tokens import patchify
+from .filters import FilterBank
 
 
 class Decider(nn.Module):
@@ -64,8 +66,14 @@ class Decider(nn.Module):
         return soft, straight_through(soft, 0.5 if self.training else threshold)
 
 
+NETWORKS = {"pixels": 64, "filters": 8}  # what a gate sees a region with, and its width
+
+
 class Gate(Decider, PyTorchModelHubMixin):
-    """A small MLP g from the pixels of one coarse patch to one logit (Havtorn et al. 2023).
+    """A small network g from the pixels of one coarse patch to one logit.
+
+        pixels:   an MLP of three hidden layers on all pixels (Havtorn et al. 2023)
+        filters:  a hidden layer on how much each of a few small filters finds in the region, see `FilterBank`
 
     It sees one region at a time and nothing but pixels, so a trained gate can be put in front of any backbone with
     the same coarse patch size.
@@ -73,17 +81,24 @@ class Gate(Decider, PyTorchModelHubMixin):
     Args:
         patch: Side of a coarse patch in pixels.
         channels: Channels of the pictures.
-        width: Width of the hidden layers.
+        width: Width of the hidden layers (64), or number of filters (8), with a hidden layer of twice as many.
         temperature: T. A lower one makes harder samples; it does not move the decision at m = 0.5. The prior of GBaS
             has a temperature of its own, and fits best with the same.
+        network: "pixels" or "filters".
     """
 
-    def __init__(self, patch: int = 32, channels: int = 3, width: int = 64, temperature: float = 0.3):
+    def __init__(
+        self,
+        patch: int = 32,
+        channels: int = 3,
+        width: int | None = None,
+        temperature: float = 0.3,
+        network: str = "pixels",
+    ):
         super().__init__(temperature)
-        self.patch, self.channels = patch, channels
-        sizes = [channels * patch * patch, width, width, width]
-        hidden = [layer for i, o in pairwise(sizes) for layer in (nn.Linear(i, o), nn.LayerNorm(o), nn.GELU())]
-        self.mlp = nn.Sequential(*hidden, nn.Linear(width, 1))
+        one_of("network", network, NETWORKS)
+        self.patch, self.channels, self.network, self.width = patch, channels, network, width or NETWORKS[network]
+        self.mlp = (_see_pixels if network == "pixels" else _see_filters)(patch, channels, self.width)
 
     @property
     def bias(self) -> nn.Parameter:
@@ -91,7 +106,8 @@ class Gate(Decider, PyTorchModelHubMixin):
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"patch": self.patch, "channels": self.channels, "width": self.mlp[0].out_features}
+        named = {} if self.network == "pixels" else {"network": self.network}
+        return {"patch": self.patch, "channels": self.channels, "width": self.width} | named
 
     def forward(self, images: Tensor, where: Tensor | None = None) -> Tensor:
         """Return the logits `[B, h, w]` of pictures `[B, channels, h patch, w patch]`; what is left over is not seen.
@@ -113,7 +129,18 @@ class Gate(Decider, PyTorchModelHubMixin):
             return scores.masked_scatter(asked, self.mlp(cells[asked])[:, 0]).view(-1, h, w)
 
     def extra_repr(self) -> str:
-        return f"patch={self.patch}, temperature={self.temperature:.3g}"
+        return f"patch={self.patch}, network={self.network}, temperature={self.temperature:.3g}"
+
+
+def _see_pixels(patch: int, channels: int, width: int) -> nn.Sequential:
+    sizes = [channels * patch * patch, width, width, width]
+    hidden = [layer for i, o in pairwise(sizes) for layer in (nn.Linear(i, o), nn.LayerNorm(o), nn.GELU())]
+    return nn.Sequential(*hidden, nn.Linear(width, 1))
+
+
+def _see_filters(patch: int, channels: int, filters: int) -> nn.Sequential:
+    hidden = nn.LayerNorm(filters), nn.Linear(filters, 2 * filters), nn.GELU()
+    return nn.Sequential(FilterBank(patch, channels, filters), *hidden, nn.Linear(2 * filters, 1))
 
 
 class Quadtree(nn.Module):
@@ -122,17 +149,22 @@ class Quadtree(nn.Module):
     Args:
         patch: Side of the smallest regions in pixels; those of the next gate are twice as wide.
         sizes: How many gates there are.
-        channels, width, temperature: Of each, see `Gate`.
+        channels, width, temperature, network: Of each, see `Gate`.
     """
 
-    def __init__(self, patch: int = 32, sizes: int = 2, channels: int = 3, width: int = 64, temperature: float = 0.3):
+    def __init__(self, patch: int = 32, sizes: int = 2, **settings: Any):
         super().__init__()
-        self.levels = nn.ModuleList(Gate(patch * 2**i, channels, width, temperature) for i in range(sizes))
+        self.levels = nn.ModuleList(Gate(patch * 2**i, **settings) for i in range(sizes))
 
     @property
     def patch(self) -> int:
         """Side of the smallest regions in pixels."""
         return self.levels[0].patch
+
+    @property
+    def network(self) -> str:
+        """What all gates see with."""
+        return self.levels[0].network
 
     @property
     def temperature(self) -> float:
@@ -149,11 +181,11 @@ class Quadtree(nn.Module):
         return {"name": "quadtree", **self.levels[0].settings, "sizes": len(self.levels)}
 
 
-def make_gate(patch: int, scales: Sequence[int], channels: int) -> nn.Module:
+def make_gate(patch: int, scales: Sequence[int], channels: int, network: str = "pixels") -> nn.Module:
     """Return a new gate for tokens that are so many fine patches of `patch` pixels wide: two scales need one alone."""
     if len(scales) == 2:
-        return Gate(patch * scales[1], channels)
-    return Quadtree(patch * scales[1], len(scales) - 1, channels)
+        return Gate(patch * scales[1], channels, network=network)
+    return Quadtree(patch * scales[1], len(scales) - 1, channels=channels, network=network)
 
 
 def sizes_of(gate: nn.Module | None) -> int | None:

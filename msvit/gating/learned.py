@@ -33,7 +33,7 @@ class Quota(Gate):
     The model's threshold means nothing here; what `calibrate` sets is the rate.
 
     Args:
-        patch: As in `Gate`, like channels, width and temperature.
+        patch: As in `Gate`, like channels and the other settings.
         rate: Share of coarse regions.
         supervised: Learn from label maps.
     """
@@ -41,15 +41,9 @@ class Quota(Gate):
     PARTS = 1_000_000  # of one, in which the rate is kept: an integer outlives a cast to half precision
 
     def __init__(
-        self,
-        patch: int = 32,
-        channels: int = 3,
-        width: int = 64,
-        temperature: float = 0.3,
-        rate: float = 0.5,
-        supervised: bool = False,
+        self, patch: int = 32, channels: int = 3, rate: float = 0.5, supervised: bool = False, **settings: Any
     ):
-        super().__init__(patch, channels, width, temperature)
+        super().__init__(patch, channels, **settings)
         self.supervised = supervised
         self.register_buffer("parts", torch.tensor(0))
         self.rate = rate

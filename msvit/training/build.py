@@ -11,10 +11,11 @@ from timm.models import eva, load_state_dict, vision_transformer
 from torch import nn
 
 from ..checks import closest, first_line
+from ..core.backbone import convolution
 from ..data.holdout import hold_out
 from ..data.loaders import Loaders, make_loaders
 from ..data.segmentation import make_seg_loaders
-from ..gating.gate import Gate, Quadtree, sizes_of
+from ..gating.gate import Gate, Quadtree, make_gate, sizes_of
 from ..gating.learned import GATES, Pattern, Quota
 from ..models.check_config import UNBUILT, ModelFolderError
 from ..models.coarse import name_of
@@ -43,7 +44,7 @@ def build(recipe: Recipe, runs: Path) -> MSViT:
         vit = _create(settings, size, name, pretrained=settings.pretrained or name.startswith("hf-hub:"))
     else:
         start = _saved(name, runs)
-        described, gate = describe_backbone(start.vit), start.gate
+        described, gate = describe_backbone(start.vit), start.gate if takes_over_gate(settings, runs) else None
         args = {k: v for k, v in read_args(described["args"]).items() if k not in ("img_size", "drop_path_rate")}
         vit = _create(settings, size, described["name"], **args)
         vit.load_state_dict(_fitted(start.vit.state_dict(), vit))
@@ -84,8 +85,8 @@ def takes_over_gate(settings: ModelSettings, runs: Path) -> bool:
     return os.path.isdir(path) or settings.name.startswith(HUB)
 
 
-def _choose_gate(recipe: Recipe, vit: nn.Module, found: nn.Module | None) -> nn.Module | None:
-    """Return the gate that was found, if it is of the kind that the recipe trains, or a new one; None: the model's."""
+def _choose_gate(recipe: Recipe, vit: nn.Module, found: nn.Module | None) -> nn.Module:
+    """Return the gate that was found, if it is of the kind that the recipe trains, or a new one."""
     segments = recipe.data.task == "segment"
     scales, kind = scales_of(recipe), GATES.get(recipe.gating.by, Gate)
     if kind is Gate and len(scales) > 2:
@@ -105,9 +106,10 @@ def _choose_gate(recipe: Recipe, vit: nn.Module, found: nn.Module | None) -> nn.
         )
     if kind is Pattern:
         return Pattern(grid, patch)
+    channels, network = convolution(vit).in_channels, recipe.gating.network
     if kind is Quota:
-        return Quota(patch, vit.patch_embed.proj.in_channels, supervised=segments)
-    return None
+        return Quota(patch, channels, supervised=segments, network=network)
+    return make_gate(patch // scales[1], scales, channels, network)
 
 
 def fit_head(model: MSViT, classes: list[str], task: str, settings: ModelSettings):

@@ -90,6 +90,9 @@ class GatingSettings(Checked):
     """Gate: who decides, what it costs, and what shapes it."""
 
     by: str = setting("learned", "who decides: the gate, or what stands in its place", choices=GATINGS, flat="gating")
+    network: str = setting(
+        "filters", "what the gate sees a region with", choices=("filters", "pixels"), flat="gate_network"
+    )
     rule_settings: dict = setting({}, "settings of entropy, apt, psnr or equality, as in thresholds=[6.0,4.0]")
     loss: str = setting("gbas", "the gate loss: gbas, bas, l0, ratio or none")
     loss_weight: float | None = setting(

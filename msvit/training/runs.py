@@ -196,7 +196,7 @@ def read_recipe(folder: Path) -> Recipe:
     if not os.path.exists(path):
         raise RunError(f"{folder} is no run: it has no settings.json")
     try:
-        return Recipe.from_dict(read_json(path))
+        return Recipe.from_dict({"gate_network": "pixels"} | read_json(path))  # which it was until version 0.1
     except RecipeError as error:
         raise RunError(f"{path} is no recipe of this version of msvit: {error}") from error
 

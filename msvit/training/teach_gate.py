@@ -30,7 +30,7 @@ from ..gating.rules import Entropy, Static
 from ..models.msvit import MSViT
 
 SLOPE = 1.5
-RATE = 3e-3  # the regression's peak learning rate
+RATES = {"pixels": 3e-3, "filters": 1e-2}  # the regression's peak learning rate, by what the gate sees with
 SCORE_STEPS, STEPS = 300, 100  # from scores, which takes seconds, and from what masks cost the model
 REGIONS, ENOUGH = 2048, 32768  # in a step, and to learn from
 
@@ -118,8 +118,9 @@ def divergence(dense: Tensor, other: Tensor) -> Tensor:
 
 
 def _descend(gate: nn.Module, losses: Iterator[Tensor], steps: int, progress: bool):
-    optimizer = torch.optim.AdamW(gate.parameters(), lr=RATE, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps, pct_start=0.1)
+    rate = RATES[gate.network]
+    optimizer = torch.optim.AdamW(gate.parameters(), lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)
     for loss in tqdm(itertools.islice(losses, steps), "gate", steps, disable=not progress, unit=" steps"):
         optimizer.zero_grad()
         loss.backward()

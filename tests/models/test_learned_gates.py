@@ -146,7 +146,12 @@ def test_a_subclass_of_a_gate_is_refused(tmp_path):
 
 
 def test_every_gate_says_what_builds_it_again():
-    for gate in (msvit.Gate(16, 1, 8), Quota(16, 1, 8, supervised=True), Pattern((2, 3), 16)):
+    for gate in (
+        msvit.Gate(16, 1, 8),
+        Quota(16, 1, width=8, supervised=True),
+        msvit.Gate(16, network="filters"),
+        Pattern((2, 3), 16),
+    ):
         settings = {key: value for key, value in gate.settings.items() if key != "name"}
         again = type(gate)(**settings)
         assert isinstance(again, Decider)

@@ -41,6 +41,7 @@ class Additive(nn.Module):
         return msvit.Result(logits, None, None, mask, None, None)
 
 
+@pytest.mark.long
 def test_utility_finds_what_each_region_costs():
     """From random masks of whole pictures alone: the gate's scores rank regions as their costs do."""
     loaders = make_loaders("scenes:middle", train_n=1024, val_n=128, batch=64)

@@ -56,7 +56,8 @@ def test_a_target_for_each_size(loaders):
     assert asked_rates([0.7, 0.4]) == pytest.approx([0.5, 0.4])
 
 
-@pytest.mark.parametrize("rates", [[0.5, 0.25], [0.8, 0.6]])
+@pytest.mark.long
+@pytest.mark.parametrize("rates", [[0.8, 0.6]])
 def test_gates_are_taught_from_the_largest_regions_down(loaders, rates):
     """Each follows what averaging its regions loses; the shares of undivided regions are those asked for."""
     model = new_model()
