@@ -22,7 +22,7 @@ from msvit.data.scenes import Scenes
 from msvit.explorer.drawing import PANEL_WIDTH
 from msvit.explorer.models import LoadedModel
 from msvit.explorer.panels import panels_of
-from msvit.explorer.sources import SceneSource
+from msvit.explorer.sources import BuiltInSource
 from msvit.explorer.state import run_backbone, run_gate
 from msvit.models.heads import SegmentationHead
 from msvit.reducers.registry import make_reducer
@@ -148,7 +148,7 @@ def reduced(name, **settings):
 
 def gate_of(loaded, index=1):
     """The gate's output on an easy scene."""
-    source = SceneSource("easy")
+    source = BuiltInSource("scenes:easy")
     return run_gate(loaded, source.picture(source.names()[index], loaded.size))
 
 

@@ -20,10 +20,12 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, defa
 from ..checks import one_of
 from .device_cache import DeviceCache, keep
 from .images import KINDS, Pictures, Stream, Unreadable, open_sources
+from .made import Made
 from .scenes import DIFFICULTIES, Scenes
+from .screens import Screens
 from .seeds import permutation
 
-SCENES = tuple(f"scenes:{name}" for name in DIFFICULTIES)
+BUILT_IN = (*(f"scenes:{name}" for name in DIFFICULTIES), "screens")
 AUGMENT = {  # by name, what goes to timm's create_transform for training pictures
     "none": None,
     "light": {"scale": (0.5, 1.0), "hflip": 0.5, "color_jitter": None},
@@ -77,7 +79,7 @@ class Loaders:
     def unreadable(self, split: str) -> list[Unreadable]:
         """Return the files of a split that could not be read so far, by this process and its workers.
 
-        Scenes are computed, and what timm's readers skip in a stream they only log: of these there are none.
+        Built-in pictures are computed, and what timm's readers skip in a stream they only log: of these there are none.
         """
         return getattr(self._data(split), "unreadable", list)()
 
@@ -112,13 +114,13 @@ def set_epoch(loader: DataLoader, epoch: int) -> None:
 
 
 class BuiltIn(Dataset):
-    """Scenes behind the sampler's keys; a whole batch is made at once.
+    """Built-in pictures behind the sampler's keys; a whole batch is made at once.
 
     Args:
-        masks: Targets are the masks, whose classes are `Scenes.regions`, instead of the labels.
+        masks: Targets are the masks, whose classes are `Made.regions`, instead of the labels.
     """
 
-    def __init__(self, scenes: Scenes, masks: bool = False):
+    def __init__(self, scenes: Made, masks: bool = False):
         self.scenes, self.masks, self.name = scenes, masks, scenes.name
         self.classes = scenes.regions if masks else scenes.classes
 
@@ -163,29 +165,31 @@ def make_loaders(
     global random numbers, so seed those at the start of each epoch.
 
     Args:
-        data: "scenes:easy", "scenes:middle", "scenes:hard", "scenes:scales"; "folder:ROOT" with
+        data: "scenes:easy", "scenes:middle", "scenes:hard", "scenes:scales", "screens"; "folder:ROOT" with
             ROOT/train/CLASS/*.jpg and ROOT/val/CLASS/*.jpg; "tar:ROOT" with ROOT/train.tar and ROOT/val.tar of such
             folders; or a name for timm's `create_dataset` with ":ROOT" where it needs one, such as
             "hfds/uoft-cs/cifar10", "wds/:ROOT" or "torch/cifar10:ROOT".
         size: of the pictures in pixels, or (H, W).
-        train_n: number of training pictures in an epoch; 0, or more than there are, for all (scenes: 8192).
-        val_n: the same for validation (scenes: 2048).
+        train_n: number of training pictures in an epoch; 0, or more than there are, for all (built-in ones: 8192).
+        val_n: the same for validation (built-in ones: 2048).
         workers: processes that read ahead.
         augment: "none", "light" (a crop of at least half of the area, flip) or "timm" (RandAugment, random
-            erasing). Scenes take "none" only: resized, they would show something else at each scale.
-        mean, std: what real pictures are normalised by; scenes have their own.
+            erasing). Built-in pictures take "none" only: resized, they would show something else.
+        mean, std: what real pictures are normalised by; built-in ones have their own.
         device: where real pictures are kept and augmented, if it is a CUDA device with room for them.
     """
     one_of("augment", augment, AUGMENT)
     size = (size, size) if isinstance(size, int) else tuple(size)
-    if data in SCENES:
+    if data in BUILT_IN:
         if augment != "none":
-            raise ValueError(f"augment={augment!r} is for real pictures; scenes take 'none' and a larger train_n")
+            raise ValueError(
+                f"augment={augment!r} is for real pictures; built-in ones take 'none' and a larger train_n"
+            )
         train, val = built_in(data, size, train_n, val_n, seed)
-        calibration, classes, mean, std = train, train.classes, Scenes.mean, Scenes.std
+        calibration, classes, mean, std = train, train.classes, Made.mean, Made.std
     else:
         if not data.startswith(KINDS):
-            one_of("data", data, SCENES + KINDS)
+            one_of("data", data, BUILT_IN + KINDS)
         datasets, classes = _real(data, size, (batch, val_batch), (train_n, val_n), seed, workers, augment, mean, std)
         train, val, calibration = datasets
         if device is not None:
@@ -197,9 +201,17 @@ def make_loaders(
 
 
 def built_in(data: str, size: tuple[int, int], train_n: int, val_n: int, seed: int, masks=False) -> list[BuiltIn]:
-    """Return scenes for training and for validation, 8192 and 2048 unless their numbers are given."""
-    level, splits = data.partition(":")[2], (("train", train_n or 8192), ("val", val_n or 2048))
-    return [BuiltIn(Scenes(n, size, seed, level, split), masks) for split, n in splits]
+    """Return pictures for training and for validation, 8192 and 2048 unless their numbers are given."""
+    splits = ("train", train_n or 8192), ("val", val_n or 2048)
+    return [BuiltIn(make(data, n, size, seed, split), masks) for split, n in splits]
+
+
+def make(data: str, n: int, size: int | tuple[int, int], seed: int = 0, split: str = "train") -> Made:
+    """Return built-in pictures by one of the names in `BUILT_IN`."""
+    one_of("data", data, BUILT_IN)
+    if data == Screens.title:
+        return Screens(n, size, seed, split)
+    return Scenes(n, size, seed, data.partition(":")[2], split)
 
 
 def _real(data, size, batches, counts, seed, workers, augment, mean, std) -> tuple[list[Dataset], list[str]]:

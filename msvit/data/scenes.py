@@ -6,22 +6,15 @@ of 2 x 2 pixel blocks and every block of a fine texture has zero mean, so halvin
 class *exactly*: the scenes of two classes that agree in everything else have bit-identical halves. At half
 resolution an object is one more flat blob. The difficulty "scales" has also textures twice and four times as wide, on a
 grid of 4 x 4 pixels, which are erased by averaging 4 x 4 and 8 x 8: so the quadtree that is ideal is known.
-
-Picture i is a function of (seed, split, i, size, difficulty) alone, the same on every machine: its random
-numbers are those of `msvit.data.seeds` and every sum is one of integers.
 """
 
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset
 
 from ..checks import one_of
-from .seeds import GOLDEN, Draws, hashed, mix
-
-_CACHE_BYTES = 2**31  # a larger data set is made anew at every visit
-_SPLITS = {"train": 0x7472, "val": 0x7661}
+from .made import Made
+from .seeds import GOLDEN, Draws, mix
 
 
 class Difficulty(NamedTuple):
@@ -174,24 +167,16 @@ def render(
     return images[..., : size[0], : size[1]], masks[..., : size[0], : size[1]]
 
 
-class Scenes(Dataset):
-    """A map-style data set of n scenes: `scenes[i]` is (float32 `[3, H, W]`, label).
-
-    Labels are balanced: every run of eight pictures from a multiple of eight on has each class once. Pictures
-    are kept as uint8 once made, as long as the whole set fits 2 GiB.
+class Scenes(Made):
+    """A data set of n scenes, see `Made`.
 
     Args:
-        n: number of pictures.
-        size: H and W in pixels, or (H, W); at least 16, for "scales" 64.
-        seed: of the whole set.
+        n, size, seed, split: As in `Made`; size at least 16, for "scales" 64.
         difficulty: "easy", where the class is gone at half resolution; "middle", where half of the classes
             are still readable there, and contrast varies under noise; "hard", with smaller and fainter
             objects, textures that start anywhere and decoys with a fine texture of no class; "scales", with objects
             of three sizes and textures at three scales, which are gone at a half, at a quarter, or at neither.
-        split: "train" or "val": streams of random numbers that share no picture.
     """
-
-    mean, std = (128 / 255,) * 3, (64 / 255,) * 3  # a pixel u of 0..255 becomes (u - 128) / 64: exact in float32
 
     def __init__(
         self,
@@ -201,83 +186,15 @@ class Scenes(Dataset):
         difficulty: str = "easy",
         split: str = "train",
     ):
-        self.size = (size, size) if isinstance(size, int) else tuple(size)
-        one_of("difficulty", difficulty, DIFFICULTIES)
-        if len(self.size) != 2 or min(self.size) < (least := DIFFICULTIES[difficulty].least):
-            raise ValueError(f"size={size}: a scene needs a height and a width of at least {least} pixels")
-        one_of("split", split, _SPLITS)
-        if n < 1:
-            raise ValueError(f"n={n}: a data set needs at least one picture")
-        self.n, self.seed, self.difficulty, self.split = n, seed, difficulty, split
+        self.difficulty, self.title = one_of("difficulty", difficulty, DIFFICULTIES), f"scenes:{difficulty}"
+        super().__init__(n, size, seed, split, DIFFICULTIES[difficulty].least)
         self.classes = list(DIFFICULTIES[difficulty].classes)
-        self.regions = ["background", *self.classes, "distractor"]  # what the values of a mask mean
-        pixels = self.size[0] * self.size[1]
-        self._chunk = max(1, 2**20 // pixels)  # pictures made in one go
-        self._chunks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._cached = 4 * n * pixels <= _CACHE_BYTES
+        self.regions = ["background", *self.classes, "distractor"]
 
-    def __len__(self) -> int:
-        return self.n
+    def _render(self, keys: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return render(keys, labels, self.size, DIFFICULTIES[self.difficulty])
 
-    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
-        images, labels = self.batch([i])
-        return images[0], int(labels[0])
-
-    def __getstate__(self) -> dict:
-        return self.__dict__ | {"_chunks": {}}  # a worker makes its own pictures: quicker than to send them
-
-    def labels(self, indices) -> np.ndarray:
-        """Return the labels, int64 `[B]`: a permutation of the eight classes for every eight pictures."""
-        i = self._checked(indices)
-        turn = hashed(self.seed, _SPLITS[self.split], 1, i // 8).astype(np.int64)
-        return ((i % 8) * (turn & 6 | 1) + (turn >> 3)) % 8  # odd multiples permute the residues of eight
-
-    def batch(self, indices) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return many pictures at once: float32 `[B, 3, H, W]` and labels int64 `[B]`."""
-        pixels = torch.from_numpy(self._rows(indices, 0))
-        return pixels.float().sub_(128).mul_(1 / 64), torch.from_numpy(self.labels(indices))
-
-    def masks(self, indices) -> np.ndarray:
-        """Return the segmentation masks uint8 `[B, H, W]`: 0 background, label + 1 object, 9 distractor or decoy."""
-        return self._rows(indices, 1)
-
-    def mask(self, i: int) -> np.ndarray:
-        """Return the segmentation mask of one picture, uint8 `[H, W]`."""
-        return self.masks([i])[0]
-
-    def object_regions(self, indices, patch: int, scale: int = 2) -> np.ndarray:
-        """Return True for the patches that the object touches, bool `[B, h, w]`, or `[h, w]` for a single index.
-
-        The complement is the oracle's coarse mask: for "scales", where one scale's texture is still there in the means
-        of scale x scale pixels, its objects are none. A size that is no multiple of `patch` is padded at bottom and
-        right.
-        """
-        masks, level = self.masks(np.atleast_1d(indices)), DIFFICULTIES[self.difficulty]
-        (h, w), batch = self.size, len(masks)
-        shown = np.array([0, *(detail < scale for detail in level.details), 0], bool)  # by the values of a mask
-        inside = np.pad(shown[masks], ((0, 0), (0, -h % patch), (0, -w % patch)))
-        touched = inside.reshape(batch, -(-h // patch), patch, -(-w // patch), patch).any((2, 4))
-        return touched if np.ndim(indices) else touched[0]
-
-    def name(self, i: int) -> str:
-        """Return what to call picture i in a message."""
-        return f"scenes:{self.difficulty} seed {self.seed} {self.split} #{i}"
-
-    def _checked(self, indices) -> np.ndarray:
-        i = np.asarray(indices, np.int64)
-        if i.size and (i.min() < 0 or i.max() >= self.n):
-            raise IndexError(f"index {i.min() if i.min() < 0 else i.max()} is outside 0..{self.n - 1}")
-        return i
-
-    def _render(self, i: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        keys = hashed(self.seed, _SPLITS[self.split], 0, i)
-        return render(keys, self.labels(i), self.size, DIFFICULTIES[self.difficulty])
-
-    def _rows(self, indices, which: int) -> np.ndarray:
-        """Return pictures (`which` 0) or masks (1) of the indices, from the cache where there is one."""
-        i = self._checked(indices)
-        if not self._cached or not len(i):
-            return np.ascontiguousarray(self._render(i)[which])
-        for c in set((i // self._chunk).tolist()) - self._chunks.keys():
-            self._chunks[c] = self._render(np.arange(c * self._chunk, min(self.n, (c + 1) * self._chunk)))
-        return np.stack([self._chunks[j // self._chunk][which][j % self._chunk] for j in i.tolist()])
+    def _decides(self, masks: np.ndarray, scale: int) -> np.ndarray:
+        """See `Made`: where one scale's texture is still there in the means, its objects need nothing finer."""
+        details = DIFFICULTIES[self.difficulty].details
+        return np.array([0, *(detail < scale for detail in details), 0], bool)[masks]

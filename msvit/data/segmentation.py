@@ -22,8 +22,8 @@ from ..checks import DataError, one_of
 from . import IGNORE
 from .decode import SUFFIXES, opened, to_rgb
 from .images import Pictures
-from .loaders import SCENES, Batch, Loaders, built_in, collate, load_splits
-from .scenes import Scenes
+from .loaders import BUILT_IN, Batch, Loaders, built_in, collate, load_splits
+from .made import Made
 
 PAIRED_AUGMENT = ("none", "light")
 _SPLITS = ("train", "training"), ("val", "validation", "valid", "test")
@@ -231,21 +231,21 @@ def make_seg_loaders(
     to the largest with pixels to ignore. A crop larger than its picture is an error.
 
     Args:
-        data: "scenes:easy", "scenes:middle", "scenes:hard", "scenes:scales", or "folder:ROOT" (see `open_folder`).
-        augment: "none" (the centre) or "light" (random scale, crop and flip); scenes take "none" only.
+        data: What is built in, as in "scenes:easy", or "folder:ROOT" (see `open_folder`).
+        augment: "none" (the centre) or "light" (random scale, crop and flip); built-in ones take "none" only.
         short: side to which the shorter side of all pictures is resized first, 0 to leave them.
     """
     one_of("augment", augment, PAIRED_AUGMENT)
     size = (size, size) if isinstance(size, int) else tuple(size)
     kind, _, rest = data.partition(":")
-    if data in SCENES:
+    if data in BUILT_IN:
         if augment != "none" or short:
-            raise ValueError(f"augment={augment!r}, short={short}: scenes are made as they are; use 'none' and 0")
+            raise ValueError(f"augment={augment!r}, short={short}: built-in pictures are as they are; use 'none' and 0")
         train, val = built_in(data, size, train_n, val_n, seed, masks=True)
-        calibration, classes, mean, std = train, train.classes, Scenes.mean, Scenes.std
+        calibration, classes, mean, std = train, train.classes, Made.mean, Made.std
     else:
         if kind != "folder":
-            one_of("data", data, (*SCENES, "folder:ROOT"))
+            one_of("data", data, (*BUILT_IN, "folder:ROOT"))
         folder = open_folder(Path(rest))
 
         def labelled(files: list, crop: tuple[int, int] | None, augment: str, n: int, split: str) -> Labelled:

@@ -13,8 +13,8 @@ from ..core import backbone
 from ..core.attention import Layout
 from ..core.fast_linear import fast_linear
 from ..core.tokens import Tokens
-from ..data.loaders import SCENES
-from ..data.scenes import DIFFICULTIES, Scenes
+from ..data.loaders import BUILT_IN, make
+from ..data.made import Made
 from ..gating.base import Rule
 from ..gating.learned import Quota
 from ..models.msvit import MSViT
@@ -111,7 +111,7 @@ def title_of(name: str, folder: Path) -> str:
 
 def suited_to(source: str) -> str:
     """Return the shipped model for the pictures of a source: that of the scenes, or of photographs if it is there."""
-    return "photo" if not source.startswith("scenes") and "photo" in shipped() else "scenes"
+    return "photo" if not source.startswith(("scenes", "screens")) and "photo" in shipped() else "scenes"
 
 
 def load_model(name: str, runs: str | Path) -> LoadedModel:
@@ -153,10 +153,10 @@ def _load_folder(name: str, folder: Path) -> LoadedModel:
     elif recipe.gating.by == "oracle":
         untrained = "trained with the oracle's masks, which know where the object is: the gate shown here is untrained"
     source, known = recipe.data.source, {"note": loaded.note or untrained}
-    if source in SCENES:
-        known |= {"mean": Scenes.mean, "std": Scenes.std}
+    if source in BUILT_IN:
+        known |= {"mean": Made.mean, "std": Made.std}
     if not loaded.segments:
-        own = DIFFICULTIES[source.partition(":")[2]].classes if source in SCENES else _saved_classes(home, source)
+        own = make(source, 8, recipe.data.size).classes if source in BUILT_IN else _saved_classes(home, source)
         known |= {"classes": tuple(own)} if len(own) == len(loaded.classes) else {}
     return replace(loaded, **known)
 

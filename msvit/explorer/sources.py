@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from ..data.decode import PICTURE_FORMATS, SUFFIXES, UNREADABLE, PictureError, check_regular, opened
-from ..data.scenes import DIFFICULTIES, Scenes
+from ..data.loaders import BUILT_IN, make
 from ..data.segmentation import classes_of, open_folder
 from .uploads import read_picture
 
@@ -17,7 +17,7 @@ PACKAGED = {  # photographs that come with packages which are installed anyway: 
     "a flower": ("sklearn", "datasets/images/flower.jpg"),
     "Grace Hopper": ("matplotlib", "mpl-data/sample_data/grace_hopper.jpg"),
 }
-SCENES_SHOWN = 200
+MADE_SHOWN = 200
 
 
 class Picture(NamedTuple):
@@ -60,22 +60,22 @@ class PictureSource:
         return read_picture(file, name)
 
 
-class SceneSource(PictureSource):
-    """Validation scenes of one difficulty, made at the size that is asked for: resized, they would lose the class."""
+class BuiltInSource(PictureSource):
+    """Built-in validation pictures, made at the size that is asked for: resized, they would lose the class."""
 
-    def __init__(self, difficulty: str):
-        self.difficulty = difficulty
-        scenes = Scenes(SCENES_SHOWN, difficulty=difficulty, split="val")
-        super().__init__({f"#{i} {scenes.classes[k]}": b"" for i, k in enumerate(scenes.labels(range(SCENES_SHOWN)))})
+    def __init__(self, data: str):
+        self.data = data
+        made = make(data, MADE_SHOWN, 128, split="val")
+        super().__init__({f"#{i} {made.classes[k]}": b"" for i, k in enumerate(made.labels(range(MADE_SHOWN)))})
 
     def picture(self, name: str, size: tuple[int, int]) -> Picture:
-        """Return the scene, drawn at this height and width."""
+        """Return the picture, drawn at this height and width."""
         i = self.names().index(name)
-        scenes = Scenes(i + 1, size, difficulty=self.difficulty, split="val")
-        pixels, label = scenes[i]
+        made = make(self.data, i + 1, size, split="val")
+        pixels, label = made[i]
         image = Image.fromarray((pixels * 64 + 128).byte().permute(1, 2, 0).numpy())
-        labels = scenes.mask(i).astype(np.int64)
-        return Picture(f"{self.difficulty} scene #{i}", image, scenes.classes[label], labels, tuple(scenes.regions))
+        labels = made.mask(i).astype(np.int64)
+        return Picture(f"{self.data} #{i}", image, made.classes[label], labels, tuple(made.regions))
 
 
 class LabelledSource(PictureSource):
@@ -102,7 +102,7 @@ class LabelledSource(PictureSource):
 
 def built_in_sources() -> dict[str, PictureSource]:
     """Return the sources that need no folder and no upload."""
-    found = {f"scenes: {name}": SceneSource(name) for name in DIFFICULTIES}
+    found = {name.replace(":", ": "): BuiltInSource(name) for name in BUILT_IN}
     photographs = {}
     for title, (package, inside) in PACKAGED.items():
         spec = find_spec(package)  # finds the folder without importing the package

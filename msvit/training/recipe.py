@@ -23,7 +23,9 @@ class DataSettings(Checked):
     """Pictures: what a run learns from."""
 
     source: str = setting(
-        "scenes:easy", "scenes:easy|middle|hard|scales, folder:/path, or what timm's create_dataset reads", flat="data"
+        "scenes:easy",
+        "scenes:easy|middle|hard|scales, screens, folder:/path, or what timm's create_dataset reads",
+        flat="data",
     )
     size: int = setting(64, "side of the pictures (segmentation: of the crops to train on) in pixels", "[8, 16384]")
     train_n: int = setting(0, "training pictures an epoch; 0 = all there are (of scenes 8192)", "[0, 100000000]")

@@ -384,7 +384,7 @@ def test_folders_that_are_not_as_they_should_be(folder, damage, words):
         ({"data": "/data/imagenet"}, "is not known. There are: scenes:easy"),
         ({"data": "folder:"}, "there is no folder ''"),
         ({"augment": "strong"}, "augment='strong' is not known. There are: none, light, timm"),
-        ({"augment": "light"}, "scenes take 'none' and a larger train_n"),
+        ({"augment": "light"}, "built-in ones take 'none' and a larger train_n"),
     ],
 )
 def test_refusals(how, words):

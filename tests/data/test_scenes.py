@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from msvit.data import made
 from msvit.data import scenes as S
 from msvit.data.scenes import DIFFICULTIES, Scenes, render
 from msvit.data.seeds import hashed, permutation
@@ -47,7 +48,7 @@ def test_a_picture_depends_on_its_number_alone(monkeypatch):
     assert torch.equal(images, many.batch(picks)[0])
     assert torch.equal(images[1], many[3][0])
     assert int(labels[1]) == many[3][1]
-    monkeypatch.setattr(S, "_CACHE_BYTES", 0)
+    monkeypatch.setattr(made, "_CACHE_BYTES", 0)
     uncached = Scenes(300, seed=5)
     assert torch.equal(images, uncached.batch(picks)[0])
     assert np.array_equal(few.masks(picks), uncached.masks(picks))
@@ -215,7 +216,7 @@ def test_permutation_is_one_and_pinned():
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"size": 8}, "size=8: a scene needs"),
+        ({"size": 8}, "size=8: scenes:easy need"),
         ({"size": (64, 4)}, "at least 16"),
         (
             {"difficulty": "esay"},

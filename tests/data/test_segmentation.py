@@ -247,8 +247,8 @@ def test_a_crop_larger_than_the_picture_is_refused(camvid, augment):
             "data='camvid:/x' is not known. There are: scenes:easy, .*, folder:ROOT",
         ),
         ({"augment": "timm"}, "augment='timm' is not known. There are: none, light"),
-        ({"augment": "light"}, "scenes are made as they are"),
-        ({"short": 32}, "scenes are made as they are"),
+        ({"augment": "light"}, "built-in pictures are as they are"),
+        ({"short": 32}, "built-in pictures are as they are"),
     ],
 )
 def test_refusals(how, words):

@@ -12,7 +12,7 @@ from PIL import Image
 from msvit.data.scenes import Scenes
 from msvit.explorer.gallery import Gallery
 from msvit.explorer.models import LoadedModel
-from msvit.explorer.sources import Picture, SceneSource, folder_source
+from msvit.explorer.sources import BuiltInSource, Picture, folder_source
 from msvit.explorer.state import pixels_of_tokens, run_backbone, run_gate
 from msvit.explorer.survey import BATCH, SHEET, THUMB, Survey, class_of, survey
 
@@ -24,7 +24,7 @@ def scenes():
 
 
 def test_a_survey_says_what_the_model_says_of_each_picture(scenes):
-    source, told = SceneSource("easy"), []
+    source, told = BuiltInSource("scenes:easy"), []
     source.files = dict(list(source.files.items())[: BATCH + 3])
     found = survey(scenes, source, lambda *counts: told.append(counts))
     assert told == [(BATCH, BATCH + 3), (BATCH + 3, BATCH + 3)]
@@ -61,7 +61,7 @@ def test_own_pictures_have_the_class_of_their_folder_or_none(tmp_path):
 
 def test_segmenters_have_no_gallery(segmenter):
     with pytest.raises(ValueError, match="labels pixels"):
-        survey(segmenter, SceneSource("easy"))
+        survey(segmenter, BuiltInSource("scenes:easy"))
 
 
 def some(n):

@@ -15,7 +15,7 @@ from msvit.data.scenes import Scenes
 from msvit.explorer import models
 from msvit.explorer.models import LoadedModel, ModelError, find_models, load_model, run_dense
 from msvit.explorer.panels import grid_panel
-from msvit.explorer.sources import SceneSource
+from msvit.explorer.sources import BuiltInSource
 from msvit.explorer.state import pixels_of_tokens, run_backbone, run_gate
 from msvit.gating.learned import Pattern, Quota
 from msvit.gating.rules import make_rule
@@ -56,8 +56,8 @@ def test_a_run_brings_its_classes_and_its_normalisation(tmp_path):
     loaded = load_model("run", tmp_path)
     assert loaded.classes[4] == "wide rows"
     middle = Scenes(4, difficulty="middle", split="val")
-    name = SceneSource("middle").names()[2]
-    picture = SceneSource("middle").picture(name, (64, 64))
+    name = BuiltInSource("scenes:middle").names()[2]
+    picture = BuiltInSource("scenes:middle").picture(name, (64, 64))
     assert torch.allclose(run_gate(loaded, picture).pixels[0], middle[2][0], atol=1e-5)
     assert name == f"#2 {picture.truth}"
     assert "untrained" in load_model("run/dense", tmp_path).note
@@ -67,7 +67,7 @@ def test_a_shipped_model_brings_its_classes_and_its_normalisation(tmp_path):
     loaded, about = load_model("scenes", tmp_path), card("scenes")
     assert (loaded.classes, loaded.mean, loaded.std) == (about.classes, Scenes.mean, Scenes.std)
     assert about.title in loaded.note
-    source = SceneSource("middle")
+    source = BuiltInSource("scenes:middle")
     states = [
         run_backbone(run_gate(loaded, source.picture(name, loaded.size)), loaded.model.threshold)
         for name in source.names()[:24]
