@@ -31,7 +31,7 @@ from ..models.msvit import MSViT
 
 SLOPE = 1.5
 RATES = {"pixels": 3e-3, "filters": 1e-2}  # the regression's peak learning rate, by what the gate sees with
-SCORE_STEPS, STEPS = 300, 100  # from scores, which takes seconds, and from what masks cost the model
+SCORE_STEPS, STEPS = 100, 100  # from scores, which takes seconds, and from what masks cost the model
 REGIONS, ENOUGH = 2048, 32768  # in a step, and to learn from
 
 
