@@ -9,6 +9,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
@@ -34,6 +35,7 @@ class Decider(nn.Module):
 
     bias: nn.Parameter
     settings: dict[str, Any]
+    alone = True  # a region is judged by its own pixels alone
 
     @property
     def levels(self) -> tuple["Decider"]:
@@ -70,13 +72,13 @@ NETWORKS = {"pixels": 64, "filters": 8}  # what a gate sees a region with, and i
 
 
 class Gate(Decider, PyTorchModelHubMixin):
-    """A small network g from the pixels of one coarse patch to one logit.
+    """A small network g from pixels to one logit for each coarse patch.
 
-        pixels:   an MLP of three hidden layers on all pixels (Havtorn et al. 2023)
-        filters:  a hidden layer on how much each of a few small filters finds in the region, see `FilterBank`
+        pixels:   an MLP of three hidden layers on all pixels of the region alone (Havtorn et al. 2023)
+        filters:  a hidden layer on how much each of a few small filters finds in the region and in the eight around
+                  it, see `FilterBank`; beyond the border of the picture nothing is found
 
-    It sees one region at a time and nothing but pixels, so a trained gate can be put in front of any backbone with
-    the same coarse patch size.
+    It sees nothing but pixels, so a trained gate can be put in front of any backbone with the same coarse patch size.
 
     Args:
         patch: Side of a coarse patch in pixels.
@@ -98,7 +100,10 @@ class Gate(Decider, PyTorchModelHubMixin):
         super().__init__(temperature)
         one_of("network", network, NETWORKS)
         self.patch, self.channels, self.network, self.width = patch, channels, network, width or NETWORKS[network]
-        self.mlp = (_see_pixels if network == "pixels" else _see_filters)(patch, channels, self.width)
+        if network == "filters":
+            self.see = nn.Sequential(FilterBank(patch, channels, self.width), nn.LayerNorm(self.width))
+        self.mlp = (_on_pixels if network == "pixels" else _on_filters)(patch, channels, self.width)
+        self.alone = network == "pixels"
 
     @property
     def bias(self) -> nn.Parameter:
@@ -121,7 +126,10 @@ class Gate(Decider, PyTorchModelHubMixin):
         h, w = images.shape[-2] // self.patch, images.shape[-1] // self.patch
         device = images.device.type
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            cells = patchify(images[..., : h * self.patch, : w * self.patch], self.patch).to(self.mlp[1].weight.dtype)
+            cells = patchify(images[..., : h * self.patch, : w * self.patch], self.patch).to(self.bias.dtype)
+            if not self.alone:
+                scores = self.mlp(surroundings(self.see(cells).unflatten(1, (h, w))))[..., 0]
+                return scores if where is None else scores.masked_fill(~where, -torch.inf)
             if where is None:
                 return self.mlp(cells).view(-1, h, w)
             asked = where.flatten(1)
@@ -132,15 +140,21 @@ class Gate(Decider, PyTorchModelHubMixin):
         return f"patch={self.patch}, network={self.network}, temperature={self.temperature:.3g}"
 
 
-def _see_pixels(patch: int, channels: int, width: int) -> nn.Sequential:
+def surroundings(phi: Tensor) -> Tensor:
+    """Return of each region what was found in it and the eight around it, `[B, h, w, 9 K]`, from `[B, h, w, K]`."""
+    h, w = phi.shape[1:3]
+    padded = F.pad(phi, (0, 0, 1, 1, 1, 1))
+    return torch.cat([padded[:, i : i + h, j : j + w] for i in range(3) for j in range(3)], -1)
+
+
+def _on_pixels(patch: int, channels: int, width: int) -> nn.Sequential:
     sizes = [channels * patch * patch, width, width, width]
     hidden = [layer for i, o in pairwise(sizes) for layer in (nn.Linear(i, o), nn.LayerNorm(o), nn.GELU())]
     return nn.Sequential(*hidden, nn.Linear(width, 1))
 
 
-def _see_filters(patch: int, channels: int, filters: int) -> nn.Sequential:
-    hidden = nn.LayerNorm(filters), nn.Linear(filters, 2 * filters), nn.GELU()
-    return nn.Sequential(FilterBank(patch, channels, filters), *hidden, nn.Linear(2 * filters, 1))
+def _on_filters(patch: int, channels: int, filters: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(9 * filters, 2 * filters), nn.GELU(), nn.Linear(2 * filters, 1))
 
 
 class Quadtree(nn.Module):
@@ -163,7 +177,7 @@ class Quadtree(nn.Module):
 
     @property
     def network(self) -> str:
-        """What all gates see with."""
+        """What all gates see their regions with."""
         return self.levels[0].network
 
     @property

@@ -75,11 +75,12 @@ class Costs:
         )
 
     def gate_macs(self, coarse: Sequence[Tensor | int], size: tuple[int, int]) -> Tensor | int:
-        """Return the MACs of the gates, each on the regions that it is asked about, by counts as in `macs_of`."""
+        """Return the MACs of the gates, each on the regions that it looks at, by counts as in `macs_of`."""
         if isinstance(self.gate, Rule):
             return 0
-        regions = asked(self.grids(size), coarse)
-        return sum(gate_macs(gate, n) for gate, n in zip(self.gate.levels, regions, strict=True))
+        grids = self.grids(size)
+        each = zip(self.gate.levels, grids, asked(grids, coarse), strict=True)
+        return sum(gate_macs(gate, n if gate.alone else math.prod(grid)) for gate, grid, n in each)
 
     def dense_macs(self, size: tuple[int, int]) -> int:
         """Return the MACs of backbone and head on a picture with all tokens fine, without gate and reducer."""

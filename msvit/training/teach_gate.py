@@ -54,8 +54,9 @@ def teach_gate(
     with torch.random.fork_rng(devices=[]), torch.autocast(model.cut.device.type, enabled=False):
         torch.manual_seed(seed)
         for level, gate in enumerate(model.gate.levels):
-            regions, z = _regions(model, loaders, pictures, first, level)
-            _descend(gate, _score_losses(gate, regions, (z.mean() - z) / z.std().clamp(min=1e-6)), SCORE_STEPS, False)
+            z = torch.cat([SCORES[first](images, model, loaders, level) for images in pictures])
+            z = (z.mean() - z) / z.std().clamp(min=1e-6)
+            _descend(gate, _score_losses(gate, torch.cat(pictures), z), SCORE_STEPS, False)
         if by == "utility":
             _descend(model.gate, _utility_losses(model, loaders, rates), steps, progress)
     _decide(model, pictures, rates)
@@ -71,22 +72,12 @@ def _enough(model: MSViT, loaders: Loaders) -> Iterator[Tensor]:
             break
 
 
-def _regions(model: MSViT, loaders: Loaders, pictures: list[Tensor], by: str, level: int) -> tuple[Tensor, Tensor]:
-    """Return the pixels `[n, c S S]` of a level's regions of training pictures, and their scores `[n]`."""
-    pixels, scores = [], []
-    for images in pictures:
-        (h, w), side = model.grids(images.shape[-2:])[level], model.coarse_patch * 2**level
-        pixels.append(patchify(images[..., : h * side, : w * side], side).flatten(0, 1))
-        scores.append(SCORES[by](images, model, loaders, level).flatten())
-    return torch.cat(pixels), torch.cat(scores)
-
-
-def _score_losses(gate: nn.Module, regions: Tensor, z: Tensor) -> Iterator[Tensor]:
-    """Yield the loss of a gate against the standardised scores of some regions, without an end."""
-    device = next(gate.parameters()).device
+def _score_losses(gate: nn.Module, pictures: Tensor, z: Tensor) -> Iterator[Tensor]:
+    """Yield the loss of a gate against the standardised scores `[n, hw]` of pictures' regions, without an end."""
+    device, count = next(gate.parameters()).device, max(REGIONS // z.shape[1], 1)
     while True:
-        some = torch.randint(len(regions), (min(REGIONS, len(regions)),))
-        yield F.smooth_l1_loss(gate.mlp(regions[some].to(device))[:, 0], z[some].to(device))
+        some = torch.randint(len(pictures), (min(count, len(pictures)),))
+        yield F.smooth_l1_loss(gate(pictures[some].to(device)).flatten(1), z[some].to(device))
 
 
 def _utility_losses(model: MSViT, loaders: Loaders, rates: Sequence[float]) -> Iterator[Tensor]:

@@ -32,6 +32,30 @@ def test_where_in_a_region_a_pattern_lies_does_not_matter():
     torch.testing.assert_close(bank(image.roll((4, 8), (1, 2)).flatten()), bank(image.flatten()))
 
 
+def test_a_region_is_judged_by_those_around_it_too():
+    """By a plain loop; nothing is found beyond the border."""
+    gate, images = Gate(8, network="filters").eval(), torch.randn(1, 3, 24, 32)
+    found = gate(images)
+    seen = {
+        (y, x): gate.see(images[0, :, 8 * y : 8 * y + 8, 8 * x : 8 * x + 8].flatten())
+        for y in range(3)
+        for x in range(4)
+    }
+    for y in range(3):
+        for x in range(4):
+            around = [seen.get((y + i, x + j), torch.zeros(8)) for i in (-1, 0, 1) for j in (-1, 0, 1)]
+            torch.testing.assert_close(found[0, y, x], gate.mlp(torch.cat(around))[0])
+    where = torch.rand(1, 3, 4) > 0.5
+    assert torch.equal(gate(images, where), found.masked_fill(~where, -torch.inf))
+
+
+def test_a_quadtree_pays_for_all_regions_that_its_gates_look_at():
+    vit, counts = timm.create_model("vit_mini_patch8_64", img_size=128), [torch.tensor([40]), torch.tensor([6])]
+    model = MSViT(vit, gate=Quadtree(16, 2, network="filters"))
+    small, large = model.gate.levels
+    assert model.gate_macs(counts, (128, 128)) == measure.gate_macs(small, 64) + measure.gate_macs(large, 16)
+
+
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("patch", [12, 16])
 def test_macs_are_those_that_are_counted(network, patch):
