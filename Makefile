@@ -10,6 +10,7 @@ NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 NBVAL := $(if $(NOTEBOOKS),$(addprefix notebooks/,$(addsuffix .ipynb,ablation gate_explorer tradeoff report)) tests \
     --nbval-lax --nbval-current-env --nbval-cell-timeout=1800)
 INSTALL = $(@D)/bin/python -m pip install --disable-pip-version-check --no-input -c $(LOCK) -e '.[all]'
+# A process of tests for each core, with one thread each, and so the notebooks that they run.
 WORKERS := -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 CORE := $(addprefix tests/,core gating reducers models data evaluation training)
 
@@ -65,10 +66,10 @@ ablation: .venv/.installed ## train the method with and without its parts, and c
 
 test: .venv/.installed ## run the tests (minutes)
 	@echo "Running the tests and every notebook: ten minutes or so on two cores"
-	$(RUN) pytest $(NBVAL) $(WORKERS) $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) pytest $(NBVAL) $(WORKERS) $(ARGS)
 
 test-fast: .venv/.installed ## run the tests that take under two minutes, without notebooks and browser
-	$(RUN) pytest -m 'not (slow or notebook or browser or long)' $(WORKERS) $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) pytest -m 'not (slow or notebook or browser or long)' $(WORKERS) $(ARGS)
 
 test-oldest: .venv-oldest/.installed ## run the core's tests with the oldest versions that pyproject.toml admits
 	@echo "Running the core's tests in .venv-oldest: several minutes on two cores"

@@ -587,8 +587,9 @@ def test_gradients_are_the_same_in_every_run(task):
     if task == "segment":
         fit_head(this.model, list("abcd"), task, this.recipe.model)
     images, targets = torch.randn(32, 3, 64, 64), torch.randint(4, (32, 64, 64) if task == "segment" else (32,))
-    found = []
+    found, threads = [], torch.get_num_threads()
     torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(2)
     try:
         for _ in range(4):
             this.zero_grad(set_to_none=True)
@@ -597,4 +598,5 @@ def test_gradients_are_the_same_in_every_run(task):
             found.append({name: p.grad.clone() for name, p in this.named_parameters() if p.grad is not None})
     finally:
         torch.use_deterministic_algorithms(not torch.cuda.is_available())
+        torch.set_num_threads(threads)
     assert all(same(found[0], other) for other in found[1:])
