@@ -20,7 +20,7 @@ from .training.recipe import FIELDS, GROUPS, RecipeError, parse
 
 TEACHERS = FIELDS["gate_start"].field.metadata["choices"][1:]  # all but none
 FITTED = ("model", "checkpoint", "pretrained", "scale", "scales", "data", "size", "batch", "val_n", "workers")
-FITTED += ("target", "seed", "device")  # settings of a recipe that fit-gate takes
+FITTED += ("gate_network", "target", "seed", "device")  # settings of a recipe that fit-gate takes
 
 
 def main(argv: list[str] | None = None) -> int:

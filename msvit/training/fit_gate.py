@@ -5,6 +5,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from ..core.backbone import convolution
 from ..data.loaders import Loaders
 from ..gating.gate import make_gate
 from ..models.msvit import MSViT
@@ -22,7 +23,7 @@ def fit_gate(
 ) -> pd.DataFrame:
     """Teach a new gate for the recipe's model, save both in a folder, and compare it with rules at the same MACs.
 
-    Of the recipe, its data, model, target, seed and device are used.
+    Of the recipe, its data, model, gate_network, target, seed and device are used.
 
     Args:
         by: The teacher, see `msvit.training.teach_gate`.
@@ -41,8 +42,8 @@ def fit_gate(
     loaders = load_data(recipe.data, recipe.training.seed, model)
     model.to("cuda" if torch.cuda.is_available() and recipe.training.device == "auto" else "cpu").eval()
     torch.manual_seed(recipe.training.seed)
-    patch = model.coarse_patch // model.scale
-    model.gate = make_gate(patch, model.scales, model.vit.patch_embed.proj.in_channels).to(model.cut.device)
+    patch, channels = model.coarse_patch // model.scale, convolution(model.vit).in_channels
+    model.gate = make_gate(patch, model.scales, channels, recipe.gating.network).to(model.cut.device)
     budget = Budget(model, loaders.size, recipe.gating, loaders)
     teach_gate(model, loaders, budget.rates, by, recipe.training.seed, steps, progress)
     model.calibrate(loaders.first_pictures(), budget.macs)
