@@ -37,14 +37,12 @@ class Method(NamedTuple):
 
 CLASSES, FUSED = "classification", "classification; dense only with one label for all fused pixels"
 METHODS = {
-    "gate": Method(
-        "gate", "MSViT, Havtorn et al. 2023", "gate, priors of GBaS", "filters, or an MLP, on each coarse patch"
-    ),
+    "gate": Method("gate", "MSViT, Havtorn et al. 2023", "gate, priors of GBaS", "a network on each coarse patch"),
     "quota": Method(
         "gate",
         "quota of CTS, Lu et al. 2023; dense: its labels too; classification: straight-through, not theirs",
         "gate",
-        "filters, or an MLP, on each coarse patch",
+        "a network on each coarse patch",
     ),
     "pattern": Method("gate", "baseline: a static pattern that is learned", "a score per position, priors of GBaS"),
     "entropy": Method("rule", "APT's threshold alone, Choudhury et al. 2025", cost="a histogram of each coarse patch"),
