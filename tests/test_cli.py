@@ -1,6 +1,7 @@
 """The command line: what it prints, what it refuses, and its exit codes."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,14 @@ def test_train_prints_what_came_of_it(capsys, tmp_path):
     result = json.loads(out)
     assert result["finished_before"] is True
     assert result["trained_epochs"] == 2
+
+
+def test_a_log_gets_a_line_for_each_epoch_and_no_bars(capsys, tmp_path):
+    code, _, err = run(capsys, "train", *SMALL[:-1], "--gate-start", "none", "--folder", tmp_path / "run")
+    dense, gated = err.splitlines()
+    assert code == 0
+    assert re.fullmatch(r"epoch 1/2 \(dense\): loss \d\.\d{3}, accuracy [\d.]+ %, MACs 100\.0 %, \d+ s", dense)
+    assert gated.startswith("epoch 2/2 (gated): loss ")
 
 
 def test_the_folder_is_named_by_the_settings(folder):

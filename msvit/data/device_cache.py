@@ -15,8 +15,8 @@ from PIL.Image import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms as T
-from tqdm.auto import tqdm
 
+from ..progress import bar
 from .images import Pictures
 from .seeds import hashed
 
@@ -70,7 +70,7 @@ class DeviceCache(Dataset):
         """Return all pictures with their aspects (width by height), targets and indices, on the device."""
         loader = DataLoader(self.pictures, 256, num_workers=self.workers)
         parts = []
-        for (images, aspects), targets, indices in tqdm(loader, f"reading {self.pictures.label}", leave=False, delay=2):
+        for (images, aspects), targets, indices in bar(loader, f"reading {self.pictures.label}"):
             parts.append((images, aspects.float(), targets, indices))
         return tuple(torch.cat(part).to(self.device) for part in zip(*parts, strict=True))
 

@@ -27,6 +27,7 @@ from ..gating.gate import Decider
 from ..gating.rules import from_centre
 from ..models.msvit import MSViT
 from ..plots.style import PictureStyle
+from ..progress import bar, visible
 from ..training.budget import Budget
 from .inspect import first_of, open_run
 
@@ -221,7 +222,8 @@ def measure(folder: Path, pictures: int = 64, draws: int = 200) -> Learned:
 
 def measure_runs(folder: Path, rows: pd.DataFrame, pictures: int = 64, draws: int = 200) -> dict[str, Learned]:
     """Return `measure` of each row's run, by the names of the methods."""
-    return {row["method"]: measure(folder / row["run"], pictures, draws) for _, row in rows.iterrows()}
+    there = bar(list(zip(rows["method"], rows["run"], strict=True)), "measuring gates", unit="runs", shown=visible())
+    return {method: measure(folder / run, pictures, draws) for method, run in there}
 
 
 def joined(tables: Mapping[str, pd.DataFrame]) -> pd.DataFrame:

@@ -22,6 +22,7 @@ from ..evaluation.predictions import object_finder, oracle_masks
 from ..gating.losses import make_loss
 from ..models.msvit import MSViT
 from ..plots.style import PictureStyle
+from ..progress import bar, visible
 from ..training import runs
 from ..training.budget import Budget
 from ..training.build import load_data
@@ -111,7 +112,8 @@ def inspect_run(folder: str | Path, pictures: int = 512) -> Inspection:
 
 def inspect_runs(folder: Path, rows: pd.DataFrame, pictures: int = 512) -> dict[str, Inspection]:
     """Return `inspect_run` of each row's run, by the names of the methods."""
-    return {row["method"]: inspect_run(folder / row["run"], pictures) for _, row in rows.iterrows()}
+    there = bar(list(zip(rows["method"], rows["run"], strict=True)), "looking at runs", unit="runs", shown=visible())
+    return {method: inspect_run(folder / run, pictures) for method, run in there}
 
 
 def draw_gate_maps(inspections: Mapping[str, Inspection], count: int = 6, start: int = 0) -> Figure:
@@ -174,7 +176,7 @@ def speeds(folder: Path, table: pd.DataFrame, batch: int = 32, repeats: int = 5)
     The models are timed in turns, so that whatever else the machine does hits all of them alike; medians over turns.
     """
     counts, calls = [], []
-    for name in table["run"]:
+    for name in bar(table["run"].tolist(), "opening runs to time", unit="runs", shown=visible()):
         run, model, loaders = open_run(folder / name)
         images, _, indices = (part[:batch] for part in next(iter(loaders.val)))
         mask = mask_of(run, model, loaders, indices)
@@ -182,7 +184,8 @@ def speeds(folder: Path, table: pd.DataFrame, batch: int = 32, repeats: int = 5)
         calls.append(partial(MSViT.run, model, images, mask) if gated else partial(_backbone, model, images))
         counts.append(len(images))
     with torch.inference_mode():
-        turns = [[timeit(call, number=1) for call in calls] for _ in range(repeats + 1)][1:]  # the first is a warm-up
+        rounds = bar(range(repeats + 1), "timing all in turns", unit="turns", shown=visible())
+        turns = [[timeit(call, number=1) for call in calls] for _ in rounds][1:]  # the first is a warm-up
     return [count / statistics.median(seconds) for count, *seconds in zip(counts, *turns, strict=True)]
 
 
@@ -237,8 +240,8 @@ def accuracy_and_macs(inspection: Inspection, masks: Tensor | None = None, batch
 def threshold_curves(folder: Path, table: pd.DataFrame, curves: int, points: int, pictures: int) -> pd.DataFrame:
     """Evaluate the most accurate learned gates at thresholds from nearly all coarse to nearly all fine."""
     learned = table[(table["epochs"] > 0) & (table["gating"] == "learned")]
-    rows = []
-    for _, entry in learned.sort_values("accuracy", ascending=False).drop_duplicates("label").head(curves).iterrows():
+    best, rows = learned.sort_values("accuracy", ascending=False).drop_duplicates("label").head(curves), []
+    for entry in bar(best.to_dict("records"), "threshold curves", unit="runs", shown=visible()):
         inspection = inspect_run(folder / entry["run"], pictures)
         model, gates = inspection.model, inspection.gates.flatten()
         for share in torch.linspace(0.05, 0.95, points):

@@ -20,6 +20,7 @@ from ..evaluation.reconstruction import reconstruction_errors
 from ..gating.rules import make_rule
 from ..models.fit_reducer import fit_reducer
 from ..models.msvit import MSViT
+from ..progress import bar, visible
 from ..reducers.registry import make_reducer
 from ..training.build import build
 from ..training.recipe import Recipe
@@ -150,7 +151,7 @@ def compare_reconstruction(inspection: Inspection, rows: Iterable[StudyRow]) -> 
         rows: Of reducers; what they change in training does not matter.
     """
     found = []
-    for row in rows:
+    for row in bar(list(rows), "putting reducers in", unit="reducers", shown=visible()):
         dense, settings = inspection.model, row.changes["reducer_settings"]
         reducer = make_reducer(row.changes["reducer"], dense.vit, **settings)
         model = MSViT(dense.vit, dense.scale, make_rule("fine"), reducer=reducer, fast_cpu=True).eval()

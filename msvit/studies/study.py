@@ -5,12 +5,14 @@ The dense model of a seed is trained once, and every other row of a study starts
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
+from tqdm import tqdm
 
 from ..checks import one_of
 from ..models.fit_reducer import fit_reducer
+from ..progress import bar, in_notebook, time_left, visible
 from ..reducers.registry import REDUCERS
 from ..training import runs
 from ..training.build import build
@@ -18,6 +20,9 @@ from ..training.loop import train
 from ..training.names import mask_label
 from ..training.preflight import prepare_all
 from ..training.recipe import GATINGS, LEARNED, MEAN_LOSSES, Recipe, parse
+
+if TYPE_CHECKING:
+    from .watch import Watch
 
 # What each part of the method is replaced by when it is switched off.
 PARTS: dict[str, dict[str, Any]] = {
@@ -31,6 +36,7 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 MASKS = tuple(name for name in GATINGS if name not in (*LEARNED, "fine"))
 FULL = "MSViT"
+CURVES_APART = 10.0  # seconds between two drawings of the run that trains
 SUMMARY_COLUMNS = {  # of runs, and their titles with the units
     "accuracy": "accuracy (%)",
     "miou": "mIoU (%)",
@@ -149,13 +155,45 @@ def train_all(plan: list[tuple[str, Recipe]], folder: str | Path) -> pd.DataFram
 
     All of them are prepared first, so that nothing is trained if one of them could not be.
     """
-    prepare_all([recipe for _, recipe in plan], Path(folder))
-    table = []
-    for number, (label, recipe) in enumerate(plan, 1):
-        print(f"{number}/{len(plan)}: {label}, seed {recipe.training.seed}")
-        run = train(recipe, Path(folder) / recipe.run_name, progress=False)
-        table.append({"method": label, "seed": recipe.training.seed, "run": recipe.run_name} | run.summary)
+    folder, table, curves = Path(folder), [], None
+    prepare_all([recipe for _, recipe in plan], folder)
+    if in_notebook():
+        from .watch import Watch
+
+        curves = Watch(CURVES_APART)
+    left = sum(epochs_left(recipe, folder) for recipe in {recipe.run_name: recipe for _, recipe in plan}.values())
+    with bar(title="all runs", total=left, unit="epochs", shown=visible() and left > 0, leave=True) as whole:
+        for number, (label, recipe) in enumerate(plan, 1):
+            title = f"{number}/{len(plan)}: {label}, seed {recipe.training.seed}"
+            print(", ".join(filter(None, (title, time_left(whole)))), flush=True)
+            run = _train_one(recipe, folder, title, whole, curves)
+            table.append({"method": label, "seed": recipe.training.seed, "run": recipe.run_name} | run.summary)
+    if curves:
+        curves.draw()
     return pd.DataFrame(table)
+
+
+def _train_one(recipe: Recipe, folder: Path, title: str, whole: tqdm, curves: "Watch | None") -> runs.Run:
+    """Train a run of several, and show in their bar how far all of them are."""
+
+    def watch(line: dict[str, Any]):
+        whole.update()
+        if curves:
+            curves(line)
+
+    whole.set_description(f"run {title}", refresh=False)
+    if curves:
+        curves.begin(title)
+    return train(recipe, folder / recipe.run_name, progress=visible(), watch=watch)
+
+
+def epochs_left(recipe: Recipe, folder: Path) -> int:
+    """Return how many epochs there are to train until a run is finished."""
+    path, epochs = folder / recipe.run_name, recipe.training.epochs_dense + recipe.training.epochs
+    if (path / "summary.json").exists():
+        return 0
+    done = (path / "metrics.jsonl").read_bytes().count(b"\n") if (path / "metrics.jsonl").exists() else 0
+    return max(epochs - done, 0)
 
 
 def recipe_of(base: Recipe, row: StudyRow, dense: Recipe, seed: int) -> Recipe:
@@ -191,6 +229,13 @@ def transfer(base: Recipe, second: Mapping[str, Any], seeds: Iterable[int], fold
 def first_seed(table: pd.DataFrame) -> pd.DataFrame:
     """Return the rows of the first seed, but for the dense model that they start from."""
     return table[(table["seed"] == table["seed"].min()) & (table["method"] != "dense")]
+
+
+def who_decides(methods: Iterable[str]) -> list[str]:
+    """Return the first method and those that decide in another way: not those in which another part alone is off."""
+    names = list(methods)
+    random = without(["learned_gate"]).label
+    return [name for name in names if name in (names[0], random) or not name.startswith("without ")]
 
 
 def summarise(table: pd.DataFrame, by: str = "method", columns: Iterable[str] = SUMMARY_COLUMNS) -> pd.DataFrame:

@@ -23,6 +23,7 @@ from sqlalchemy import make_url
 from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
 
 from ..checks import first_line, in_interval, one_of
+from ..progress import bar, time_left, visible
 from ..training.files import RunBusy, RunError
 from ..training.loop import train
 from ..training.preflight import prepare
@@ -149,7 +150,7 @@ def sweep(
                 raise optuna.TrialPruned
 
         try:
-            run = train(recipe, folder / f"{study.study_name}-{trial.number:04d}", progress=False, watch=watch)
+            run = train(recipe, folder / f"{study.study_name}-{trial.number:04d}", progress=visible(), watch=watch)
         except Exception as error:
             if not isinstance(error, optuna.TrialPruned):
                 trial.set_user_attr(ERROR, first_line(error))
@@ -163,11 +164,15 @@ def sweep(
         result = found.get(ERROR, trial.state.name.lower())
         if "macs" in found:
             result = f"accuracy {found['accuracy']:.3f}, MACs {found['macs']:.1%}"
-        message(f"trial {trial.number}: {result}")
-        if finished_trials(study) >= trials:
+        finished = finished_trials(study)
+        whole.update(finished - whole.n)  # those of other workers too
+        message(", ".join(filter(None, (f"trial {trial.number}: {result}", time_left(whole)))))
+        if finished >= trials:
             study.stop()
 
-    study.optimize(objective, callbacks=[after], catch=(Exception,))
+    done = finished_trials(study)
+    with bar(title="trials", total=trials, initial=done, shown=visible(), leave=True) as whole:
+        study.optimize(objective, callbacks=[after], catch=(Exception,))
     states = {trial.state for trial in study.get_trials(deepcopy=False)}
     if not states & {TrialState.COMPLETE, TrialState.PRUNED}:
         errors = [trial.user_attrs.get(ERROR) for trial in study.get_trials(deepcopy=False)]
@@ -200,7 +205,7 @@ def from_dense(base: Recipe, folder: Path) -> Recipe:
     dense = base.replace(epochs=0)
     while True:
         try:
-            train(dense, folder / dense.run_name, progress=False)
+            train(dense, folder / dense.run_name, progress=visible())
             return base.replace(epochs_dense=0, model=f"run:{dense.run_name}")
         except RunBusy:
             time.sleep(1)

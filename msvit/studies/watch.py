@@ -17,15 +17,34 @@ from ..training import runs
 
 
 class Watch:
-    """Learning curves in a notebook's output; each line of metrics that it is called with redraws them."""
+    """Learning curves in a notebook's output; lines of metrics that it is called with redraw them.
 
-    def __init__(self):
+    Args:
+        every: Seconds between two drawings at least.
+    """
+
+    def __init__(self, every: float = 0.0):
+        self.every, self.title = every, ""
         self.lines: list[dict[str, Any]] = []
-        self._output = None
+        self._output, self._drawn = None, -every
+
+    def begin(self, title: str):
+        """Start anew with another run, in the same output."""
+        self.lines, self.title = [], title
 
     def __call__(self, line: dict[str, Any]):
         self.lines.append(line)
+        if time.monotonic() - self._drawn >= self.every:
+            self.draw()
+
+    def draw(self):
+        """Draw what there is of the run."""
+        self._drawn = time.monotonic()
+        if not self.lines:
+            return
         figure = plots.learning_curves(self.lines)
+        if self.title:
+            figure.suptitle(self.title, fontsize=9)
         self._show(figure)
         plt.close(figure)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..checks import one_of, plain
+from ..progress import duration
 from . import runs
 from .names import method_name
 from .recipe import RecipeError
@@ -53,19 +54,11 @@ def text(found: pd.DataFrame, wide: bool = False) -> str:
     for name, title in (("accuracy", "acc. %"), ("miou", "mIoU %"), ("macs", "MACs %")):
         if name in found and found[name].notna().any():
             shown[title] = [f"{100 * value:.1f}" if value == value else "" for value in found[name]]
-    shown["age"] = [age_text(seconds) for seconds in found["age"]]
+    shown["age"] = [duration(seconds) for seconds in found["age"]]
     if wide:
         rest = found[[name for name in WIDE if name in found]]
         shown = pd.concat([shown, rest.map(lambda v: f"{v:.4g}" if isinstance(v, float) and v == v else v)], axis=1)
     return shown.to_string(index=False, na_rep="")
-
-
-def age_text(seconds: float) -> str:
-    """Return how long ago in one number: 40 s, 3 min, 2 h, 5 d."""
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def differences(first: str | Path, second: str | Path) -> pd.DataFrame:

@@ -34,6 +34,7 @@ from ..data import IGNORE
 from ..data.loaders import set_epoch
 from ..data.seeds import hashed
 from ..evaluation.evaluate import evaluate
+from ..progress import bar, duration, say
 from .build import takes_over_gate
 from .environment import environment
 from .files import RunError
@@ -63,7 +64,7 @@ def train(
     Args:
         recipe: All settings.
         folder: For the records, see `msvit.training.runs`.
-        progress: Show a bar on standard error.
+        progress: Show a bar, on standard error or in the notebook, and a line for each epoch.
         tensorboard: Write the metrics for TensorBoard too, into the folder.
         watch: Called by the main process with the line of metrics of each epoch, once it is on the disk. What it
             raises ends the run, which can still be continued.
@@ -188,9 +189,22 @@ class Trainer:
         state = {"history": self.history, "model": self.model.state_dict(), **stage.state_dict()}
         self.records.save_state(len(self.history), state)
         self.records.append(line)
+        if self.progress:
+            say(self._told(stage, line))
         if self.watch:
             self.watch(line)
         self.accelerator.log({k: v for k, v in line.items() if isinstance(v, float)}, step=line["epoch"])
+
+    def _title(self, stage: Stage, epoch: int) -> str:
+        training = self.recipe.training
+        return f"epoch {epoch}/{training.epochs_dense + training.epochs} ({stage.name})"
+
+    def _told(self, stage: Stage, line: dict[str, Any]) -> str:
+        """Return an epoch's line of metrics in words, as validation pictures have them."""
+        titles = {"accuracy": "accuracy", "miou": "mIoU", "macs": "MACs"}
+        found = [f"{t} {100 * line[f'val_{name}']:.1f} %" for name, t in titles.items() if f"val_{name}" in line]
+        words = ", ".join([f"loss {line['train_loss']:.3f}", *found, duration(line["seconds"])])
+        return f"{self._title(stage, line['epoch'])}: {words}"
 
     def _train(self, stage: Stage, epoch: int) -> dict[str, Any]:
         """Do the steps of an epoch; return the means of what they showed, and the loss curve."""
@@ -200,16 +214,17 @@ class Trainer:
         stage.wrapped.train()
         set_epoch(self.train_loader, epoch)
         seen: list[dict[str, float]] = []
-        title, pictures = f"{stage.name} {epoch + 1 - stage.first}", self.train_loader.total_batch_size
+        title, pictures = self._title(stage, epoch + 1), self.train_loader.total_batch_size
         total = self.loaders.steps * pictures
-        with tqdm(total=total, desc=title, unit=" pictures", disable=not self.progress) as bar:
+        with bar(title=title, total=total, unit="pictures", shown=self.progress) as steps:
             for step, batch in enumerate(self.train_loader):
                 seen.append(stage.step(epoch, step, *batch))
                 if not all(map(math.isfinite, seen[-1].values())):
                     raise self._failure(stage, epoch, step, seen[-1], batch)
-                shown = (f"{name} {_mean(seen[-20:], name):.3f}" for name in ("loss", "accuracy", "coarse", "macs"))
-                bar.set_postfix_str(", ".join(shown), refresh=False)
-                bar.update(pictures)
+                now = {name: _mean(seen[-20:], name) for name in ("loss", "accuracy", "macs")}
+                shown = "loss {loss:.3f}, accuracy {accuracy:.2f}, MACs {macs:.2f}"
+                steps.set_postfix_str(shown.format_map(now), refresh=False)
+                steps.update(pictures)
         lr = max(group["lr"] for group in stage.optimizer.param_groups)
         means = {f"train_{name}": _mean(seen, name) for name in seen[-1]}
         count = min(CURVE, len(seen))  # runs of steps, of nearly equal length

@@ -21,13 +21,13 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..core.scales import activity_of, enlarge, spread, undivided
 from ..core.tokens import patchify, shrink
 from ..data.loaders import Loaders, set_epoch
 from ..gating.rules import Entropy, Static
 from ..models.msvit import MSViT
+from ..progress import bar
 
 SLOPE = 1.5
 RATES = {"pixels": 3e-3, "filters": 1e-2}  # the regression's peak learning rate, by what the gate sees with
@@ -112,7 +112,7 @@ def _descend(gate: nn.Module, losses: Iterator[Tensor], steps: int, progress: bo
     rate = RATES[gate.network]
     optimizer = torch.optim.AdamW(gate.parameters(), lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, steps, pct_start=0.1)
-    for loss in tqdm(itertools.islice(losses, steps), "gate", steps, disable=not progress, unit=" steps"):
+    for loss in bar(itertools.islice(losses, steps), "teaching the gate", steps, unit="steps", shown=progress):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -71,6 +71,22 @@ def test_rows_start_from_the_dense_run_of_their_seed_or_train_as_long():
     assert (scratch.model.name, scratch.training.epochs_dense, scratch.training.epochs) == ("tiny", 0, 5)
 
 
+def test_what_is_left_to_train(tmp_path):
+    recipe = Recipe(epochs_dense=3, epochs=2)
+    assert study.epochs_left(recipe, tmp_path) == 5
+    path = write_run(tmp_path, epochs_dense=3, epochs=2)
+    assert study.epochs_left(recipe, tmp_path) == 0
+    (path / "summary.json").unlink()
+    (path / "metrics.jsonl").write_text("{}\n{}\n")
+    assert study.epochs_left(recipe, tmp_path) == 3
+
+
+def test_maps_are_of_those_that_decide_in_another_way():
+    every = labels(one_by_one=True, masks=["coarse", "centre"])
+    assert study.who_decides(every) == ["MSViT", "without learned gate", "coarse mask", "centre mask"]
+    assert study.who_decides(labels(gbas=False)) == ["without gbas", "random mask"]
+
+
 def results(seeds=(0, 1, 2)):
     rng = np.random.default_rng(0)
     return pd.DataFrame(

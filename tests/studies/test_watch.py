@@ -51,6 +51,21 @@ def test_each_line_redraws_one_output(monkeypatch):
     assert not plt.get_fignums(), "figures are closed"
 
 
+def test_runs_of_a_study_share_one_output_that_is_not_drawn_too_often(monkeypatch):
+    drawn, now = [], 0.0
+    monkeypatch.setattr(watch.Watch, "_show", lambda self, figure: drawn.append(figure.get_suptitle()))
+    monkeypatch.setattr(watch.time, "monotonic", lambda: now)
+    curves = watch.Watch(every=10.0)
+    for title, times in (("a", (0.0, 4.0, 9.0)), ("b", (11.0, 12.0))):
+        curves.begin(title)
+        for epoch, now in enumerate(times, 1):  # noqa: B007 (read by the clock above)
+            curves(line(epoch))
+    assert drawn == ["a", "b"]
+    curves.draw()
+    assert len(drawn) == 3
+    assert len(curves.lines) == 2
+
+
 def test_a_run_that_another_trains_is_followed_to_its_end(tmp_path, monkeypatch):
     monkeypatch.setattr(watch.Watch, "_show", lambda self, figure: None)
     (tmp_path / "settings.json").write_text(json.dumps(Recipe().to_dict()))
