@@ -8,7 +8,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .looks import looks
+from .looks import legend_beside, looks
 
 LINE_COLOUR = "#666666"
 AXIS_TITLES = {"size": "side of the pictures (pixels)", "batch": "pictures at once", "coarse": "share coarse"}
@@ -17,7 +17,7 @@ AXIS_TITLES = {"size": "side of the pictures (pixels)", "batch": "pictures at on
 def speeds_against_macs(timings: list[dict[str, Any]]) -> Figure:
     """Draw pictures per second against MACs, a panel per model and batch, and the speed that MACs promise."""
     table = pd.DataFrame(timings).query("kind == 'model'").dropna(subset="ms")
-    styles = {label: look.line | {"label": label} for label, look in looks(table["label"]).items()}
+    styles = {label: look.line | {"label": look.name} for label, look in looks(table["label"]).items()}
     panels = table.groupby(["model", "size", "batch"], sort=False)
     columns = table.groupby(["model", "size"])["batch"].nunique().max()
     rows = -(-len(panels) // columns)
@@ -29,8 +29,7 @@ def speeds_against_macs(timings: list[dict[str, Any]]) -> Figure:
     for axes, (panel, shown) in zip(grid.flat, panels, strict=False):
         _speed_panel(axes, shown, styles)
         axes.set_title("{}, {} px, batch {}".format(*panel), fontsize=9)
-    handles = {text: line for axes in figure.axes for line, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="outside right upper", fontsize=8, frameon=False)
+    legend_beside(figure)
     return figure
 
 

@@ -40,7 +40,7 @@ def prior_map(loss: GBaS) -> Figure:
     loss = _on_cpu(loss, GBaS)
     p = loss.p.numpy()
     figure, axes = plt.subplots(figsize=(4.6, 3.8), layout="constrained")
-    figure.colorbar(axes.imshow(p, cmap="cividis"), label="p, the prior's share of coarse decisions")
+    figure.colorbar(axes.imshow(p, cmap="cividis"), label="p, the prior's share of coarse decisions", format="%.2f")
     if max(p.shape) <= 8:
         middle = (p.min() + p.max()) / 2
         for (row, column), value in np.ndenumerate(p):
@@ -88,7 +88,7 @@ def _curves(gates: Tensor, loss: GBaS | BaS) -> list[tuple]:
 
 
 def _moments(loss: GBaS) -> str:
-    return f"p {loss.p.mean():.3f} ± {loss.p.std():.3f} over positions, asked for {loss.target:g} ± {loss.sigma:g}"
+    return f"p {loss.p.mean():.3f} ± {loss.p.std():.3f} over positions, asked for {loss.target:.3f} ± {loss.sigma:.3f}"
 
 
 def _on_cpu(loss: GBaS | BaS, *kinds: type) -> GBaS | BaS:

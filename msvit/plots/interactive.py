@@ -1,12 +1,18 @@
 """Figures to hover over, by plotly: JupyterLab draws them offline, and they survive a reload.
 
-Each has a static twin in `msvit.plots`, which is the one to keep on record.
+Each has a static twin in `msvit.plots`, which is the one to keep on record, and which `Beside` shows where no program
+draws the other: in pages that nbconvert makes, on code hosts, on paper.
 """
 
+import base64
+import io
+import json
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 from .anchors import ANCHORS_TITLE
 from .looks import looks
@@ -30,6 +36,20 @@ SYMBOLS = {  # of matplotlib's markers
     "8": "octagon",
 }
 LAYOUT = {"template": "plotly_white", "height": 480, "margin": {"l": 60, "r": 20, "t": 40, "b": 60}}
+
+
+class Beside:
+    """A figure to hover over for JupyterLab, and its static twin in the same output for all that cannot draw it."""
+
+    def __init__(self, figure: go.Figure, twin: Figure):
+        self.figure, buffer = figure, io.BytesIO()
+        twin.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+        plt.close(twin)  # or the notebook draws it once more
+        self.png = base64.b64encode(buffer.getvalue()).decode()
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
+        plotly = json.loads(self.figure.to_json())
+        return {"application/vnd.plotly.v1+json": plotly, "image/png": self.png, "text/plain": "a figure"}
 
 
 def tradeoff(

@@ -6,11 +6,13 @@ A method is found by what tables call it: "MSViT", "MSViT, l0", "random mask", "
 
 import itertools
 import re
+import textwrap
 from collections.abc import Iterable
 from typing import NamedTuple
 
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from .style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILION
 
@@ -45,7 +47,7 @@ LOOKS = {
     "controller": Look("controller only", OLIVE, "d"),
     "without gbas": Look("without GBaS", ORANGE, "v"),  # L0 stands in its place
     "without trim": Look("without trimming", BLUE, "v"),
-    "without learned gate": Look("without learned gate", SKY, ">"),
+    "without learned gate": Look("random, no learned gate", SKY, "X"),  # the same decisions
     "without pretrained dense": Look("from scratch", INDIGO, "^"),
     "without share embedding": Look("own embedding", TEAL, "<"),
     "without warm start": Look("without warm start", WINE, "v"),
@@ -81,6 +83,7 @@ _WORDS = (
     (r"^gate$", "MSViT"),
     (r"^(dense, )?all coarse$", "coarse"),
 )
+_SETTINGS = re.compile(r"(, [\w.]+=\S*)+$")  # by which the runs of a method are told apart
 _TAIL = re.compile(r" (at|on) \S+$|, \w*vit_\S+$|, tiny$")  # budget, backbone
 _GATE = re.compile(
     r"(MSViT|pattern)(?:,? (?P<loss>gbas|bas|l0|ratio|none|controller)\b[^+]*)?(?:.* \+ (?P<reducer>\w+))?$"
@@ -127,15 +130,26 @@ def _split(label: str) -> tuple[str, str]:
 
 def _registered(base: str) -> Look | None:
     """Return the look of a method: of "MSViT, l0" that of L0, of "MSViT + tome" ToMe's with the gate's marker."""
+    base = _SETTINGS.sub("", base)
     for name in (base, base.lower()):
         if name in LOOKS:
             return LOOKS[name]
     gate = _GATE.match(base)
-    if gate is None:
-        return None
+    if gate is None:  # "dense timm", "MSViT packed": as the family, with a marker of its own
+        family = re.match(r"(dense|MSViT)\b", base)
+        return LOOKS[family[0]] if family else None
     if gate["reducer"] in LOOKS:
         return LOOKS[gate["reducer"]]._replace(marker="D")
     return LOOKS[gate["loss"] or "MSViT"]
+
+
+def legend_beside(figure: Figure):
+    """Put the legend on the right of a figure, long names in several lines, so that the plot keeps its width."""
+    labels = {
+        label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    names = [textwrap.fill(label, 30) for label in labels]
+    figure.legend(labels.values(), names, loc="outside right upper", fontsize=8, frameon=False)
 
 
 def draw_means(axes: Axes, x: pd.Series, y: pd.Series, methods: pd.Series, markersize: int):

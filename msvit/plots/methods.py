@@ -1,5 +1,7 @@
 """Figures of the methods' papers: where MACs go, what attention smooths, what reducers lose and keep, and fronts."""
 
+import itertools
+from collections import defaultdict
 from collections.abc import Mapping
 
 import pandas as pd
@@ -9,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
-from .looks import looks
+from .looks import legend_beside, looks
 from .style import COLOURS, GREY, PICTURE_GRID, PictureStyle
 
 # Where the names of a front's points stand, in turns, so that those of neighbours do not meet: offset and alignment.
@@ -89,7 +91,7 @@ def reconstruction(table: pd.DataFrame) -> Figure:
     right.set(xlabel="sum over the blocks (% of the tokens' variance)", ylabel="accuracy without training (%)")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    legend_beside(figure)
     return figure
 
 
@@ -101,13 +103,15 @@ def fronts(table: pd.DataFrame) -> Figure:
     """
     figure, axes = plt.subplots(figsize=(7.6, 4.6), layout="constrained")
     unit, name = (1e9, "GMACs") if table["macs"].max() >= 1e9 else (1e6, "MMACs")
+    styles = defaultdict(lambda: itertools.cycle(("-", "--", ":", "-.")))  # of one method on several backbones
     for index, (series, look) in enumerate(looks(table["series"]).items()):
         runs = table[table["series"] == series]
         points = runs.groupby("point", sort=False)
         mean = points[["macs", "accuracy"]].mean().sort_values("macs")
         spread = points["accuracy"].std().loc[mean.index].fillna(0) * 100
         x, y = mean["macs"] / unit, mean["accuracy"] * 100
-        axes.errorbar(x, y, spread, linewidth=1, markersize=6, capsize=2, label=look.name, **look.line)
+        line = {"linewidth": 1, "linestyle": next(styles[look.color, look.marker])} | look.line
+        axes.errorbar(x, y, spread, markersize=6, capsize=2, label=look.name, **line)
         offset, side = BESIDE[index % len(BESIDE)]
         text = {"ha": side, "fontsize": 7, "color": look.color, "textcoords": "offset points"}
         for point, *place in zip(mean.index, x, y, strict=True):
@@ -118,7 +122,7 @@ def fronts(table: pd.DataFrame) -> Figure:
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    legend_beside(figure)
     return figure
 
 

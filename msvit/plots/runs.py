@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import pandas as pd
 import torch
+from matplotlib import colormaps
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -15,7 +16,7 @@ from matplotlib.patches import Patch
 from torch import Tensor
 
 from .anchors import ANCHORS_TITLE
-from .looks import display, draw_means, looks
+from .looks import display, draw_means, legend_beside, looks
 from .style import BLUE, COSTS, GREY, ORANGE, PICTURE_GRID, SKY, VERMILION, PictureStyle, as_the_model_sees
 
 
@@ -67,11 +68,31 @@ def ranking(table: pd.DataFrame, by: str = "method") -> Figure:
         axes.text(
             1.01, row, f"{means.loc[method, 'macs']:.0%}", transform=axes.get_yaxis_transform(), va="center", fontsize=8
         )
-    axes.set_yticks(range(len(means)), map(display, means.index), fontsize=8)
+    axes.set_yticks(range(len(means)), [textwrap.fill(display(name), 40) for name in means.index], fontsize=8)
     axes.text(1.01, len(means) - 0.3, "MACs", transform=axes.get_yaxis_transform(), fontsize=8)
     axes.set(xlabel="accuracy (%)", ylim=(-0.6, len(means) - 0.4))
+    if (end := near_end(means["accuracy"] * 100)) is not None:
+        axes.set_xlim(end, min(axes.get_xlim()[1], 101))
+        for row, value in enumerate(means["accuracy"] * 100):
+            if value < end:
+                axes.annotate(
+                    f"◂ {value:.1f} %", (0.01, row), xycoords=axes.get_yaxis_transform(), va="center", fontsize=8
+                )
     axes.grid(axis="x", alpha=0.3)
     return figure
+
+
+def near_end(values: pd.Series) -> float | None:
+    """Return where an axis begins that leaves out a few values far below all others; None if there are none such.
+
+    Far is more than half of the whole span, few are a third of the values at most.
+    """
+    ordered = np.sort(values.dropna().to_numpy())
+    gaps = np.diff(ordered)
+    below = int(gaps.argmax()) + 1 if len(gaps) else 0
+    if not below or 3 * below > len(ordered) or gaps.max() <= 0.5 * (ordered[-1] - ordered[0]):
+        return None
+    return float(ordered[below] - max(0.15 * (ordered[-1] - ordered[below]), 1.0))
 
 
 def picture_pairs(images: Tensor, coarse: Tensor, captions: list[tuple[str, str]], drawing: PictureStyle) -> Figure:
@@ -107,7 +128,8 @@ def positions(decisions: Mapping[str, Tensor]) -> Figure:
     for axes, (name, coarse) in zip(grid[0], decisions.items(), strict=True):
         fine = (coarse == 0).double().mean(0)
         shown = axes.imshow(fine.numpy() * 100, vmin=0, vmax=100, cmap="cividis")
-        axes.set(title=name, xlabel=f"{100 * fine.mean():.0f} % fine")
+        axes.set_xlabel(f"{100 * fine.mean():.0f} % fine")
+        axes.set_title(textwrap.fill(display(name), 24), fontsize=9)
     figure.colorbar(shown, ax=grid, label="pictures in which the region is fine (%)", shrink=0.9)
     return figure
 
@@ -132,7 +154,11 @@ def tradeoff(
         axes.plot(points[x] * factor, points["accuracy"] * 100, ":", color=GREY, zorder=0)
     axes.set(xlabel=title, ylabel="accuracy (%)")
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    if anchors is None and curves is None:
+        costs = pd.DataFrame({"cost": table[x] * factor, "accuracy": table["accuracy"] * 100})
+        _leave_out_below(axes, costs.groupby(table[by], sort=False).mean())
+    axes.set_ylim(top=min(axes.get_ylim()[1], 101))
+    legend_beside(figure)
     if anchors is not None:
         title = f"{ANCHORS_TITLE}:\npoints more or less than dense"
         marks = _draw_anchors(axes, anchors, factor)
@@ -140,6 +166,18 @@ def tradeoff(
             handles=marks, title=title, loc="outside right lower", fontsize=8, title_fontsize=8, frameon=False
         )
     return figure
+
+
+def _leave_out_below(axes: Axes, means: pd.DataFrame):
+    """Begin the axis above methods that are far below all others, which are marked at its end."""
+    if (end := near_end(means["accuracy"])) is None:
+        return
+    axes.set_ylim(bottom=end)
+    edge = axes.get_xaxis_transform()
+    for look, (across, accuracy) in zip(looks(means.index).values(), means.to_numpy(), strict=True):
+        if accuracy < end:
+            axes.plot(across, 0.04, **look.line, markersize=8, transform=edge)
+            axes.annotate(f"↓ {accuracy:.1f} %", (across, 0.04), (8, -3), edge, textcoords="offset points", fontsize=8)
 
 
 def _draw_anchors(axes: Axes, anchors: pd.DataFrame, factor: float) -> list[Line2D]:
@@ -166,7 +204,7 @@ def token_counts(counts: Mapping[str, Tensor], lowest: int, highest: int, step: 
         values = counts[name].double().cpu().numpy()
         axes.hist(values, bins=bins, color=look.color)
         axes.axvline(values.mean(), color="black", linestyle="--", linewidth=1)
-        axes.set_ylabel(look.name, rotation=0, ha="right", va="center", fontsize=8)
+        axes.set_ylabel(textwrap.fill(look.name, 24), rotation=0, ha="right", va="center", fontsize=8)
         axes.set_yticks([])
         mean = f"{values.mean():.1f} ± {values.std():.1f}"
         axes.text(0.99, 0.8, mean, transform=axes.transAxes, ha="right", fontsize=8)
@@ -184,6 +222,25 @@ def front(trials: pd.DataFrame) -> Figure:
     axes.set(xlabel=COSTS["macs"][1], ylabel="accuracy on held-out pictures (%)")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
+    return figure
+
+
+def parallel(trials: pd.DataFrame, settings: list[str]) -> Figure:
+    """Draw a line per finished trial through its settings, its MACs and its accuracy; bright is accurate."""
+    done = trials.dropna(subset=["accuracy"]).sort_values("accuracy")
+    columns = [column for column in (*settings, "macs", "accuracy") if column in done]
+    low, high = done[columns].min(), done[columns].max()
+    heights = (done[columns] - low) / (high - low).replace(0, 1)
+    figure, axes = plt.subplots(figsize=(1.3 * len(columns) + 1, 3.8), layout="constrained")
+    for accuracy, line in zip(heights["accuracy"], heights.to_numpy(), strict=True):
+        axes.plot(range(len(columns)), line, color=colormaps["cividis"](accuracy), linewidth=1.2)
+    axes.set_xticks(range(len(columns)), [c.removeprefix("loss_settings.") for c in columns], fontsize=8)
+    for place, column in enumerate(columns):
+        axes.axvline(place, color=GREY, linewidth=0.6)
+        for height, end in ((-0.07, low), (1.03, high)):
+            axes.text(place, height, f"{end[column]:.3g}", ha="center", fontsize=7)
+    axes.set(ylim=(-0.1, 1.1), yticks=[])
+    axes.tick_params(axis="x", pad=8)
     return figure
 
 

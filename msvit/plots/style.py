@@ -46,9 +46,9 @@ def save(figure: Figure, folder: str | Path, name: str, kinds: tuple[str, ...] =
 
 
 def with_note(figure: Figure, note: str, title: str = "") -> Figure:
-    """Put a note in brackets below the figure's title, and `title` before it; over the axes where there is one pair."""
+    """Put a note below the figure's title, and `title` before it; over the axes where there is one pair."""
     titles = ": ".join(text for text in (title, figure.get_suptitle()) if text)
-    text = f"{titles}\n({note})".strip()
+    text = f"{titles}\n{note}".strip()
     if len(figure.axes) == 1 and not titles:
         figure.axes[0].set_title(text, fontsize=9)  # beside an outer legend, which a figure's title would run into
     else:

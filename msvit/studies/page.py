@@ -1,5 +1,6 @@
-"""The report as a page that can be sent alone: a verdict, a table to sort, points to hover over, curves, settings."""
+"""The report as a page that can be sent alone: verdict, table to sort, points to hover over, curves, maps, settings."""
 
+import base64
 import datetime
 import html
 from collections.abc import Iterable, Mapping
@@ -26,9 +27,20 @@ class Mark(NamedTuple):
     joined: bool = False
 
 
-def write_page(path: Path, groups: Mapping[str, pd.DataFrame], tables: Mapping[str, pd.DataFrame], runs: Path):
-    """Write the page of all groups of comparable runs; nothing in it points elsewhere."""
-    parts = [_section(title, group, tables[title], runs) for title, group in groups.items()]
+def write_page(
+    path: Path,
+    groups: Mapping[str, pd.DataFrame],
+    tables: Mapping[str, pd.DataFrame],
+    runs: Path,
+    maps: Mapping[str, Path],
+):
+    """Write the page of all groups of comparable runs; nothing in it points elsewhere.
+
+    Args:
+        groups, tables: By the groups' titles.
+        maps: PNG files of gate maps, for the groups that have some; they are copied into the page.
+    """
+    parts = [_section(title, group, tables[title], runs, maps.get(title)) for title, group in groups.items()]
     count = sum(len(group) for group in groups.values())
     path.write_text(PAGE.format(date=datetime.date.today().isoformat(), parts="\n".join(parts), runs=count))
 
@@ -52,7 +64,7 @@ def verdict(group: pd.DataFrame) -> str:
     )
 
 
-def _section(title: str, group: pd.DataFrame, shown: pd.DataFrame, runs: Path) -> str:
+def _section(title: str, group: pd.DataFrame, shown: pd.DataFrame, runs: Path, maps: Path | None) -> str:
     found = {name: read(runs / name) for name in group["run"]}
     names = {name: short_name(run.recipe) for name, run in found.items()}
     points, curves = [], []
@@ -74,9 +86,20 @@ def _section(title: str, group: pd.DataFrame, shown: pd.DataFrame, runs: Path) -
             f"<p class='verdict'>{html.escape(verdict(group))}</p>",
             shown.rename(index=display).rename_axis(None).to_html(border=0, classes="sortable"),
             *drawings,
+            _picture(
+                maps, f"Gate maps, {title}: pictures, the tokens of the best gates, and what a model sees of them"
+            ),
             _settings(group),
         ]
     )
+
+
+def _picture(path: Path | None, words: str) -> str:
+    """Return a picture with all its bytes in the page, and words for those who do not see it."""
+    if path is None:
+        return ""
+    data = base64.b64encode(path.read_bytes()).decode()
+    return f"<img alt='{html.escape(words, quote=True)}' src='data:image/png;base64,{data}'>"
 
 
 def _drawing(marks: Iterable[Mark], across: str, up: str, title: str) -> str:
@@ -153,7 +176,7 @@ table {{ border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabula
 th, td {{ padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd }}
 th:first-child {{ text-align: left }}
 .sortable thead th {{ cursor: pointer }}
-svg {{ width: 100%; max-width: 44rem; font-size: 12px; display: block }}
+svg, img {{ width: 100%; max-width: 44rem; font-size: 12px; display: block }}
 .key span {{ margin-right: 1rem; white-space: nowrap }} .key i {{ display: inline-block; width: .8em; height: .8em;
 border-radius: 50%; margin-right: .3em }}
 .verdict {{ font-size: 17px }} details {{ overflow-x: auto }} code {{ overflow-wrap: anywhere }}

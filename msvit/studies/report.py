@@ -1,21 +1,26 @@
 """The report: all finished runs of a folder as tables, figures and one self-contained page.
 
-Nothing here is measured: every number is read from the runs' summaries. Run twice, it writes the same bytes but for the
-date on the page.
+Nothing here is measured: every number is read from the runs' summaries, and only gate maps ask the models. Run twice,
+it writes the same bytes but for the date on the page.
 """
 
 import hashlib
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
 
 from .. import plots
-from ..checks import plain
+from ..checks import first_line, plain
+from ..training.files import RunWarning
 from ..training.names import method_name
 from ..training.recipe import FIELDS, HARMLESS
+from .inspect import draw_gate_maps, inspect_runs
 from .page import write_page
 from .study import SUMMARY_COLUMNS, finished, summarise
 
@@ -121,11 +126,32 @@ def report(runs: str | Path, out: str | Path) -> Path:
     out, table = Path(out), finished(runs)
     if table.empty:
         raise ValueError(f"there is no finished run under {runs}; train something first: `make ablation`")
-    shown, found = {}, groups(table)
+    shown, maps, found = {}, {}, groups(table)
     names = file_names(found)
     for title, group in found.items():
         name = names[title]
         shown[title] = write_tables(group, out / "tables", name, by="label")
-        plots.save(plots.tradeoff(group, "label"), out / "figures", f"tradeoff-{name}", ("png", "svg", "pdf"))
-    write_page(out / "index.html", found, shown, Path(runs))
+        note = f"{title}, {len(group)} runs"
+        figure = plots.with_note(plots.tradeoff(group, "label"), note)
+        plt.close(plots.save(figure, out / "figures", f"tradeoff-{name}", ("png", "svg", "pdf")))  # the page shows it
+        if figure := gate_maps(Path(runs), group):
+            plt.close(plots.save(plots.with_note(figure, note), out / "figures", f"gate_maps-{name}", ("png",)))
+            maps[title] = out / "figures" / f"gate_maps-{name}.png"
+    write_page(out / "index.html", found, shown, Path(runs), maps)
     return out / "index.html"
+
+
+def gate_maps(runs: Path, group: pd.DataFrame, methods: int = 3, pictures: int = 6) -> Figure | None:
+    """Draw the tokens of the group's most accurate learned gates, one run of each label.
+
+    None if there are no such, or if their models or pictures are not here any more.
+    """
+    learned = group[(group["epochs"] > 0) & (group["gating"] == "learned")]
+    best = learned.sort_values("accuracy", ascending=False).drop_duplicates("label").head(methods)
+    there = [name for name in best["run"] if (runs / name / "config.json").exists()]
+    try:
+        seen = inspect_runs(runs, best[best["run"].isin(there)].assign(method=best["label"]), pictures)
+    except (OSError, ValueError, RuntimeError) as error:
+        warnings.warn(f"no gate maps of {', '.join(there)}: {first_line(error)}", RunWarning, stacklevel=2)
+        return None
+    return draw_gate_maps(seen, pictures) if seen else None

@@ -1,12 +1,16 @@
 """One look per method, whatever table or figure it is in."""
 
+import nbconvert
+import nbformat
 import pandas as pd
 import pytest
 import torch
+from helpers import NOTEBOOKS, cells_of
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex
 
 from msvit import plots
+from msvit.gating.losses import GBaS
 from msvit.plots import interactive
 from msvit.plots.looks import LOOKS, display, looks
 from msvit.plots.style import PictureStyle
@@ -37,9 +41,8 @@ def pair(label):
 
 def test_what_the_bench_has_is_registered():
     assert (REDUCERS.keys() | set(GATINGS)) - {"learned", "fine"} <= LOOKS.keys()
-    assert (
-        len({(look.color, look.marker) for look in LOOKS.values()}) >= len(LOOKS) - 3
-    )  # MSViT is GBaS, dense all fine
+    twice = {"gbas", "all fine", "without gbas", "without learned gate"}  # MSViT, dense, L0 and random decisions
+    assert len({(look.color, look.marker) for look in LOOKS.values()}) == len(LOOKS) - len(twice)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +56,8 @@ def test_what_the_bench_has_is_registered():
         ("dense, all coarse", "all coarse", "all coarse"),
         ("tome at 0.5, vit_tiny_patch16_224", "tome", "ToMe at 0.5, vit_tiny_patch16_224"),
         ("APT", "apt", "APT"),
+        ("dense, train_n=64, lr=0.1", "dense", "dense, train_n=64, lr=0.1"),
+        ("without learned gate", "random mask", "random, no learned gate"),
         ("MSViT, controller only (bias)", "MSViT, controller only (projection)", "MSViT, controller only (bias)"),
     ],
 )
@@ -107,3 +112,62 @@ def test_gate_maps_say_class_and_prediction_and_what_frames_mean():
     assert [axes.get_xlabel() for axes in figure.axes] == ["rows", "13 patch tokens\nweave ✗", ""]
     assert [axes.get_ylabel() for axes in figure.axes][-1].replace("\n", " ") == "pixels in the tokens of MSViT"
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one coarse token", "a fine token each"]
+
+
+def test_axes_leave_out_what_lies_far_below_and_say_so():
+    table = pd.DataFrame(
+        {
+            "method": ["dense", "MSViT", "random mask", "coarse mask"],
+            "accuracy": [1.0, 1.0, 0.86, 0.13],
+            "macs": [1.0, 0.58, 0.6, 0.23],
+            "seed": 0,
+        }
+    )
+    assert plots.runs.near_end(pd.Series([100, 100, 86, 13])) == pytest.approx(86 - 0.15 * 14)
+    assert plots.runs.near_end(RUNS["accuracy"]) is None
+    assert plots.runs.near_end(pd.Series([90.0, 10.0])) is None, "half of them are no exception"
+    (axes,) = plots.tradeoff(table).axes
+    assert axes.get_ylim()[0] == pytest.approx(83.9)
+    assert [text.get_text() for text in axes.texts] == ["↓ 13.0 %"]
+    (axes,) = plots.ranking(table).axes
+    assert axes.get_xlim()[0] == pytest.approx(83.9)
+    assert "◂ 13.0 %" in [text.get_text() for text in axes.texts]
+
+
+def test_long_names_leave_the_plot_its_width():
+    long = RUNS.replace("mine", "dense, train_n=2048, val_n=512, epochs_dense=3, lr=0.001, batch=64")
+    figure = plots.tradeoff(long)
+    assert max(len(part) for text in figure.legends[0].get_texts() for part in text.get_text().split("\n")) <= 30
+    figure.canvas.draw()
+    assert figure.axes[0].get_position().width > 0.6
+
+
+def test_notes_and_numbers_are_readable():
+    figure = plots.with_note(plots.ranking(RUNS), "scenes:easy, seeds: 1")
+    assert figure.axes[0].get_title() == "scenes:easy, seeds: 1"
+    figure = plots.prior_map(GBaS((4, 4), target=0.626312))
+    assert figure.get_suptitle().endswith("asked for 0.626 ± 0.100")
+
+
+def test_a_sweep_in_parallel_coordinates():
+    trials = pd.DataFrame({"lr": [0.1, 0.2, 0.4], "macs": [0.5, 0.6, 0.7], "accuracy": [0.8, None, 0.9]})
+    (axes,) = plots.parallel(trials, ["lr"]).axes
+    lines = [line.get_ydata().tolist() for line in axes.lines if len(line.get_ydata()) == 3]
+    assert lines == [[0, 0, 0], [1, 1, 1]]
+    assert {"0.1", "0.4", "0.5", "0.7", "0.8", "0.9"} == {text.get_text() for text in axes.texts}
+
+
+def test_pages_of_notebooks_show_interactive_figures():
+    shown = interactive.Beside(interactive.tradeoff(RUNS), plots.tradeoff(RUNS))
+    assert not plt.get_fignums(), "it is drawn once"
+    bundle = shown._repr_mimebundle_()
+    assert bundle["application/vnd.plotly.v1+json"]["data"]
+    cell = nbformat.v4.new_code_cell("x", outputs=[nbformat.v4.new_output("display_data", bundle)])
+    page, _ = nbconvert.HTMLExporter().from_notebook_node(nbformat.v4.new_notebook(cells=[cell]))
+    assert f"data:image/png;base64,{bundle['image/png']}" in page.replace("\n", "")
+
+
+def test_notebooks_show_no_interactive_figure_without_its_twin():
+    found = [s for path in NOTEBOOKS.glob("*.ipynb") for s, _ in cells_of(path.stem) if "interactive." in s]
+    assert len(found) == 4
+    assert all("\ninteractive.Beside(" in source for source in found)

@@ -1,11 +1,14 @@
 """The report's page: what it says of the runs, in words, points and settings."""
 
+import base64
 import json
 import re
 
 import pytest
+from helpers import mini_model
 
 from msvit.studies import page, report, study
+from msvit.training.files import RunWarning
 from msvit.training.recipe import Recipe
 
 
@@ -42,7 +45,7 @@ def test_the_verdict_is_of_the_best_that_saves(folder):
 
 def test_the_page_holds_all_and_points_nowhere(folder, tmp_path):
     text = report.report(folder, tmp_path / "out").read_text()
-    assert not [word for word in ("http", "href", "src=") if word in text]
+    assert not re.findall("http|href|src=.(?!data:)", text)
     assert text.count("<circle") == 6 + 6 * 2
     assert text.count("<polyline") == 6
     assert text.count("role='img'") == text.count("aria-label=") == 2
@@ -54,6 +57,20 @@ def test_the_page_holds_all_and_points_nowhere(folder, tmp_path):
         differ.partition("<th>random at 0.58</th>")[2].partition("</tr>")[0],
     )
     assert dict(zip(heads[1:], re.findall("<td>(.*)</td>", row), strict=False))["gating"] == "random"
+
+
+def test_gate_maps_travel_in_the_page(tmp_path):
+    write(tmp_path / "runs", 0.9, 0.58, val_n=16)
+    (path,) = (tmp_path / "runs").iterdir()
+    mini_model().save_pretrained(path)
+    text = report.report(tmp_path / "runs", tmp_path / "out").read_text()
+    ((alt, data),) = re.findall(r"<img alt='([^']*)' src='data:image/png;base64,([^']*)'>", text)
+    assert alt.startswith("Gate maps, scenes:easy, 64 px")
+    (file,) = (tmp_path / "out/figures").glob("gate_maps-*.png")
+    assert base64.b64decode(data) == file.read_bytes()
+    (path / "model.safetensors").unlink()
+    with pytest.warns(RunWarning, match="no gate maps of"):
+        assert "<img" not in report.report(tmp_path / "runs", tmp_path / "out").read_text()
 
 
 def test_one_point_has_an_axis_too(tmp_path):
