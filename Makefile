@@ -7,7 +7,7 @@ RUN := .venv/bin/python -m
 export OMP_WAIT_POLICY ?= passive
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 # Notebooks that train much at their defaults are run smaller, by tests/notebooks.
-NBVAL := $(if $(NOTEBOOKS),$(addprefix notebooks/,$(addsuffix .ipynb,ablation gate_explorer tradeoff report)) tests \
+NBVAL := $(if $(NOTEBOOKS),$(addprefix notebooks/,$(addsuffix .ipynb,gate_explorer tradeoff report)) tests \
     --nbval-lax --nbval-current-env --nbval-cell-timeout=1800)
 INSTALL = $(@D)/bin/python -m pip install --disable-pip-version-check --no-input -c $(LOCK) -e '.[all]'
 # A process of tests for each core, with one thread each, and so the notebooks that they run.
@@ -54,14 +54,14 @@ help: ## list these commands
 # goes to results/, which git ignores; with ARGS='-p out reports/…' tables and figures go where they are committed.
 define execute
 	@mkdir -p results/$(1)
-	$(RUN) papermill notebooks/$(1).ipynb results/$(1)/unfinished.ipynb $(ARGS) || \
+	$(RUN) papermill --log-output notebooks/$(1).ipynb results/$(1)/unfinished.ipynb $(ARGS) || \
 	    { echo "It failed; results/$(1)/unfinished.ipynb shows where." >&2; exit 1; }
 	@mv results/$(1)/unfinished.ipynb results/$(1)/$(1).ipynb
 	@echo "Wrote results/$(1)/$(1).ipynb"
 endef
 
 ablation: .venv/.installed ## train the method with and without its parts, and compare (minutes)
-	@echo "Running the ablation: a few minutes on two cores"
+	@echo "Running the ablation: about three minutes on two cores"
 	$(call execute,ablation)
 
 test: .venv/.installed ## run the tests (minutes)
