@@ -110,10 +110,10 @@ class NotebookBar(tqdm):
 
 def time_left(bar: tqdm) -> str:
     """Return in words how long a bar still takes, at its mean pace; empty if nothing is known yet."""
-    done = bar.n - bar.initial
-    if bar.disable or not bar.total or done <= 0 or bar.n >= bar.total:
+    if bar.disable or not bar.total or not bar.initial < bar.n < bar.total:
         return ""
-    return f"about {duration(bar.format_dict['elapsed'] * (bar.total - bar.n) / done)} left"
+    pace = bar.format_dict["elapsed"] / (bar.n - bar.initial)
+    return f"about {duration(pace * (bar.total - bar.n))} left"
 
 
 def _show(data: dict[str, str]):

@@ -148,7 +148,7 @@ def legend_beside(figure: Figure):
     labels = {
         label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    names = [textwrap.fill(label, 30) for label in labels]
+    names = [textwrap.fill(label, 24) for label in labels]
     figure.legend(labels.values(), names, loc="outside right upper", fontsize=8, frameon=False)
 
 

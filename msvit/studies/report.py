@@ -148,10 +148,11 @@ def gate_maps(runs: Path, group: pd.DataFrame, methods: int = 3, pictures: int =
     """
     learned = group[(group["epochs"] > 0) & (group["gating"] == "learned")]
     best = learned.sort_values("accuracy", ascending=False).drop_duplicates("label").head(methods)
-    there = [name for name in best["run"] if (runs / name / "config.json").exists()]
-    try:
-        seen = inspect_runs(runs, best[best["run"].isin(there)].assign(method=best["label"]), pictures)
-    except (OSError, ValueError, RuntimeError) as error:
-        warnings.warn(f"no gate maps of {', '.join(there)}: {first_line(error)}", RunWarning, stacklevel=2)
+    there = best[[(runs / name / "config.json").exists() for name in best["run"]]]
+    if there.empty:
         return None
-    return draw_gate_maps(seen, pictures) if seen else None
+    try:
+        return draw_gate_maps(inspect_runs(runs, there.assign(method=there["label"]), pictures), pictures)
+    except (OSError, ValueError, RuntimeError) as error:
+        warnings.warn(f"no gate maps of {', '.join(there['run'])}: {first_line(error)}", RunWarning, stacklevel=2)
+        return None

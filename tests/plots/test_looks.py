@@ -137,7 +137,7 @@ def test_axes_leave_out_what_lies_far_below_and_say_so():
 def test_long_names_leave_the_plot_its_width():
     long = RUNS.replace("mine", "dense, train_n=2048, val_n=512, epochs_dense=3, lr=0.001, batch=64")
     figure = plots.tradeoff(long)
-    assert max(len(part) for text in figure.legends[0].get_texts() for part in text.get_text().split("\n")) <= 30
+    assert max(len(part) for text in figure.legends[0].get_texts() for part in text.get_text().split("\n")) <= 24
     figure.canvas.draw()
     assert figure.axes[0].get_position().width > 0.6
 
