@@ -73,6 +73,7 @@ class NotebookBar(tqdm):
     monitor_interval = 0  # no other thread draws
     last_line: ClassVar[float] = float("-inf")
     _open: ClassVar[list[tqdm]] = []
+    _done: ClassVar[list[str]] = []  # what those that stay have said at last
     _output: ClassVar[Any] = None
     _cell: ClassVar[int] = -1
 
@@ -80,29 +81,34 @@ class NotebookBar(tqdm):
         settings = {"file": io.StringIO(), "gui": True, "mininterval": REDRAW, "smoothing": 0, "leave": False}
         super().__init__(items, title, total, disable=not shown, **settings | options)
         if shown:
+            if (cell := _cell()) != NotebookBar._cell:  # what an error has left open elsewhere is not of this one
+                NotebookBar._cell, NotebookBar._output = cell, None
+                self._open.clear()
+                self._done.clear()
             self._open.append(self)
             self.display()
 
     def display(self, *_: Any, **__: Any):
         """Draw all open bars."""
-        lines = [b.text() for b in self._open]
+        lines = [*self._done, *(b.text() for b in self._open)]
         marks = [f"<progress value='{b.n}' max='{b.total}'></progress> " if b.total else "" for b in self._open]
+        marks = [""] * len(self._done) + marks
         rows = (f"<div>{mark}{html.escape(line)}</div>" for mark, line in zip(marks, lines, strict=True))
         _show({"text/plain": "\n".join(lines), "text/html": "".join(rows)})
 
     def close(self):
-        """Draw the bars that are left; the last one stays if it was to."""
-        if self in self._open:
-            if not self.leave:
-                self._open.remove(self)
-            self.display()
+        """Draw the bars that are left, and what this one says if it was to stay."""
+        others = [b for b in self._open if b is not self]  # bars are equal where their places are
+        if len(others) < len(self._open):
+            self._open[:] = others
             if self.leave:
-                self._open.remove(self)
+                self._done.append(self.text())
+            self.display()
         super().close()
 
     def text(self) -> str:
         """Return the bar in words."""
-        parts = [f"{self.n:g}" + (f" of {self.total:g}" if self.total else "") + (f" {self.unit}" if self.unit else "")]
+        parts = [f"{self.n:,}" + (f" of {self.total:,}" if self.total else "") + (f" {self.unit}" if self.unit else "")]
         parts += [self.postfix] if self.postfix else []
         parts += [duration(self.format_dict["elapsed"]), time_left(self)]
         return f"{self.desc.removesuffix(': ')}: " + ", ".join(filter(None, parts))
@@ -116,13 +122,18 @@ def time_left(bar: tqdm) -> str:
     return f"about {duration(pace * (bar.total - bar.n))} left"
 
 
+def _cell() -> int:
+    """Return the number of the cell that runs."""
+    from IPython import get_ipython
+
+    return get_ipython().execution_count
+
+
 def _show(data: dict[str, str]):
     """Put this in place of the cell's bars."""
-    from IPython import get_ipython
     from IPython.display import display
 
-    cell = get_ipython().execution_count
-    if NotebookBar._output is None or cell != NotebookBar._cell:
-        NotebookBar._cell, NotebookBar._output = cell, display(data, raw=True, display_id=True)
+    if NotebookBar._output is None:
+        NotebookBar._output = display(data, raw=True, display_id=True)
     else:
         NotebookBar._output.update(data, raw=True)

@@ -42,6 +42,7 @@ def notebook(monkeypatch):
     monkeypatch.setattr(IPython, "get_ipython", lambda: output.shell)
     monkeypatch.setattr("IPython.display.display", output)
     monkeypatch.setattr(progress.NotebookBar, "_output", None)
+    monkeypatch.setattr(progress.NotebookBar, "_cell", -1)
     monkeypatch.setattr(progress.NotebookBar, "last_line", float("-inf"))
     monkeypatch.setattr(progress, "REDRAW", 0.0)
     return output
@@ -80,12 +81,26 @@ def test_a_cell_has_one_output_for_all_its_bars(notebook):
     assert first["text/plain"].startswith("run 1/2: 0 of 4 epochs, 0 s")
     assert any("epoch: 0 of 3 steps" in data["text/plain"] for data in notebook.updates)
     assert notebook.updates[-1]["text/plain"].startswith("run 1/2: 4 of 4 epochs")
-    assert "<progress value='4' max='4'>" in notebook.updates[-1]["text/html"]
+    assert any("<progress value='3' max='4'>" in data["text/html"] for data in notebook.updates)
+    with progress.bar(title="timing", total=1):
+        assert notebook.updates[-1]["text/plain"].splitlines()[0].startswith("run 1/2: 4 of 4"), "it was to stay"
+    assert len(notebook.shown) == 1
     notebook.shell.execution_count = 2
     with progress.bar(title="<b>", total=1):
         pass
     assert "&lt;b&gt;" in notebook.shown[1]["text/html"]
     assert notebook.updates[-1] == {"text/plain": "", "text/html": ""}, "it was not to stay"
+
+
+def test_a_bar_that_is_not_shown_closes_no_other(notebook):
+    hidden = progress.bar(title="hidden", total=1, shown=False)
+    shown = progress.bar(title="shown", total=1)
+    hidden.close()
+    assert progress.NotebookBar._open == [shown]
+    notebook.shell.execution_count = 2  # as after an error in the loop
+    with progress.bar(title="next", total=1):
+        assert notebook.shown[-1]["text/plain"].startswith("next")
+    shown.close()
 
 
 def test_lines_in_a_notebook_are_a_minute_apart(notebook, monkeypatch, capsys):

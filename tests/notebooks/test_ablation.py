@@ -17,6 +17,10 @@ def methods(out):
     return pd.read_json(out / "ablation.json").groupby("method", sort=False).size().to_dict()
 
 
+def outputs(path):
+    return [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+
+
 def test_every_part_has_a_row_and_without_gbas_nothing_of_it_stays(tmp_path):
     more = ("-y", "{more: {val_n: 64}}")
     out = run_small("ablation", tmp_path, *more, **SMALL)
@@ -24,6 +28,13 @@ def test_every_part_has_a_row_and_without_gbas_nothing_of_it_stays(tmp_path):
     assert methods(out) == dict.fromkeys(["dense", "MSViT", *parts, "coarse mask", "centre mask"], 1)
     for name in ("tradeoff.png", "ranking.png", "gate_maps.svg", "token_counts.png", "ablation.tex", *PRIORS):
         assert (out / name).stat().st_size > 100
+
+    trains = next(cell for cell in outputs(tmp_path / "out.ipynb") if "study.run_rows" in "".join(cell["source"]))
+    shown = [output for output in trains["outputs"] if output["output_type"] == "display_data"]
+    assert len(shown) == 2, "all bars are one output, the curves another"
+    assert "".join(shown[0]["data"]["text/plain"]).startswith(
+        f"run 11/11: centre mask, seed 0: {3 + len(PARTS) + 2} of"
+    )
 
     losses = ("-y", "losses: [gbas, bas]", "-y", "{masks: [random], more: {val_n: 64}}")
     out = run_small("ablation", tmp_path, *losses, **SMALL, gbas="false", one_by_one="false", seeds=2)
