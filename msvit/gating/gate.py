@@ -126,7 +126,8 @@ class Gate(Decider, PyTorchModelHubMixin):
         h, w = images.shape[-2] // self.patch, images.shape[-1] // self.patch
         device = images.device.type
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            cells = patchify(images[..., : h * self.patch, : w * self.patch], self.patch).to(self.bias.dtype)
+            norm = self.mlp[1] if self.alone else self.see[1]  # which stays as it is where linear layers are quantised
+            cells = patchify(images[..., : h * self.patch, : w * self.patch], self.patch).to(norm.weight.dtype)
             if not self.alone:
                 scores = self.mlp(surroundings(self.see(cells).unflatten(1, (h, w))))[..., 0]
                 return scores if where is None else scores.masked_fill(~where, -torch.inf)
