@@ -89,6 +89,10 @@ class Controls:
         kind = "msvit-message msvit-good" if good else "msvit-message"
         self.message.value = f'<div class="{kind}" role="status">{html.escape(text)}{more}</div>'
 
+    def _show_progress(self, text: str, done: int = 0, of: int = 0):
+        bar = f' value="{done}" max="{of}"' if of else ""
+        self._show_message(text, good=True, more=f" <progress{bar}></progress>")
+
     @contextmanager
     def _silently(self) -> Iterator[None]:
         """Move controls, inside, without calling anything."""

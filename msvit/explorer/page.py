@@ -104,7 +104,8 @@ class Explorer(Controls):
         for row in self.rows:
             for control, name in ((self.brush, "brush"), (self.tool, "tool"), (self.width, "width")):
                 dlink((control, "value"), (row.painter, name))
-            row.painter.observe(lambda _: self._act(self._measure_at_rest), "picked")
+            row.painter.observe(lambda _: self._act(self._measure_at_rest), ["painted", "picked"])
+            row.painter.on_msg(lambda *_: self._act(self._measure_at_rest))
         for control, action in changes.items():
             control.observe(lambda _, action=action: self._act(action), "value")
         self.gallery.observe(lambda _: self._act(self._open_chosen), "chosen")
@@ -132,7 +133,7 @@ class Explorer(Controls):
         chosen = self.model.value, self.second.value
         try:
             for name in set(filter(None, chosen)) - self._loaded.keys():
-                self._show_message(f"Loading {name} …", good=True, more=" <progress></progress>")
+                self._show_progress(f"Loading {name} …")
                 self._loaded[name] = load_model(name, self.runs)
                 self.message.value = ""
         except ModelError:
@@ -204,8 +205,15 @@ class Explorer(Controls):
         return self.threshold.value if self.knob == "threshold" else gated.loaded.model.threshold
 
     def _open_folder(self):
-        if self.folder.value:
-            self._add_source(self.folder.value, folder_source(self.folder.value))
+        if not (folder := self.folder.value):
+            return
+        source = folder_source(
+            folder, lambda found, seen: self._show_progress(f"{found:,} pictures among {seen:,} files of {folder} …")
+        )
+        self.message.value = ""
+        self._add_source(folder, source)
+        if source.note:
+            self._show_message(source.note, good=True)
 
     def _take_uploads(self):
         """Show the last good one of the files; name each bad one, with what is wrong with it."""
@@ -233,13 +241,9 @@ class Explorer(Controls):
 
     def _open_gallery(self):
         """Run the first model on all pictures of the source and show them below."""
-
-        def tell(done: int, of: int):
-            bar = f' <progress value="{done}" max="{of}"></progress>'
-            self._show_message(f"{done} of {of} pictures", good=True, more=bar)
-
-        loaded = self.rows[0].gated.loaded
-        self.gallery.show(survey(loaded, self.sources[self.source.value], tell), loaded)
+        loaded, source = self.rows[0].gated.loaded, self.sources[self.source.value]
+        found = survey(loaded, source, lambda done, of: self._show_progress(f"{done} of {of} pictures", done, of))
+        self.gallery.show(found, loaded)
         self.gallery_box.layout.display, self.message.value = None, ""
         self._surveyed = self.source.value
 

@@ -1,5 +1,8 @@
 """Pictures for the explorer that need no download: scenes, photographs of other packages, folders and uploads."""
 
+import os
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +21,9 @@ PACKAGED = {  # photographs that come with packages which are installed anyway: 
     "Grace Hopper": ("matplotlib", "mpl-data/sample_data/grace_hopper.jpg"),
 }
 MADE_SHOWN = 200
+MOST_PICTURES = 10_000  # of a folder, and of a gallery
+MOST_FILES = 200_000  # looked at in a folder
+SIGN = 2_000  # files after which a sign of life is given
 
 
 class Picture(NamedTuple):
@@ -37,10 +43,10 @@ class Picture(NamedTuple):
 
 
 class PictureSource:
-    """Pictures under names, from files or from their bytes."""
+    """Pictures under names, from files or from their bytes; `note` says what was left out."""
 
-    def __init__(self, files: dict[str, Path | bytes]):
-        self.files = files
+    def __init__(self, files: dict[str, Path | bytes], note: str = ""):
+        self.files, self.note = files, note
 
     def names(self) -> list[str]:
         return list(self.files)
@@ -111,15 +117,48 @@ def built_in_sources() -> dict[str, PictureSource]:
     return found | ({"photographs": PictureSource(photographs)} if photographs else {})
 
 
-def folder_source(folder: str | Path) -> PictureSource:
-    """Return the pictures of a folder and of the folders in it, with label maps if `open_folder` finds them."""
+def folder_source(folder: str | Path, tell: Callable[[int, int], None] = lambda found, seen: None) -> PictureSource:
+    """Return the pictures of a folder and of the folders in it, with label maps if `open_folder` finds them.
+
+    Without label maps it ends after MOST_PICTURES pictures or MOST_FILES files.
+
+    Args:
+        tell: Called now and then with how many pictures are found, among how many files.
+    """
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise PictureError(f"there is no folder {root}; name one that holds {', '.join(PICTURE_FORMATS)} files")
     try:
         return LabelledSource(root)
     except (OSError, ValueError):  # in neither layout, or with a list of classes that is none
-        files = {p.relative_to(root).as_posix(): p for p in sorted(root.rglob("*")) if p.suffix.lower() in SUFFIXES}
+        files, note = _pictures_below(root, tell)
     if not files:
-        raise PictureError(f"{root} holds no picture; known suffixes are {', '.join(SUFFIXES)}")
-    return PictureSource(files)
+        among = f" among its first {MOST_FILES:,} files; name a folder in it" if note else ""
+        raise PictureError(f"{root} holds no picture{among}; known suffixes are {', '.join(SUFFIXES)}")
+    return PictureSource(files, note)
+
+
+def _pictures_below(root: Path, tell: Callable[[int, int], None]) -> tuple[dict[str, Path], str]:
+    """Return the pictures that are found first below a folder, by name, and a note if there may be more."""
+    found, note = [], ""
+    for seen, entry in enumerate(_files_below(root)):
+        if len(found) == MOST_PICTURES or seen == MOST_FILES:
+            note = f"{root} holds more files: these are {len(found):,} pictures among {seen:,}"
+            break
+        if entry.name.lower().endswith(SUFFIXES):
+            found.append(Path(entry.path))
+        if (seen + 1) % SIGN == 0:
+            tell(len(found), seen + 1)
+    return {path.relative_to(root).as_posix(): path for path in sorted(found)}, note
+
+
+def _files_below(root: Path) -> Iterator[os.DirEntry]:
+    """Yield what is no folder, in a folder and in those below it; links to folders are not followed."""
+    folders = [root]
+    while folders:
+        with suppress(OSError), os.scandir(folders.pop()) as entries:  # one that may not be read is left out
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    folders.append(Path(entry.path))
+                else:
+                    yield entry

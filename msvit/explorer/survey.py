@@ -15,10 +15,9 @@ from ..core.fast_linear import fast_linear
 from ..data.images import UNREADABLE
 from ..plots.style import as_the_model_sees
 from .models import LoadedModel, run_dense
-from .sources import Picture, PictureSource
+from .sources import MOST_PICTURES, Picture, PictureSource
 from .uploads import PictureError
 
-MOST_PICTURES = 10_000  # pictures of a survey
 THUMB = 64  # side of a thumbnail in pixels
 SHEET = 16  # thumbnails along the side of a sheet
 BATCH = 32

@@ -28,6 +28,10 @@ TYPES_IN_WORDS = {
 class ParameterError(ValueError):
     """A parameter that does not exist, or a value it cannot have."""
 
+    def _render_traceback_(self) -> list[str]:
+        """Return what a notebook and papermill show: the sentence alone, first and last; IPython asks by this name."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 def in_repo(path: str) -> Path:
     """Return a relative path from the repository's root, or from the working folder where there is no repository.

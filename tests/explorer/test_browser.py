@@ -354,7 +354,7 @@ def browse(page):
     title = page.locator(".msvit-thumb").nth(1).get_attribute("title")
     page.locator(".msvit-thumb").nth(1).click()
     number = re.match(r"#(\d+) ", title)[1]
-    page.wait_for_function(f"document.querySelector('.msvit-figures').textContent.includes('scene #{number}')")
+    page.wait_for_function(f"document.querySelector('.msvit-figures').textContent.includes('#{number}')")
 
 
 def run_all(page, address: str):

@@ -7,7 +7,7 @@ import pytest
 from helpers import bomb, encoded, mini_model, open_explorer, reduced
 from PIL import Image
 
-from msvit.explorer import drawing, panels
+from msvit.explorer import drawing, panels, sources
 from msvit.explorer.models import LoadedModel
 from msvit.explorer.painting import UNPAINTED
 from msvit.explorer.panels import TOKEN_MAP_TITLE
@@ -59,14 +59,24 @@ def test_the_brush_paints_and_clears(explorer):
     assert row.state.tokens == 65
 
 
+def test_times_are_measured_after_a_stroke_and_after_its_undo(explorer, monkeypatch):
+    asked, row = [], explorer.rows[0]
+    monkeypatch.setattr(explorer, "_measure_at_rest", lambda: asked.append(row.state.times))
+    row.painter.painted = [1, *row.painter.painted[1:]]
+    assert asked == [None], "the stroke was run before"
+    row.painter._handle_custom_msg({"do": "undo"}, [])
+    assert asked == [None, None]
+    assert row.painter.painted[0] == UNPAINTED
+
+
 def test_a_new_picture_begins_unpainted(explorer):
     first = explorer.picture.value
     explorer.rows[0].painter.painted = [1] * 16
     explorer.picture.value = explorer.picture.options[3]
-    assert explorer.states[0].gated.picture.name == "easy scene #3"
+    assert explorer.states[0].gated.picture.name == "scenes:easy #3"
     assert (explorer.states[0].painted == UNPAINTED).all()
     explorer.source.value = "scenes: hard"
-    assert explorer.states[0].gated.picture.name == "hard scene #0"
+    assert explorer.states[0].gated.picture.name == "scenes:hard #0"
     explorer.source.value = "scenes: easy"
     explorer.picture.value = first
     assert (explorer.states[0].painted == 1).all(), "each picture keeps its strokes"
@@ -103,6 +113,21 @@ def test_what_cannot_be_loaded_gives_a_message_and_changes_nothing(explorer):
     assert explorer.message.value == ""
 
 
+def test_a_very_large_folder_is_read_with_signs_of_life_and_a_limit(explorer, tmp_path, monkeypatch):
+    for i in range(5):
+        Image.new("RGB", (8, 8), GREY).save(tmp_path / f"{i}.png")
+    monkeypatch.setattr(sources, "SIGN", 2)
+    monkeypatch.setattr(sources, "MOST_PICTURES", 3)
+    said = []
+    explorer.message.observe(lambda change: said.append(change["new"]), "value")
+    explorer.folder.value = str(tmp_path)
+    assert "pictures among 2 files of" in said[0]
+    assert "<progress></progress>" in said[0]
+    assert len(explorer.picture.options) == 3
+    assert "holds more files: these are 3 pictures" in explorer.message.value
+    assert "msvit-good" in explorer.message.value
+
+
 def test_uploads_good_and_bad_at_once(explorer):
     good = encoded(Image.new("RGB", (30, 60), GREY))
     explorer.upload.value = files_of(bad_png=b"text", good_png=good, bomb_png=bomb(30000))
@@ -119,7 +144,7 @@ def test_saved_files_and_their_link(explorer, tmp_path):
     explorer.save_svg.click()
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     tokens = explorer.states[0].tokens
-    stem = f"mini_easy-scene--0_{tokens}-tokens"
+    stem = f"mini_scenes-easy--0_{tokens}-tokens"
     assert names == [f"{stem}.json", f"{stem}.svg"]
     assert "data:image/svg+xml;base64," in explorer.message.value
     explorer.save_svg.click()

@@ -9,6 +9,7 @@ from PIL import Image
 
 from msvit.data import IGNORE
 from msvit.data.decode import PictureError
+from msvit.explorer import sources
 from msvit.explorer.models import LoadedModel
 from msvit.explorer.sources import built_in_sources, folder_source
 from msvit.explorer.state import run_gate
@@ -39,6 +40,33 @@ def test_a_folder_of_pictures(tmp_path):
         folder_source(tmp_path)
     with pytest.raises(PictureError, match="there is no folder"):
         folder_source(tmp_path / "none")
+
+
+def test_of_a_very_large_folder_the_first_pictures_are_shown(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(sources, "SIGN", 4)
+    for folder in ("a", "a/b", "c"):
+        (tmp_path / folder).mkdir()
+        for i in range(4):
+            (tmp_path / folder / f"{i}.png").touch()
+            (tmp_path / folder / f"{i}.txt").touch()
+    whole = folder_source(tmp_path, lambda *counts: told.append(counts))
+    assert len(whole.names()) == 12
+    assert whole.names() == sorted(whole.names())
+    assert whole.note == ""
+    assert [seen for _, seen in told] == [4, 8, 12, 16, 20, 24]
+    monkeypatch.setattr(sources, "MOST_PICTURES", 5)
+    some = folder_source(tmp_path)
+    assert len(some.names()) == 5
+    assert set(some.names()) < set(whole.names())
+    assert "these are 5 pictures among" in some.note
+    monkeypatch.setattr(sources, "MOST_FILES", 7)
+    assert "among 7" in folder_source(tmp_path).note
+    (tmp_path / "d").mkdir()
+    for i in range(9):
+        (tmp_path / "d" / f"{i}.txt").touch()
+    with pytest.raises(PictureError, match="no picture among its first 7 files"):
+        folder_source(tmp_path / "d")
 
 
 def labelled_folder(root, size=(30, 40)):

@@ -1,8 +1,10 @@
 """The notebooks' guard: papermill's strings, typing errors, impossible values."""
 
+import inspect
 from pathlib import Path
 
 import pytest
+from IPython.core.interactiveshell import InteractiveShell
 
 from msvit.studies.params import ParameterError, guard, in_repo
 
@@ -154,3 +156,10 @@ def test_only_some_lists_may_be_empty():
         guard(names | {"losses": []}, may_be_empty=["masks"], losses=("gbas",))
     with pytest.raises(ParameterError, match="masks"):
         guard(names | {"masks": ["rando"]}, may_be_empty=["masks"], masks=("random",))
+
+
+def test_a_notebook_shows_the_sentence_alone():
+    """It is what papermill prints at its end; IPython asks an error for its traceback by this name."""
+    error = ParameterError("gbas='maybe': expected true or false")
+    assert error._render_traceback_() == ["ParameterError: gbas='maybe': expected true or false"]
+    assert "value._render_traceback_()" in inspect.getsource(InteractiveShell.showtraceback)
