@@ -141,6 +141,7 @@ def new_model(case: CaseSettings) -> MSViT:
     try:
         vit = timm.create_model(case.model, **({} if case.size is None else {"img_size": case.size}))
         model = MSViT(vit, fast_cpu=True).eval()
+        model.gate.count_as_trained()
     except (TypeError, ValueError, AssertionError) as error:
         raise RecipeError(f"{case.model} cannot be timed: {error}") from error
     side, patch = vit.patch_embed.img_size[0], model.coarse_patch

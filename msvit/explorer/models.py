@@ -131,6 +131,7 @@ def load_model(name: str, runs: str | Path) -> LoadedModel:
             return _load_folder(name, folder)
         torch.manual_seed(0)
         model = MSViT(timm.create_model(name), fast_cpu=True).eval()
+        model.gate.count_as_trained()
         return LoadedModel.of(name, model, note="random weights: good for tokens, MACs and time only")
     except ModelError:
         raise

@@ -3,6 +3,7 @@
 `Decider` is what it shares with the others that learn where to be coarse, see `learned`.
 """
 
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import pairwise
@@ -19,6 +20,11 @@ from ..core.sampling import add_logistic_noise, straight_through
 from ..core.tokens import patchify
 from .filters import FilterBank
 
+UNTRAINED = (
+    "the gate of this model has learned nothing, so where its tokens are fine is left to chance: train it (msvit "
+    "train), teach it (msvit fit-gate), load a trained one, or give a mask or a rule"
+)
+
 
 class Decider(nn.Module):
     """A module that scores the h x w coarse regions of pictures, and learns. ``m = 1`` means coarse:
@@ -26,16 +32,18 @@ class Decider(nn.Module):
         training:    m = sigmoid((s + log u - log(1 - u)) / T),   u ~ Uniform(0, 1)     (Gumbel-sigmoid)
         evaluation:  m = sigmoid(s / T)
 
-    Its `forward` gives the scores s `[B, h, w]`, its `bias` is a parameter that moves them all alike, and `settings`
-    are what builds it again.
+    Its `forward` gives the scores s `[B, h, w]`, `weight` and `bias` are the parameters of its last layer, of which the
+    latter moves all scores alike, and `settings` are what builds it again.
 
     Args:
         temperature: T.
     """
 
+    weight: nn.Parameter
     bias: nn.Parameter
     settings: dict[str, Any]
     alone = True  # a region is judged by its own pixels alone
+    _initial: Tensor | None = None  # `weight` as it was made, until somebody has asked
 
     @property
     def levels(self) -> tuple["Decider"]:
@@ -66,6 +74,19 @@ class Decider(nn.Module):
         """Return m, and the decisions with its gradient: m above the threshold, which is 1/2 while training."""
         soft = self.soften(scores)
         return soft, straight_through(soft, 0.5 if self.training else threshold)
+
+    def count_as_trained(self):
+        """Let it decide as it is without a warning, where only the number of tokens matters."""
+        self._initial = None
+
+    def is_new(self) -> bool:
+        """Return, the first time, whether it is as it was made: not trained, taught or loaded since.
+
+        What is quantized, sharded or without data is taken for trained.
+        """
+        initial, self._initial = self._initial, None
+        plain = type(self.weight) in (Tensor, nn.Parameter) and not self.weight.is_meta
+        return plain and initial is not None and torch.equal(self.weight, initial.to(self.weight))
 
 
 NETWORKS = {"pixels": 64, "filters": 8}  # what a gate sees a region with, and its width
@@ -104,6 +125,11 @@ class Gate(Decider, PyTorchModelHubMixin):
             self.see = nn.Sequential(FilterBank(patch, channels, self.width), nn.LayerNorm(self.width))
         self.mlp = (_on_pixels if network == "pixels" else _on_filters)(patch, channels, self.width)
         self.alone = network == "pixels"
+        self._initial = self.weight.detach().clone()
+
+    @property
+    def weight(self) -> nn.Parameter:
+        return self.mlp[-1].weight
 
     @property
     def bias(self) -> nn.Parameter:
@@ -201,6 +227,12 @@ def make_gate(patch: int, scales: Sequence[int], channels: int, network: str = "
     if len(scales) == 2:
         return Gate(patch * scales[1], channels, network=network)
     return Quadtree(patch * scales[1], len(scales) - 1, channels=channels, network=network)
+
+
+def warn_if_new(gates: Sequence[Decider]):
+    """Warn, once for a model, if one of its gates is to decide that has learned nothing."""
+    if sum(gate.is_new() for gate in gates):  # each is asked, so that no other level asks later
+        warnings.warn(UNTRAINED, stacklevel=2)
 
 
 def sizes_of(gate: nn.Module | None) -> int | None:

@@ -158,6 +158,7 @@ class Pattern(Decider):
         super().__init__(temperature)
         self.grid, self.patch = tuple(grid), patch
         self.weight, self.bias = nn.Parameter(torch.zeros(self.grid)), nn.Parameter(torch.zeros(1))
+        self._initial = self.weight.detach().clone()
 
     @property
     def settings(self) -> dict[str, Any]:

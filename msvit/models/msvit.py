@@ -16,7 +16,7 @@ from ..core.fast_linear import fast_linear
 from ..core.scales import check_room, checked_scales, grids_of, spread
 from ..core.tokens import Tokens
 from ..gating.base import Rule
-from ..gating.gate import make_gate, sizes_of
+from ..gating.gate import make_gate, sizes_of, warn_if_new
 from ..gating.learned import Quota
 from ..reducers.base import check_lossless, check_same_backbone
 from .calibrate import calibrate
@@ -240,6 +240,8 @@ class MSViT(FeatureExtractor, Deployable, Costs, nn.Module, PyTorchModelHubMixin
     def _ask(self, images: Tensor, grids: list[tuple[int, int]], everywhere: bool) -> list[Gating]:
         """Return what the gates say from the largest regions down, each where the one before has divided."""
         levels, whole = [], None
+        if not (self.training or self.recorded or torch.compiler.is_compiling()):
+            warn_if_new(self.gate.levels)
         for gate, grid in zip(reversed(self.gate.levels), reversed(grids), strict=True):
             above = None if whole is None else spread(whole, grid)
             scores = gate(images) if everywhere or above is None else gate(images, above < 0.5)
