@@ -84,16 +84,18 @@ fuzz: .venv/.installed ## bend settings, pictures and folders at random: make fu
 reliability: .venv/.installed ## kill runs, bend files, and write reports/reliability.md (an hour or so)
 	.venv/bin/python benchmarks/reliability.py $(ARGS)
 
-# In a container one is root, which JupyterLab refuses unless it is told.
+# In a container one is root, which JupyterLab refuses unless it is told, and its pages are for its host:
+# make lab IP=0.0.0.0 listens to other machines too; the token stays.
+IP ?= 127.0.0.1
 AS_ROOT := $(if $(filter 0,$(shell id -u)),--allow-root)
-lab: .venv/.installed ## open JupyterLab on the notebooks, for this machine only and with a token
-	$(RUN) jupyterlab $(AS_ROOT) --ServerApp.ip=127.0.0.1 --LabApp.default_url=/lab/tree/notebooks $(ARGS)
+lab: .venv/.installed ## open JupyterLab on its start page, for this machine only and with a token
+	$(RUN) jupyterlab $(AS_ROOT) --ServerApp.ip=$(IP) --LabApp.default_url=/lab/tree/notebooks/start.ipynb $(ARGS)
 
 # A page cannot end its kernel when it goes (Voila refuses its request), so idle ones are ended here; a page that is
 # open keeps its kernel. Voila's template asks another host for icons; the browser is told to ask none.
 ONLY_HERE := default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'
 explorer: .venv/.installed ## open the gate explorer as a page, for this machine only and with a token
-	$(RUN) voila notebooks/gate_explorer.ipynb --Voila.ip=127.0.0.1 --Voila.auto_token=True \
+	$(RUN) voila notebooks/gate_explorer.ipynb --Voila.ip=$(IP) --Voila.auto_token=True \
 	    --MappingKernelManager.cull_idle_timeout=120 --MappingKernelManager.cull_interval=20 \
 	    --Voila.tornado_settings="{'headers': {'Content-Security-Policy': \"$(ONLY_HERE)\"}}" $(ARGS)
 
