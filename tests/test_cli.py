@@ -1,6 +1,7 @@
 """The command line: what it prints, what it refuses, and its exit codes."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -186,6 +187,7 @@ def test_argparse_ends_with_two(capsys, words, said):
     ("typed", "code", "said"),
     [
         (["--macs", "0.01"], 2, "macs=0.01 cannot be met"),
+        (["--macs", "1.5"], 2, "macs=1.5 cannot be met"),
         (["--threshold", "2"], 2, "threshold=2.0: m lies in"),
         (["--threshold", "nan"], 2, "threshold=nan"),
         (["--macs", "0.5", "--gating", "random"], 2, "random"),
@@ -197,6 +199,27 @@ def test_eval_refuses_what_it_would_ignore(folder, capsys, typed, code, said):
     assert got == code
     assert said in err
     assert len(err.splitlines()) == 1
+
+
+def test_published_weights_without_a_network(capsys, monkeypatch, tmp_path):
+    """The tests have none, see `conftest`; here nothing was downloaded before either."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    words = ["--model", "vit_tiny_patch16_224", "--size", "64", "--pretrained"]
+    code, out, err = run(capsys, "train", *SMALL, *words, "--folder", tmp_path / "run")
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    assert "the published weights of model='vit_tiny_patch16_224' cannot be had" in err
+    assert "is there a network?" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reader_that_goes_is_no_error(folder, capsys, monkeypatch):
+    """As of `msvit runs --json | head`."""
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        assert cli.main(["runs", str(folder), "--json"]) == 141
+    assert capsys.readouterr().err == ""
 
 
 def test_a_message_is_one_line_whatever_names_are_in_it(capsys):

@@ -1,5 +1,6 @@
 """The repository around the package: its lock, its commands, and what its files must not hold."""
 
+import json
 import os
 import re
 import shutil
@@ -181,6 +182,18 @@ def test_version_has_its_changelog():
     assert f"## {PROJECT['project']['version']}" in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_the_paper_is_cited_alike_and_the_code_by_its_version():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert (cited["version"], cited["license"]) == (PROJECT["project"]["version"], PROJECT["project"]["license"])
+    (paper,) = cited["references"]
+    entry = re.search(r"```bibtex\n(.+?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    entry = entry.replace("{", "").replace("}", "").replace("\\'e", "é")
+    assert paper["title"] in entry
+    assert all(f"{who['family-names']}, {who['given-names']}" in entry for who in paper["authors"])
+    assert str(paper["year"]) in entry
+    assert paper["identifiers"][0]["value"] in entry
+
+
 @needs_nbstripout
 @pytest.mark.long
 def test_notebooks_are_stored_without_outputs():
@@ -267,6 +280,29 @@ def test_make_test_oldest_has_an_environment_of_its_own(bench, tmp_path):
 def test_make_runs_modules_that_exist():
     for name in re.findall(r"\$\(RUN\) (msvit[\w.]*)", (ROOT / "Makefile").read_text()):
         assert find_spec(name), f"the Makefile runs {name}"
+
+
+@needs_make
+@pytest.mark.parametrize(("user", "options"), [("0", "--allow-root "), ("1000", "")])
+def test_make_lab_opens_the_start_page_as_root_too(bench, tmp_path, user, options):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/id").write_text(f"#!/bin/sh\necho {user}\n")
+    (tmp_path / "bin/id").chmod(0o755)
+    done, log = bench("lab", PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    assert done.returncode == 0, done.stderr
+    page = re.search(r"default_url=/lab/tree/(\S+)", log)[1]
+    assert log.splitlines()[-1].startswith(f"-m jupyterlab {options}--ServerApp.ip=127.0.0.1")
+    assert (ROOT / page).is_file()
+    for command in ("lab", "explorer"):
+        assert "ip=0.0.0.0 " in bench(command, "IP=0.0.0.0")[1]
+
+
+def test_the_start_page_lists_every_notebook_as_the_readme_does():
+    start = "".join(json.loads((ROOT / "notebooks/start.ipynb").read_text())["cells"][0]["source"])
+    listed = re.findall(r"^\| \[(\w+)\]\(\1\.ipynb\) \| (.+) \| (.+) \|$", start, re.MULTILINE)
+    assert {name for name, *_ in listed} == {path.stem for path in (ROOT / "notebooks").glob("*.ipynb")} - {"start"}
+    rows = re.findall(r"^\| `(\w+)` \| (.+) \| (.+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert set(listed) == {row for row in rows if (ROOT / f"notebooks/{row[0]}.ipynb").exists()}
 
 
 @needs_make

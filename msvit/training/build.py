@@ -23,6 +23,7 @@ from ..models.heads import SegmentationHead
 from ..models.hub import HUB, describe_backbone, read_args
 from ..models.msvit import MSViT
 from ..models.names import TIMM_MODULES
+from ..models.shipped import load, shipped
 from ..reducers.registry import make_reducer
 from .recipe import DataSettings, ModelSettings, Recipe, RecipeError
 from .runs import read
@@ -74,7 +75,7 @@ def scales_of(recipe: Recipe) -> tuple[int, ...]:
 
 def takes_over_gate(settings: ModelSettings, runs: Path) -> bool:
     """Return whether the gate that a model begins with has been trained, by a run before this one."""
-    if settings.gate:
+    if settings.gate or settings.name in shipped():
         return True
     path = _path(settings.name, runs)
     if path.name == "dense" and os.path.isfile(path.parent / "settings.json"):
@@ -150,7 +151,12 @@ def _create(settings: ModelSettings, size: int, name: str, pretrained: bool = Fa
     """Return a timm model for pictures of this size."""
     try:
         return timm.create_model(name, pretrained=pretrained, img_size=size, drop_path_rate=settings.drop_path, **args)
-    except (TypeError, AssertionError, ValueError, RuntimeError, OSError) as error:
+    except OSError as error:
+        raise RecipeError(
+            f"the published weights of model={name!r} cannot be had ({first_line(error)}); is there a network? Without "
+            "one give a file of them by checkpoint, or leave pretrained out"
+        ) from error
+    except (TypeError, AssertionError, ValueError, RuntimeError) as error:
         raise RecipeError(
             f"model={name!r} cannot be built for pictures of {size} px ({first_line(error)}); use a plain vision "
             "transformer (vit_*, deit_*, deit3_*, eva02_*) and a size that is a multiple of its coarse patch"
@@ -162,10 +168,12 @@ def _path(name: str, runs: Path) -> Path:
 
 
 def _saved(name: str, runs: Path) -> MSViT:
-    """Return the model of a run beside this one ("run:NAME"), of a folder, or of the hub ("hub:OWNER/NAME")."""
+    """Return a model that is shipped, of a run beside this one ("run:NAME"), of a folder, or of the hub."""
+    if name in shipped():
+        return load(name)
     path = _path(name, runs)
     if not name.startswith(HUB) and not os.path.isdir(path):
-        near = closest(name, ["tiny", *timm.list_models(module=TIMM_MODULES)], 3)
+        near = closest(name, ["tiny", *shipped(), *timm.list_models(module=TIMM_MODULES)], 3)
         hint = f"did you mean {', '.join(near)}?" if near else "see timm.list_models('*vit*')"
         raise RecipeError(f"{name!r} is no model of timm, no folder and no hub id ({HUB}OWNER/NAME); {hint}")
     try:

@@ -43,7 +43,9 @@ class ModelSettings(Checked):
     """Model: what is trained, and from where it starts."""
 
     name: str = setting(
-        "tiny", "tiny (3 blocks of width 64, patch 8), a timm name, a run's folder or hub:OWNER/NAME", flat="model"
+        "tiny",
+        "tiny (3 blocks of width 64, patch 8), a timm name, a run's folder, hub:OWNER/NAME, or scenes as in msvit.load",
+        flat="model",
     )
     checkpoint: str = setting("", "safetensors (or weights-only) file for the backbone")
     pretrained: bool = setting(False, "start a timm model from its published weights")
