@@ -4,6 +4,7 @@ The functions here read a timm model's public parts and never change it.
 """
 
 import copy
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +15,14 @@ from torch import Tensor, nn
 
 from .attention import Layout, attend
 from .candidates import Candidates
+from .kept import Kept, recording
 from .precision import in_full
 from .rotary import check_rotary
 from .tokens import Tokens
 
+PREFIX = ("cls_token", "dist_token", "reg_token")  # in timm's order
+SIZES_OF_BASES = 4  # of pictures, whose bases are kept for a backbone
+BASES: WeakKeyDictionary[nn.Module, Kept] = WeakKeyDictionary()
 POOLS = ("token", "avg", "avgmax", "max", "map")
 BLOCKS = {
     Block: (Attention,),
@@ -61,13 +66,13 @@ def norms_after(block: nn.Module) -> bool:
 
 
 def projections(attn: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
-    """Return queries, keys and values of rows `[T, C]`, each `[T, heads * D]`, from one projection or from three."""
+    """Return queries, keys and values of rows `[T, C]`, each `[T, H, D]`, from one projection or from three."""
     if attn.qkv is None:
-        return attn.q_proj(x), attn.k_proj(x), attn.v_proj(x)
+        return tuple(part(x).unflatten(1, (-1, attn.head_dim)) for part in (attn.q_proj, attn.k_proj, attn.v_proj))
     joint = attn.qkv(x)
     if getattr(attn, "q_bias", None) is not None:
         joint = joint + torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])  # EVA's: that of keys is 0
-    return joint.chunk(3, 1)
+    return joint.view(joint.shape[0], 3, -1, attn.head_dim).unbind(1)
 
 
 def scaled(block: nn.Module, branch: int, rows: Tensor) -> Tensor:
@@ -89,14 +94,30 @@ def convolution(vit: VisionTransformer) -> nn.Conv2d:
     return next(module for module in vit.patch_embed.proj.modules() if isinstance(module, nn.Conv2d))
 
 
-def bases(vit: VisionTransformer, candidates: Candidates, each: bool = False) -> Tensor:
+def bases(vit: VisionTransformer, candidates: Candidates, each: bool = False, keep: bool = False) -> Tensor:
     """Return what each candidate is before its pixels are added, `[N, C]`: prefix tokens and positions.
 
     The position of a coarse token is the mean of those of its fine patches; positions are resized to other grids as
     timm does. With `each`, the backbone's own positions are resized to the grid of each size.
+
+    Args:
+        keep: Where no gradient is asked for, keep them as long as what they are made of has the same values. These are
+            compared every time: a weight may be changed in ways that leave no mark on it, such as by its `data`.
     """
-    names = ("cls_token", "dist_token", "reg_token")
-    prefix = [t[0] for n in names if (t := getattr(vit, n, None)) is not None]
+    if not keep or recording() or torch.is_grad_enabled():
+        return _bases(vit, candidates, each)
+    sources = [t for name in (*PREFIX, "pos_embed") if (t := getattr(vit, name, None)) is not None]
+
+    def same(found: tuple[list[Tensor], Tensor]) -> bool:
+        return all(torch.equal(now, before) for now, before in zip(sources, found[0], strict=True))
+
+    key = candidates, each, *((t.device, t.dtype) for t in sources)
+    kept = BASES.setdefault(vit, Kept(SIZES_OF_BASES))
+    return kept.get(key, lambda: ([t.clone() for t in sources], _bases(vit, candidates, each)), same)[1]
+
+
+def _bases(vit: VisionTransformer, candidates: Candidates, each: bool) -> Tensor:
+    prefix = [t[0] for name in PREFIX if (t := getattr(vit, name, None)) is not None]
     prefix = torch.cat(prefix) if prefix else convolution(vit).weight.new_empty(0, vit.embed_dim)
     if vit.pos_embed is None:
         return F.pad(prefix, (0, 0, 0, candidates.count - len(prefix)))

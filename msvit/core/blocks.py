@@ -42,7 +42,7 @@ class Encoded(NamedTuple):
 def before_attention(block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the rows that attention sees `[T, C]`, and their queries, keys and values `[T, H, D]`."""
     attn, seen = block.attn, x if backbone.norms_after(block) else block.norm1(x)
-    q, k, v = (part.unflatten(1, (-1, attn.head_dim)) for part in backbone.projections(attn, seen))
+    q, k, v = backbone.projections(attn, seen)
     q, k = attn.q_norm(q).to(v.dtype), attn.k_norm(k).to(v.dtype)
     if k.shape[1] < q.shape[1]:  # queries share keys and values in groups
         k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], 1) for part in (k, v))
@@ -142,11 +142,11 @@ def _run_block(
     attended, needs = n, None if reducer is None else reducer.needs
     turn = None if rotary is None else rotary.turn(layer, tokens)
     x, seen = half(_attention, block, tokens, proportional, needs, steps, turn)
-    tokens = replace(tokens, x=x)
     if reducer is not None:
+        tokens = replace(tokens, x=x)
         tokens = _watched(watch, layer, tokens, reducer.after_attention(layer, tokens, seen))
-        n = tokens.active_counts()
-    return replace(tokens, x=half(steps.mlp, block, tokens.x, tokens.layout)), (attended, n)
+        x, n = tokens.x, tokens.active_counts()
+    return replace(tokens, x=half(steps.mlp, block, x, tokens.layout)), (attended, n)
 
 
 def _call(function: Callable, *args):

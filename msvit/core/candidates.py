@@ -20,8 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .kept import Kept, recording
 from .scales import activity_of, enlarge, flips
 from .tokens import patchify, shrink
+
+SIZES = 32  # of pictures on a device, whose geometry is kept
 
 
 class Level(NamedTuple):
@@ -34,6 +37,9 @@ class Level(NamedTuple):
     @property
     def count(self) -> int:
         return math.prod(self.grid)
+
+
+Seen = tuple[Level, Tensor, Tensor]  # a level, rows of some of its tokens, and what they see
 
 
 @dataclass(frozen=True)
@@ -73,28 +79,47 @@ class Candidates:
         """N, candidates of a picture."""
         return self.levels[-1].first + self.levels[-1].count
 
-    def boxes(self, device: torch.device) -> Tensor:
-        """Return what of the picture each candidate covers, `[N, 4]`, in fine patches: top, left, bottom, right.
+    def geometry(self, device: torch.device) -> "Geometry":
+        """Return where the candidates lie; found once for a size of pictures on a device."""
+        if recording():
+            return self._geometry(device)
 
-        Nothing, all 0, for prefix tokens.
-        """
-        return torch.cat([torch.zeros(self.prefix, 4, device=device), *(self._boxes(n, device) for n in self.levels)])
+        def make() -> Geometry:
+            with torch.inference_mode(False):  # it serves training as well
+                return self._geometry(device)
+
+        return GEOMETRIES.get((self, device), make)
+
+    def _geometry(self, device: torch.device) -> "Geometry":
+        boxes = torch.cat([torch.zeros(self.prefix, 4, device=device), *(self._boxes(n, device) for n in self.levels)])
+        ends = [(n.side * n.grid[0], n.side * n.grid[1]) for n in self.levels]
+        centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+        sides = boxes[:, 2:] - boxes[:, :2]
+        return Geometry(
+            places=torch.cat([boxes, centres, sides.prod(1, keepdim=True)], 1),
+            everywhere=self._everywhere(device),
+            gaps=any(end[0] < self.fine.grid[0] or end[1] < self.fine.grid[1] for end in ends),
+            grid=torch.tensor([self.fine.grid], device=device),
+        )
 
     def _boxes(self, level: Level, device: torch.device) -> Tensor:
         starts = [level.side * torch.arange(n, device=device, dtype=torch.float32) for n in level.grid]
         ends = [(start + level.side).clamp(max=n) for start, n in zip(starts, self.fine.grid, strict=True)]
         return torch.cat([torch.cartesian_prod(*starts), torch.cartesian_prod(*ends)], 1)
 
-    def areas(self, device: torch.device) -> Tensor:
-        """Return how many fine patches each candidate covers, `[N]`; 0 for prefix tokens."""
-        return areas_of(self.boxes(device))
+    def _everywhere(self, device: torch.device) -> Tensor:
+        numbers = [torch.arange(n.first, n.first + n.count, device=device).view(n.grid) for n in self.levels]
+        rows, columns = self.fine.grid
+        patches = [enlarge(found, level.side) for level, found in zip(self.levels, numbers, strict=True)]
+        return torch.stack([F.pad(p, (0, columns - p.shape[1], 0, rows - p.shape[0]), value=-1) for p in patches])
 
     def positions(self, prefix: Tensor, fine: Tensor) -> Tensor:
         """Return `[N, C]` from the prefix tokens `[P, C]` and the fine positions; a larger token has their mean."""
         grid, means, (h, w) = fine.T.unflatten(1, self.fine.grid), [], self.fine.grid
+        areas = self.geometry(fine.device).areas
         for level in self.levels:
             bottom, right = (n * level.side - inside for n, inside in zip(level.grid, (h, w), strict=True))
-            inside = (level.side**2 / areas_of(self._boxes(level, fine.device))).to(fine.dtype)
+            inside = (level.side**2 / areas[level.first : level.first + level.count]).to(fine.dtype)
             means.append(shrink(F.pad(grid, (0, right, 0, bottom)), level.side).flatten(1).T * inside[:, None])
         return torch.cat([prefix, *means])
 
@@ -111,58 +136,43 @@ class Candidates:
         parts = [*parts[:-1], parts[-1][..., :rows, :columns]]
         return torch.cat([ones, *(part.flatten(1) for part in parts)], 1)
 
-    def covering(self, whole: Sequence[Tensor]) -> Tensor:
-        """Return the active candidate that covers each fine patch, `[B, hk, wk]`, from u of each level."""
-        levels = self.everywhere(whole[0].device)
-        covered = levels[-1].expand(len(whole[0]), -1, -1)
-        for level, numbers, u in zip(reversed(self.levels[:-1]), reversed(levels[:-1]), whole, strict=True):
-            covered = numbers.where(self._on_patches(u > 0.5, level.side, False), covered)
-        return covered
+    def on_patches(self, values: Tensor) -> Tensor:
+        """Return what the candidate of each level over a fine patch has, `[B, L, hk, wk]`; -1 where there is none.
 
-    def everywhere(self, device: torch.device) -> Tensor:
-        """Return the candidate of each level that covers each fine patch, `[L, hk, wk]`; -1 where there is none."""
-        numbers = [torch.arange(n.first, n.first + n.count, device=device).view(n.grid) for n in self.levels]
-        pairs = zip(self.levels, numbers, strict=True)
-        return torch.stack([self._on_patches(found, level.side, -1) for level, found in pairs])
-
-    def _on_patches(self, regions: Tensor, side: int, rest: float) -> Tensor:
-        """Repeat `[..., h, w]` for the side x side fine patches of each region, with `rest` where there is none."""
-        patches, (rows, columns) = enlarge(regions, side), self.fine.grid
-        return F.pad(patches, (0, columns - patches.shape[-1], 0, rows - patches.shape[-2]), value=rest)
-
-    def pixels(self, rows: Tensor, images: Tensor, patch: int, middle: bool = False) -> tuple[Tensor, Tensor]:
-        """Return what chosen candidates see: their places in `rows`, and pixels `[n, c S S]`.
-
-        Rows are counted over all pictures. Prefix tokens see nothing; what is larger than a fine patch is averaged down
-        to the size of one, or interpolated (`middle`, see `shrink`). All patches of a level are cut first: picking
-        pixel by pixel takes longer.
+        Args:
+            values: Whole numbers of all candidates, `[B, N]`.
         """
-        places, pixels = [], []
-        for side, (h, w), here, seen in self._chosen(rows):
-            places.append(here)
-            whole = images[..., : h * side * patch, : w * side * patch]
-            # The cut patches have no name, which would keep those of the last level in memory while all are joined.
-            pixels.append(patchify(shrink(whole, side, middle), patch).flatten(0, 1).index_select(0, seen))
-        return torch.cat(places), torch.cat(pixels)
+        geometry = self.geometry(values.device)
+        numbers = geometry.everywhere.clamp(min=0) if geometry.gaps else geometry.everywhere
+        found = values.index_select(1, numbers.flatten()).view(-1, *numbers.shape)
+        return found.masked_fill(geometry.everywhere < 0, -1) if geometry.gaps else found
 
-    def parts(self, rows: Tensor, images: Tensor, patch: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield, for each level above the fine one, chosen candidates and the fine patches in them at full resolution.
+    def pixels(self, seats: Tensor, images: Tensor, patch: int, middle: bool = False) -> Iterator[Seen]:
+        """Yield, for each level, the rows of candidates that have a seat, and the pixels that they see `[n, c S S]`.
 
-        They are places in `rows`, and pixels `[n, side, side, c S S]`.
+        What is larger than a fine patch is averaged down to the size of one, or interpolated (`middle`, see `shrink`).
+        All patches of a level are cut first: picking pixel by pixel takes longer.
         """
-        for side, (h, w), here, seen in self._chosen(rows):
-            if side > 1:
-                whole = images[..., : h * side * patch, : w * side * patch]
-                cut = patchify(whole, side * patch).flatten(0, 1).index_select(0, seen)
-                cut = cut.view(len(seen), images.shape[1], side * patch, side * patch)
-                yield here, patchify(cut, patch).unflatten(1, (side, side))
+        for level, rows, chosen in self._seated(seats):
+            cells = _cut(images, level, patch, chosen)
+            yield level, rows, shrink(cells, level.side, middle).flatten(1)
 
-    def _chosen(self, rows: Tensor) -> Iterator[tuple[int, tuple[int, int], Tensor, Tensor]]:
-        """Yield each level's side and grid, the places in `rows` of its candidates, and their numbers in the level."""
-        picture, number = rows.div(self.count, rounding_mode="floor"), rows % self.count
+    def parts(self, seats: Tensor, images: Tensor, patch: int) -> Iterator[Seen]:
+        """Yield, for each level above the fine one, the same with fine patches `[n, side, side, c S S]` for pixels."""
+        for level, rows, chosen in self._seated(seats):
+            if level.side > 1:
+                cut = patchify(_cut(images, level, patch, chosen), patch)
+                yield level, rows, cut.unflatten(1, (level.side, level.side))
+
+    def _seated(self, seats: Tensor) -> Iterator[tuple[Level, Tensor, Tensor]]:
+        """Yield each level, the rows of its candidates that have a seat, and their numbers in the level, `[n]`.
+
+        Numbers are counted over all pictures.
+        """
         for level in self.levels:
-            here = ((number >= level.first) & (number < level.first + level.count)).nonzero()[:, 0]
-            yield level.side, level.grid, here, (picture * level.count + number - level.first)[here]
+            rows = seats[:, level.first : level.first + level.count].flatten()
+            chosen = (rows >= 0).nonzero()[:, 0]
+            yield level, rows.index_select(0, chosen), chosen
 
     def seats(self, rows: Tensor, pictures: int) -> Tensor:
         """Return the row in which each candidate of each picture sits, `[B, N]`; -1 for those that were left out."""
@@ -171,9 +181,37 @@ class Candidates:
         return seats.view(pictures, self.count)
 
 
-def areas_of(boxes: Tensor) -> Tensor:
-    """Return how many fine patches boxes `[N, 4]` hold, `[N]`."""
-    return (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+def _cut(images: Tensor, level: Level, patch: int, chosen: Tensor) -> Tensor:
+    """Return the pixels of chosen candidates of a level, `[n, c, side S, side S]`."""
+    side = level.side * patch
+    whole = images[..., : level.grid[0] * side, : level.grid[1] * side]
+    return patchify(whole, side).flatten(0, 1).index_select(0, chosen).view(-1, images.shape[1], side, side)
+
+
+class Geometry(NamedTuple):
+    """Where the candidates of pictures of one size lie, the same whatever is in them.
+
+    Attributes:
+        places: `[N, 7]`, in fine patches: the box that a candidate covers (top, left, bottom, right), its centre (row,
+            column), and its area. 0 for prefix tokens.
+        everywhere: `[L, hk, wk]`, the candidate of each level that covers each fine patch, active or not; -1 where
+            there is none.
+        gaps: Whether there is none anywhere.
+        grid: `[1, 2]`, rows and columns of fine patches.
+    """
+
+    places: Tensor
+    everywhere: Tensor
+    gaps: bool
+    grid: Tensor
+
+    @property
+    def areas(self) -> Tensor:
+        """How many fine patches each candidate covers, `[N]`."""
+        return self.places[:, 6]
+
+
+GEOMETRIES: Kept[Geometry] = Kept(SIZES)
 
 
 def choose_active(active: Tensor) -> tuple[Tensor, list[int]]:

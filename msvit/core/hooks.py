@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from .tokens import Tokens
 
 T = TypeVar("T")
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
 def is_hooked(module: nn.Module) -> bool:
     """Return whether a module has hooks of its own."""
-    return any(getattr(module, kind) for kind in HOOKS)
+    before, after = module._forward_pre_hooks, module._forward_hooks
+    return bool(before or after or module._backward_pre_hooks or module._backward_hooks)
 
 
 def run_hooked(block: nn.Module, work: Callable[[Tokens], tuple[Tokens, T]], tokens: Tokens) -> tuple[Tokens, T]:

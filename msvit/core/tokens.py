@@ -1,8 +1,10 @@
 """Tokens: the one thing that travels through the network, and how pixels are cut for them."""
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import accumulate
 
 import torch
@@ -154,5 +156,5 @@ def shrink(images: Tensor, scale: int, middle: bool = False) -> Tensor:
         return images
     height, width = (side // scale * scale for side in images.shape[-2:])
     taps = (scale // 2 - 1, scale // 2) if middle else range(scale)
-    rows = sum(images[..., i:height:scale, :width] for i in taps)
-    return sum(rows[..., i::scale] for i in taps) / len(taps) ** 2
+    rows = reduce(operator.add, (images[..., i:height:scale, :width] for i in taps))
+    return reduce(operator.add, (rows[..., i::scale] for i in taps)) / len(taps) ** 2

@@ -1,5 +1,6 @@
 """The mixed-scale tokenizer: from decisions to embedded tokens, as many as an execution needs."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor, nn
 
 from ..core import backbone
 from ..core.attention import Layout
-from ..core.candidates import Candidates, areas_of, choose_active, choose_levelled, choose_trimmed
+from ..core.candidates import Candidates, choose_active, choose_levelled, choose_trimmed
 from ..core.scales import nested, undivided
 from ..core.tokens import Tokens
 from .coarse import FullResolution
@@ -67,25 +68,25 @@ def tokenize(
         coarse_embed: How coarse patches are embedded, from `make_coarse_embed`.
         both: While a gate learns, also tell which row of each level covers each fine patch.
     """
-    whole = gating.undivided
-    activity = candidates.activity(whole)
+    packed, path = execution == "packed", isinstance(coarse_embed, FullResolution)
+    activity, geometry = candidates.activity(gating.undivided), candidates.geometry(images.device)
     rows, lengths = _choose(candidates, activity, gating, execution, margin)
-    numbers = rows % candidates.count
-    seeing, patches = _embed(vit, candidates, rows, images, coarse_embed)
-    bases = backbone.bases(vit, candidates, each=isinstance(coarse_embed, FullResolution))
-    x = bases.index_select(0, numbers).to(patches.dtype).index_add_(0, seeing, patches)
-    seats, learns = candidates.seats(rows, len(images)), activity.requires_grad and execution != "packed"
-    boxes = candidates.boxes(rows.device)[numbers]
+    seats, numbers = candidates.seats(rows, len(images)), rows % candidates.count
+    seen, patches = _embed(vit, candidates, seats, images, coarse_embed)
+    bases = backbone.bases(vit, candidates, each=path, keep=packed)
+    x = bases.index_select(0, numbers).to(patches.dtype).index_add_(0, seen, patches)
+    places = geometry.places.index_select(0, numbers)
+    active = seats if packed else seats.masked_fill(activity <= 0.5, -1)
     return Tokens(
         x=vit.norm_pre(vit.pos_drop(x)),
-        activity=None if execution == "packed" else activity.flatten()[rows],
-        area=areas_of(boxes),
-        where=_seated(seats, candidates.covering(whole)),
+        activity=None if packed else activity.flatten()[rows],
+        area=places[:, 6],
+        where=candidates.on_patches(active).amax(1),
         layout=Layout(lengths, x.device),
-        others=_seats_of_levels(seats, candidates) if both and learns else None,
-        centre=(boxes[:, :2] + boxes[:, 2:]) / 2,
-        box=boxes,
-        grids=torch.tensor(candidates.fine.grid, device=rows.device).expand(images.shape[0], -1),
+        others=candidates.on_patches(seats) if both and activity.requires_grad and not packed else None,
+        centre=places[:, 4:6],
+        box=places[:, :4],
+        grids=geometry.grid.expand(len(images), -1),
     )
 
 
@@ -107,32 +108,18 @@ def _choose(
 
 
 def _embed(
-    vit: VisionTransformer, candidates: Candidates, rows: Tensor, images: Tensor, coarse_embed: nn.Module | None
+    vit: VisionTransformer, candidates: Candidates, seats: Tensor, images: Tensor, coarse_embed: nn.Module | None
 ) -> tuple[Tensor, Tensor]:
-    """Return what pixels add to candidates, embeddings `[n, C]`, and to which of the rows, places `[n]`."""
+    """Return what pixels add to tokens, embeddings `[n, C]`, and to which of the rows, `[n]`."""
     patch, path = backbone.patch_size(vit), isinstance(coarse_embed, FullResolution)
-    places, pixels = candidates.pixels(rows, images, patch, middle=path)
-    if coarse_embed is None:
-        return places, backbone.embed(vit, pixels)
+    levels, places, pixels = zip(*candidates.pixels(seats, images, patch, middle=path), strict=True)
+    if coarse_embed is None or path:
+        embedded = [backbone.embed(vit, torch.cat(pixels))]
+    else:
+        ways = [coarse_embed if level.side > 1 else partial(backbone.embed, vit) for level in levels]
+        embedded = [embed(seen) for embed, seen in zip(ways, pixels, strict=True)]
     if path:
-        added = [(places, backbone.embed(vit, pixels))]
-        for here, parts in candidates.parts(rows, images, patch):
-            added.append((here, coarse_embed(backbone.embed(vit, parts))))
-        places, embeddings = (torch.cat(part) for part in zip(*added, strict=True))
-        return places, embeddings
-    coarse = rows[places] % candidates.count < candidates.fine.first
-    own, shared = coarse.nonzero()[:, 0], (~coarse).nonzero()[:, 0]
-    both = torch.cat([backbone.embed(vit, pixels[shared]), coarse_embed(pixels[own])])
-    return places[torch.cat([shared, own])], both
-
-
-def _seated(seats: Tensor, numbers: Tensor) -> Tensor:
-    """Return the rows of candidates that cover fine patches, `[B, H_f, W_f]`, from where each candidate sits."""
-    return seats.gather(1, numbers.flatten(1)).view_as(numbers)
-
-
-def _seats_of_levels(seats: Tensor, candidates: Candidates) -> Tensor:
-    """Return the row of each level that covers each fine patch, `[B, L, H_f, W_f]`; -1 where it was left out."""
-    numbers = candidates.everywhere(seats.device)
-    rows = seats[:, numbers.clamp(min=0).flatten()].view(len(seats), *numbers.shape)
-    return rows.masked_fill(numbers < 0, -1)
+        for _, rows, parts in candidates.parts(seats, images, patch):
+            places += (rows,)
+            embedded.append(coarse_embed(backbone.embed(vit, parts)))
+    return torch.cat(places), torch.cat(embedded)

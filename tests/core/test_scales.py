@@ -55,8 +55,8 @@ def asking(m, grid, sides):
 def test_tokens_counts_areas_and_the_map_against_asking_one_by_one(grid, sides):
     m, _ = drawn(grid, sides)
     whole, candidates = undivided(m), Candidates(grid, sides, prefix=2)
-    activity, covering = candidates.activity(whole), candidates.covering(whole)
-    areas = candidates.areas(activity.device)
+    activity, areas = candidates.activity(whole), candidates.geometry(torch.device("cpu")).areas
+    covering = candidates.on_patches(torch.arange(candidates.count).where(activity > 0.5, -1)).amax(1)
     rows, columns = (n * sides[1] for n in grid)
     assert activity.shape == (3, candidates.count)
     for b in range(3):
@@ -86,7 +86,7 @@ def test_tokens_counts_areas_and_the_map_against_asking_one_by_one(grid, sides):
 def test_the_map_of_every_level(grid, sides):
     """Whether active or not: which token of each size lies over a fine patch."""
     candidates = Candidates(grid, sides, prefix=1)
-    found = candidates.everywhere(torch.device("cpu"))
+    found = candidates.on_patches(torch.arange(candidates.count)[None])[0]
     for level, numbers in zip(candidates.levels, found, strict=True):
         for y in range(numbers.shape[0]):
             for x in range(numbers.shape[1]):
