@@ -21,8 +21,8 @@ from .rotary import check_rotary
 from .tokens import Tokens
 
 PREFIX = ("cls_token", "dist_token", "reg_token")  # in timm's order
-SIZES_OF_BASES = 4  # of pictures, whose bases are kept for a backbone
-BASES: WeakKeyDictionary[nn.Module, Kept] = WeakKeyDictionary()
+KEPT_SIZES = 4  # of pictures, whose bases are kept for a backbone
+KEPT_BASES: WeakKeyDictionary[nn.Module, Kept] = WeakKeyDictionary()
 POOLS = ("token", "avg", "avgmax", "max", "map")
 BLOCKS = {
     Block: (Attention,),
@@ -112,7 +112,7 @@ def bases(vit: VisionTransformer, candidates: Candidates, each: bool = False, ke
         return all(torch.equal(now, before) for now, before in zip(sources, found[0], strict=True))
 
     key = candidates, each, *((t.device, t.dtype) for t in sources)
-    kept = BASES.setdefault(vit, Kept(SIZES_OF_BASES))
+    kept = KEPT_BASES.setdefault(vit, Kept(KEPT_SIZES))
     return kept.get(key, lambda: ([t.clone() for t in sources], _bases(vit, candidates, each)), same)[1]
 
 

@@ -24,7 +24,7 @@ from .kept import Kept, recording
 from .scales import activity_of, enlarge, flips
 from .tokens import patchify, shrink
 
-SIZES = 32  # of pictures on a device, whose geometry is kept
+KEPT_GEOMETRIES = 32  # of pictures on a device, whose geometry is kept
 
 
 class Level(NamedTuple):
@@ -185,7 +185,8 @@ def _cut(images: Tensor, level: Level, patch: int, chosen: Tensor) -> Tensor:
     """Return the pixels of chosen candidates of a level, `[n, c, side S, side S]`."""
     side = level.side * patch
     whole = images[..., : level.grid[0] * side, : level.grid[1] * side]
-    return patchify(whole, side).flatten(0, 1).index_select(0, chosen).view(-1, images.shape[1], side, side)
+    cells = patchify(whole, side).flatten(0, 1).index_select(0, chosen)
+    return cells.view(cells.shape[0], images.shape[1], side, side)
 
 
 class Geometry(NamedTuple):
@@ -211,7 +212,7 @@ class Geometry(NamedTuple):
         return self.places[:, 6]
 
 
-GEOMETRIES: Kept[Geometry] = Kept(SIZES)
+GEOMETRIES: Kept[Geometry] = Kept(KEPT_GEOMETRIES)
 
 
 def choose_active(active: Tensor) -> tuple[Tensor, list[int]]:

@@ -5,20 +5,22 @@ from typing import Generic, TypeVar
 
 import torch
 
-T = TypeVar("T")
+Found = TypeVar("Found")
 
 
-class Kept(Generic[T]):
+class Kept(Generic[Found]):
     """The last `most` results by their keys, the oldest of which goes when there is one too many."""
 
     def __init__(self, most: int):
         self.most = most
-        self._found: dict[Hashable, T] = {}
+        self._found: dict[Hashable, Found] = {}
 
     def __len__(self) -> int:
         return len(self._found)
 
-    def get(self, key: Hashable, make: Callable[[], T], holds: Callable[[T], bool] = lambda found: True) -> T:
+    def get(
+        self, key: Hashable, make: Callable[[], Found], holds: Callable[[Found], bool] = lambda found: True
+    ) -> Found:
         """Return what is kept under a key, if it still holds; else make it, and keep it."""
         found = self._found.get(key)
         if found is None or not holds(found):

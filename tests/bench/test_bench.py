@@ -1,11 +1,13 @@
 """The bench: what it times and how, what its figures are made of, and the files it leaves."""
 
+import argparse
 import csv
 import json
 import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import timm
@@ -17,7 +19,14 @@ from msvit.bench import run as bench_run
 from msvit.bench.cases import Case, load_case
 from msvit.bench.methods import PREPARE
 from msvit.bench.run import bench, find_device
-from msvit.bench.settings import BENCH_METHODS, BenchSettings, CaseSettings, case_settings
+from msvit.bench.settings import (
+    BENCH_METHODS,
+    BenchSettings,
+    CaseSettings,
+    add_options,
+    case_settings,
+    from_options,
+)
 from msvit.gating.gate import Gate
 from msvit.reducers.registry import REDUCERS
 from msvit.training.files import RunError
@@ -417,6 +426,20 @@ def test_defaults_and_patterns():
     with pytest.raises(RecipeError, match="one value"):
         BenchSettings(batch=())
     assert isinstance(make_case().model.gate, Gate)
+
+
+def test_the_commands_of_the_page_are_understood():
+    """Of reports/bench, which says what made its files."""
+    page = (Path(__file__).parents[2] / "reports" / "bench" / "README.md").read_text()
+    found = {}
+    for name, one, quoted in re.findall(r"^\| `(\S+)`.*?`make bench ARGS=(?:(--\S+)|'([^']+)')`", page, re.MULTILINE):
+        parser = argparse.ArgumentParser()
+        add_options(parser)
+        found[name] = from_options(vars(parser.parse_args((one or quoted).split())))
+    assert list(found) == ["bench.*", "scaling.*", "gpu/bench.*"]
+    gpu = found["gpu/bench.*"]
+    assert (gpu.device, gpu.dtype, gpu.size, gpu.out) == ("cuda", "bfloat16", (224, 1024), "reports/bench/gpu")
+    assert {"dense-compiled", "packed", "gate"} < set(gpu.methods())
 
 
 def test_every_method_of_the_table_can_be_prepared():

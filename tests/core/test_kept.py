@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import msvit
 from msvit.core import backbone
-from msvit.core.candidates import GEOMETRIES, SIZES, Candidates
+from msvit.core.candidates import GEOMETRIES, KEPT_GEOMETRIES, Candidates
 from msvit.core.kept import Kept
 
 CPU, MASK = torch.device("cpu"), torch.rand(8, 8, generator=torch.Generator().manual_seed(0)) < 0.5
@@ -39,9 +39,9 @@ class TestGeometry:
         assert Candidates((3, 4), (1, 2), 1).geometry(CPU) is found
         assert Candidates((3, 4), (1, 2), 1, (5, 8)).geometry(CPU) is not found
         assert Candidates((3, 4), (1, 2), 1).geometry(torch.device("meta")).places.is_meta
-        for rows in range(1, SIZES + 9):
+        for rows in range(1, KEPT_GEOMETRIES + 9):
             Candidates((rows, 4), (1, 2), 1).geometry(CPU)
-        assert len(GEOMETRIES) == SIZES
+        assert len(GEOMETRIES) == KEPT_GEOMETRIES
 
     def test_found_in_inference_it_serves_training(self, make_vit):
         model, images = msvit.MSViT(make_vit(img_size=56)), torch.randn(2, 3, 56, 56)
@@ -72,7 +72,7 @@ class TestBases:
         gating = model.decide(images, MASK[: size // 16, : size // 16])
         packed, masked = (model.tokenize(images, gating, execution) for execution in ("packed", "masked"))
         assert torch.equal(packed.x, masked.x[masked.activity > 0.5])
-        assert model.vit in backbone.BASES
+        assert model.vit in backbone.KEPT_BASES
         return packed.x
 
     @pytest.mark.parametrize("name", ["pos_embed", "cls_token", "reg_token"])
@@ -97,20 +97,20 @@ class TestBases:
         before = self.check(model)
         assert before.isfinite().all()
         for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            assert other.vit not in backbone.BASES
+            assert other.vit not in backbone.KEPT_BASES
             other.vit.pos_embed.data.add_(1.0)
             self.check(other)
         self.check(model)
 
     def test_few_sizes_and_none_of_a_backbone_that_is_gone(self, make_vit):
         model = msvit.MSViT(make_vit()).eval()
-        for size in range(16, 16 * (backbone.SIZES_OF_BASES + 3), 16):
+        for size in range(16, 16 * (backbone.KEPT_SIZES + 3), 16):
             self.check(model, size=size)
-        assert len(backbone.BASES[model.vit]) == backbone.SIZES_OF_BASES
-        before = len(backbone.BASES)
+        assert len(backbone.KEPT_BASES[model.vit]) == backbone.KEPT_SIZES
+        before = len(backbone.KEPT_BASES)
         del model
         gc.collect()
-        assert len(backbone.BASES) < before
+        assert len(backbone.KEPT_BASES) < before
 
     def test_a_gradient_finds_the_weights(self, model):
         self.check(model)
