@@ -2,7 +2,8 @@
 
     python benchmarks/reliability.py --kills 100 --examples 200
 
-Kills are those of `kill_resume.py`, examples those of `tests/fuzz`; the rest are the tests that name a hostile input.
+Kills are those of `kill_resume.py` and `kill_sweep.py`, examples those of `tests/fuzz`; the rest are the tests that
+name a hostile input.
 """
 
 import argparse
@@ -13,15 +14,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[1]
-KILLS = {
-    "killed at random moments, all recipes": ("--where=time", "--recipes=all"),
-    "killed before operations on files, writes cut in half, all recipes": ("--where=operations", "--recipes=all"),
+KILLS = {  # what is tried -> the program that does, and its options
+    "killed at random moments, all recipes": ("kill_resume.py", "--where=time", "--recipes=all"),
+    "killed before operations on files, writes cut in half, all recipes": (
+        *("kill_resume.py", "--where=operations"),
+        "--recipes=all",
+    ),
+    "workers of a sweep, killed before operations on files": ("kill_sweep.py",),
     "two processes, the first one killed before operations on files": (
-        *("--where=operations", "--recipes=plain,quota"),
+        *("kill_resume.py", "--where=operations", "--recipes=plain,quota"),
         "--processes=2",
     ),
 }
@@ -32,13 +39,16 @@ HOSTILE = {  # what is tried -> the tests that do
     "recipes that cannot be trained, before the first step": "tests/training/test_preflight.py",
     "records of runs: torn, foreign, locked, full disks": "tests/training/test_runs.py",
     "studies: dead workers, databases that are down, other settings": "tests/studies/test_sweep.py",
+    "command lines that cannot be": "tests/test_cli.py",
+    "files given to the explorer for pictures": "tests/explorer/test_uploads.py",
+    "files given to the explorer for masks": "tests/explorer/test_painting.py",
     "names from anywhere in reports": "tests/studies/test_report.py",
     "writes outside of the folders that were given": "tests/test_writes.py",
 }
 
 
-def killed(kills: int, options: tuple[str, ...]) -> tuple[str, str]:
-    command = [sys.executable, ROOT / "benchmarks/kill_resume.py", f"--kills={kills}", *options]
+def killed(kills: int, program: str, *options: str) -> tuple[str, str]:
+    command = [sys.executable, ROOT / "benchmarks" / program, f"--kills={kills}", *options]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     lines = done.stdout.splitlines() or [done.stderr.strip()]
     if not lines[-1].startswith("{"):
@@ -48,33 +58,45 @@ def killed(kills: int, options: tuple[str, ...]) -> tuple[str, str]:
     return f"{kills} kills of {runs} runs", f"{found['runs_that_differ']} runs differ from the undisturbed one"
 
 
-def outcome(path: str, examples: int = 0) -> tuple[int, int]:
-    """Return how many tests a file has, and how many of them failed."""
+def tested(paths: Iterable[str], examples: int) -> dict[str, tuple[int, int]]:
+    """Return for each file of tests how many ran, and how many of them failed."""
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path, f"--junitxml={report}"]
-        environment = os.environ | ({"MSVIT_FUZZ_EXAMPLES": str(examples)} if examples else {})
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths, f"--junitxml={report}"]
+        environment = os.environ | {"MSVIT_FUZZ_EXAMPLES": str(examples)}
         subprocess.run(command, capture_output=True, cwd=ROOT, env=environment)
-        suite = ElementTree.parse(report).getroot().find("testsuite")
-    return int(suite.get("tests")), int(suite.get("failures")) + int(suite.get("errors"))
+        cases = list(ElementTree.parse(report).getroot().iter("testcase"))
+    found = {}
+    for path in paths:
+        name = path.removesuffix(".py").replace("/", ".")
+        own = [{part.tag for part in case} for case in cases if f"{case.get('classname')}.".startswith(f"{name}.")]
+        ran = [tags for tags in own if "skipped" not in tags]
+        found[path] = len(ran), sum(bool(tags & {"failure", "error"}) for tags in ran)
+    return found
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100, help="of each kind; a tenth with two processes")
     parser.add_argument("--examples", type=int, default=200, help="of each test in tests/fuzz")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="how much at the same time")
     arguments = parser.parse_args()
-    begun, rows = time.time(), []
-    for title, options in KILLS.items():
-        kills = arguments.kills // (10 if "--processes=2" in options else 1) or 1
-        rows.append((title, *killed(kills, options)))
-    for path in sorted((ROOT / "tests/fuzz").glob("test_*.py")):
-        tests, failed = outcome(f"tests/fuzz/{path.name}", arguments.examples)
-        title = path.read_text().partition('"""')[2].partition(":")[0]
-        rows.append((f"{title.lower()}, by Hypothesis", f"{tests} tests of {arguments.examples}", f"{failed} failed"))
+    fuzz = {f"tests/fuzz/{path.name}": path for path in sorted((ROOT / "tests/fuzz").glob("test_*.py"))}
+    begun = time.time()
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        tests = pool.submit(tested, [*fuzz, *HOSTILE.values()], arguments.examples)
+        kills = {
+            title: pool.submit(killed, arguments.kills // (10 if "--processes=2" in how else 1) or 1, *how)
+            for title, how in KILLS.items()
+        }
+    rows = [(title, *done.result()) for title, done in kills.items()]
+    for path, (count, failed) in tests.result().items():
+        if path in fuzz:
+            title = fuzz[path].read_text().partition('"""')[2].partition(":")[0].lower()
+            rows.append((f"{title}, by Hypothesis", f"{count} tests of {arguments.examples}", f"{failed} failed"))
     for title, path in HOSTILE.items():
-        tests, failed = outcome(path)
-        rows.append((title, f"{tests} cases", f"{failed} failed"))
+        count, failed = tests.result()[path]
+        rows.append((title, f"{count} cases", f"{failed} failed"))
     table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
     page = PAGE.format(
         kills=arguments.kills, examples=arguments.examples, table=table, python=platform.python_version(),

@@ -51,9 +51,9 @@ def weights(run) -> bytes:
     return (run.folder / "model.safetensors").read_bytes()
 
 
-def kill(kills, *options):
-    """Kill runs by `benchmarks/kill_resume.py`, which exits with 1 on any difference."""
-    command = [sys.executable, ROOT / "benchmarks" / "kill_resume.py", f"--kills={kills}", *options]
+def kill(kills, *options, program="kill_resume.py"):
+    """Kill runs, or workers of a sweep, by a benchmark that exits with 1 on any difference."""
+    command = [sys.executable, ROOT / "benchmarks" / program, f"--kills={kills}", *options]
     done = subprocess.run(command, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == {"kills": kills, "runs_that_differ": 0}
@@ -76,6 +76,11 @@ def test_killed_runs_end_as_undisturbed_ones():
 )
 def test_hundreds_of_kills_of_all_recipes(kills, options):
     kill(kills, *options)
+
+
+@pytest.mark.slow
+def test_workers_of_a_sweep_are_killed_and_others_stand_in():
+    kill(40, program="kill_sweep.py")
 
 
 @pytest.mark.parametrize("stop", [1, 2, 3])
