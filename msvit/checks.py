@@ -27,6 +27,11 @@ def plain(text: Any) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in str(text))
 
 
+def cut(name: str, most: int) -> str:
+    """Return the first letters of a file's name, in so many bytes at most: those are what file systems count."""
+    return name.encode(errors="replace")[:most].decode(errors="ignore")
+
+
 def first_line(error: BaseException) -> str:
     """Return what an error says first, for the line in which another tells it; its kind where it says nothing."""
     return plain((str(error).strip().splitlines() or [type(error).__name__])[0])[:300]

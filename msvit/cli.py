@@ -5,6 +5,7 @@ before torch or timm are imported, so that help and mistakes come at once.
 """
 
 import argparse
+import contextlib
 import os
 import sys
 import warnings
@@ -13,7 +14,7 @@ from typing import Any
 
 from . import __version__, commands
 from .bench.settings import add_options
-from .checks import DataError, closest
+from .checks import DataError, closest, first_line
 from .commands import print_error
 from .training.files import RunError, RunWarning
 from .training.recipe import FIELDS, GROUPS, RecipeError, parse
@@ -25,6 +26,9 @@ FITTED += ("gate_network", "target", "seed", "device")  # settings of a recipe t
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command and return its exit code."""
+    for stream in (sys.stdout, sys.stderr):  # names of files may have letters that a terminal lacks, or be no text
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     words = [_dashed(word) for word in (sys.argv[1:] if argv is None else argv)]
     arguments, unknown = _parser().parse_known_args(words)
     if unknown:
@@ -37,19 +41,31 @@ def main(argv: list[str] | None = None) -> int:
     )
     try:
         arguments.command(arguments)
-        sys.stdout.flush()
+        print(end="", flush=True)  # nothing, where standard output is closed
     except RecipeError as error:
         return print_error(error, 2)
     except (RunError, DataError) as error:
         return print_error(error, 1)
     except BrokenPipeError:  # as of `msvit runs | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing more is said, at the exit either
+        _mute()
         return 141
+    except OSError as error:  # a disk, a folder or a terminal that does not do its part
+        if error.filename is None:
+            _mute()
+        where = f"{error.filename}: " if error.filename else ""
+        why = error.strerror or first_line(error)
+        return print_error(f"{where}{why}; make room there, or name a place that can be read and written", 1)
     except KeyboardInterrupt as stopped:
         return print_error(str(stopped) or "interrupted; the same command continues after the last whole epoch", 130)
     finally:
         warnings.showwarning = shown
     return 0
+
+
+def _mute():
+    """Say nothing more on standard output, at the exit either."""
+    with contextlib.suppress(OSError, ValueError):  # of a stream that is none
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

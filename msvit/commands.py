@@ -75,7 +75,7 @@ def runs(arguments: argparse.Namespace):
 
     table = listing.table(arguments.folder, arguments.where, arguments.sort)
     if arguments.json:
-        print(table.to_json(orient="records", indent=2))
+        print(_json(table))
     elif table.empty:
         some = " of that kind" if arguments.where else ""
         print(f"no runs{some} in {arguments.folder}")
@@ -102,9 +102,10 @@ def sweep(arguments: argparse.Namespace):
     try:
         study = sweep.open_study(arguments.study, arguments.storage, arguments.pruner, arguments.sampler_seed)
         sweep.sweep(study, base, arguments.runs, arguments.trials, price=arguments.price, message=print_error)
+        table = sweep.table(study)
     except ValueError as error:
         raise RecipeError(str(error)) from error
-    _put_table(sweep.table(study), ("trial", "state", "value", "accuracy", "macs", "front"), arguments.json)
+    _put_table(table, ("trial", "state", "value", "accuracy", "macs", "front"), arguments.json)
 
 
 def methods(arguments: argparse.Namespace):
@@ -175,10 +176,19 @@ def _put(result: Any, text: str, as_json: bool):
     print(json.dumps(result, indent=2) if as_json else text)
 
 
+def _json(table: "pd.DataFrame") -> str:
+    """Return a table's rows as JSON; of names that are no text, what cannot be written is spelt out."""
+
+    def spelt(cell: Any) -> Any:
+        return cell.encode(errors="backslashreplace").decode() if isinstance(cell, str) else cell
+
+    return table.map(spelt).rename(columns=spelt).to_json(orient="records", indent=2)
+
+
 def _put_table(table: "pd.DataFrame", columns: tuple[str, ...], as_json: bool):
     """Print some columns of a table for people, or all of it as JSON."""
     if as_json:
-        print(table.to_json(orient="records", indent=2))
+        print(_json(table))
     else:
         shown = table[[name for name in columns if name in table]]
         shown = shown.map(lambda cell: plain(cell) if isinstance(cell, str) else cell)

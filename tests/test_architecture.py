@@ -119,3 +119,13 @@ def test_what_is_wrong_is_seen(crooked):
     assert sorted(upward(graph)) == ["core.blocks imports data", "core.tokens imports models.msvit"]
     assert circle(graph) == ["core.blocks", "core.tokens", "models.msvit"]
     assert names_of_two_things(crooked) == {"LIMIT": ["core.tokens", "models.msvit"], "Tokens": ["core.tokens", "data"]}
+
+
+def test_every_table_is_written_without_formulas():
+    """`write_csv` defuses text that a spreadsheet would run; pandas' own way does not."""
+    sources = [
+        *PACKAGE.rglob("*.py"),
+        *PACKAGE.parent.glob("notebooks/*.ipynb"),
+        *PACKAGE.parent.glob("benchmarks/*.py"),
+    ]
+    assert [path.name for path in sources if ".to_csv(" in path.read_text()] == ["files.py"]

@@ -3,16 +3,20 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from helpers import write_run
 
 from msvit import __version__, cli, commands
 from msvit.reducers.registry import METHODS
 from msvit.studies import report
 from msvit.training import runs
+from msvit.training.evaluate_run import evaluate_run
+from msvit.training.files import RunWarning
 from msvit.training.recipe import FIELDS, Recipe
 
 SIZES = {"train-n": 32, "val-n": 24, "batch": 16, "epochs-dense": 1, "epochs": 1, "device": "cpu"}
@@ -220,6 +224,60 @@ def test_a_reader_that_goes_is_no_error(folder, capsys, monkeypatch):
         monkeypatch.setattr(sys, "stdout", pipe)
         assert cli.main(["runs", str(folder), "--json"]) == 141
     assert capsys.readouterr().err == ""
+
+
+def test_standard_output_may_be_full_closed_or_of_few_letters(tmp_path):
+    """In a fresh interpreter, whose last flush counts too; the command is one that imports nothing."""
+    code = (
+        "import sys; from msvit import cli, commands; "
+        "commands.methods = lambda _: print(chr(0x2026) * 99, chr(0xDC80)); sys.exit(cli.main(['methods']))"
+    )
+
+    def started(how, **environment):
+        command = f'exec "{sys.executable}" -c "{code}" {how}'
+        return subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=os.environ | environment)
+
+    full = started(">/dev/full")
+    assert full.returncode == 1
+    remedy = "make room there, or name a place that can be read and written"
+    assert full.stderr == f"msvit: No space left on device; {remedy}\n"
+    closed = started(">&-")
+    assert (closed.returncode, closed.stderr) == (0, "")
+    few = started("", PYTHONIOENCODING="ascii")
+    assert (few.returncode, few.stderr) == (0, "")
+    assert few.stdout == r"\u2026" * 99 + r" \udc80" + "\n"
+
+
+def test_classes_of_other_names_are_not_compared_in_silence(folder, tmp_path):
+    path = shutil.copytree(next(folder.iterdir()), tmp_path / "run")
+    summary = json.loads((path / "summary.json").read_text())
+    assert evaluate_run(path)["accuracy"] == summary["accuracy"]
+    first = summary["classes"][0]
+    (path / "summary.json").write_text(json.dumps(summary | {"classes": ["cat", *summary["classes"][1:]]}))
+    with pytest.warns(RunWarning, match=f"have other names .'{first}' is 'cat' there.; answers are compared by number"):
+        evaluate_run(path)
+
+
+def test_what_the_system_refuses_is_one_line(capsys, monkeypatch, tmp_path):
+    def refuse(arguments):
+        (tmp_path / "no/such/file").read_bytes()
+
+    monkeypatch.setattr(commands, "methods", refuse)
+    code, _, err = run(capsys, "methods")
+    assert code == 1
+    assert err.startswith(f"msvit: {tmp_path}/no/such/file: No such file or directory; ")
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("words", [["export"], ["export", "--out", "new"], ["eval"], ["bench", "--run"]])
+def test_a_run_without_its_model_is_said_in_a_line(tmp_path, monkeypatch, capsys, words):
+    monkeypatch.chdir(tmp_path)
+    path = write_run(tmp_path / "runs")
+    code, _, err = run(capsys, *words, path)
+    assert code == 1
+    assert err.endswith("; train again, or name another run\n")
+    assert len(err.splitlines()) == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["runs"]
 
 
 def test_a_message_is_one_line_whatever_names_are_in_it(capsys):

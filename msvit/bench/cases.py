@@ -21,7 +21,7 @@ from ..reducers.registry import REDUCERS
 from ..training.build import load_data
 from ..training.files import RunError
 from ..training.recipe import RecipeError
-from ..training.runs import read_finished
+from ..training.runs import load_model, read_finished
 from .settings import BenchSettings, CaseSettings
 
 TRAINING_SHARE = 0.6  # of coarse regions in the training steps
@@ -156,7 +156,7 @@ def new_model(case: CaseSettings) -> MSViT:
 def _load_run(folder: str, most: int) -> tuple[MSViT, Tensor]:
     """Return a run's model, and so many of its validation pictures."""
     run, images = read_finished(folder), []
-    model = MSViT.from_pretrained(folder, fast_cpu=True).eval()
+    model = load_model(folder, fast_cpu=True).eval()
     if model.head.dense:
         raise RunError(f"{folder} segments; the bench times classifiers against timm's own")
     for batch in load_data(run.recipe.data, run.recipe.training.seed, model).val:

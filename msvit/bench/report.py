@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 
 from ..training.environment import environment
-from ..training.files import write_whole
+from ..training.files import write_csv, write_whole
 from .settings import BenchSettings
 from .timing import BASES, Timing
 
@@ -72,7 +72,7 @@ def write_report(report: Report, folder: str | Path):
     write_whole(path.with_suffix(".json"), (json.dumps(report, indent=2) + "\n").encode())
     table = pd.DataFrame(report["rows"], dtype=object).reindex(columns=CSV_COLUMNS)
     table["settings"] = [json.dumps(timing["settings"]) if timing.get("settings") else "" for timing in report["rows"]]
-    write_whole(path.with_suffix(".csv"), table.to_csv(index=False, lineterminator="\n").encode())
+    write_csv(table, path.with_suffix(".csv"))
     write_whole(path.with_suffix(".md"), _page(report).encode())
 
 

@@ -62,6 +62,7 @@ class CaseTimer:
     def time_group(self, group: list[CaseSettings]):
         """Time cases of one model and one size; its memory is free again before the next is loaded."""
         loaded = load_case(self.settings, group, self.device)
+        Path(self.settings.out).mkdir(parents=True, exist_ok=True)  # or it is known before minutes are spent
         for case in group:
             self._time_case(case, loaded.first(case.batch))
             write_report(self.report, self.settings.out)

@@ -8,6 +8,8 @@ import json
 import time
 from pathlib import Path
 
+from ..training.files import RunError, read_json, write_whole
+
 MADE = ".made.json"
 SUFFIXES_MADE = (".png", ".svg", ".pdf", ".csv", ".md", ".tex", ".json", ".html")
 
@@ -15,7 +17,7 @@ SUFFIXES_MADE = (".png", ".svg", ".pdf", ".csv", ".md", ".tex", ".json", ".html"
 def begin(folder: Path) -> Path:
     """Make the folder, note the time, and return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / MADE).write_text(json.dumps(_noted(folder) | {"began": time.time_ns()}))
+    _note(folder, _noted(folder) | {"began": time.time_ns()})
     return folder
 
 
@@ -29,10 +31,22 @@ def finish(folder: Path) -> list[str]:
     stale = sorted((there.keys() & noted["files"]) - set(made))
     for name in stale:
         there[name].unlink()
-    (folder / MADE).write_text(json.dumps({"began": noted["began"], "files": made}))
+    _note(folder, {"began": noted["began"], "files": made})
     return stale
 
 
+def _note(folder: Path, what: dict):
+    write_whole(folder / MADE, json.dumps(what).encode())
+
+
 def _noted(folder: Path) -> dict:
-    path = folder / MADE
-    return json.loads(path.read_text()) if path.exists() else {"began": 0, "files": []}
+    """Return what the run before has noted; nothing if that cannot be read, so that nothing is removed."""
+    try:
+        found = read_json(folder / MADE)
+    except RunError:
+        found = {}
+    began, files = found.get("began"), found.get("files")
+    return {
+        "began": began if isinstance(began, int) else 0,
+        "files": [name for name in files if isinstance(name, str)] if isinstance(files, list) else [],
+    }

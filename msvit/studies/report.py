@@ -16,8 +16,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from .. import plots
-from ..checks import first_line, plain
-from ..training.files import RunWarning
+from ..checks import cut, first_line, plain
+from ..training.files import RunWarning, write_csv
 from ..training.names import method_name
 from ..training.recipe import FIELDS, HARMLESS
 from .inspect import draw_gate_maps, inspect_runs
@@ -80,22 +80,12 @@ def experiments(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 def file_names(titles: Iterable[str]) -> dict[str, str]:
     """Return a file's name for each title; two that would share one are told apart."""
-    names = {title: "".join(c if c.isalnum() else "-" for c in title).strip("-")[:80] for title in titles}
+    names = {title: cut("".join(c if c.isalnum() else "-" for c in title).strip("-")[:80], 240) for title in titles}
     count = Counter(name.lower() for name in names.values())
     return {
         title: name if count[name.lower()] == 1 else f"{name}-{hashlib.sha256(title.encode()).hexdigest()[:6]}"
         for title, name in names.items()
     }
-
-
-def write_csv(table: pd.DataFrame, path: Path, index: bool = False):
-    """Write a table for programs; text that a spreadsheet would take for a formula gets an apostrophe before it."""
-
-    def harmless(cell: Any) -> Any:
-        return f"'{cell}" if isinstance(cell, str) and cell[:1] in tuple("=+-@\t\r") else cell
-
-    table = table.map(harmless).rename(columns=harmless)
-    (table.rename(index=harmless) if index else table).to_csv(path, index=index)
 
 
 def readable(summary: pd.DataFrame) -> pd.DataFrame:

@@ -42,6 +42,7 @@ def evaluate_run(
         raise RecipeError(
             f"data={recipe.data.source!r} has {len(loaders.classes)} classes, the run's model {model.num_classes}"
         )
+    _compare_names(run.summary.get("classes") or [], loaders.classes)
     model.to("cuda" if torch.cuda.is_available() and recipe.training.device == "auto" else "cpu")
     if "gating" in changes:
         recipe = recipe.replace(epochs=max(recipe.training.epochs, 1))
@@ -78,3 +79,9 @@ def evaluate_run(
         layers = zip(model.reducer.layers, errors, strict=True)
         found |= {f"reconstruction_error_{layer}": error for layer, error in layers}
     return found
+
+
+def _compare_names(own: list[str], there: list[str]):
+    """Warn where pictures have as many classes as the model's, and others."""
+    if other := next((f"{name!r} is {was!r} there" for was, name in zip(own, there, strict=False) if was != name), ""):
+        warnings.warn(f"the run's classes have other names ({other}); answers are compared by number", RunWarning, 3)

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..core.backbone import convolution
 from ..models.export import GRAPHS, check_exportable, exported, save_exported
 from ..models.msvit import MSViT
-from .runs import read_finished
+from .runs import load_model, read_finished
 
 PICTURES = 8
 
@@ -26,7 +26,9 @@ def export_run(folder: str, form: str = "onnx", out: str | None = None, parts: t
         out: Folder of the files; None is the run's own.
     """
     read_finished(folder)
-    model, lines = MSViT.from_pretrained(folder).eval(), []
+    model, lines = load_model(folder).eval(), []
+    target = Path(out or folder)
+    target.mkdir(parents=True, exist_ok=True)
     pictures = _pictures(model)
     for part in parts:
         try:
@@ -35,7 +37,7 @@ def export_run(folder: str, form: str = "onnx", out: str | None = None, parts: t
             lines.append({"part": part, "file": None, "why": str(error)})
             continue
         program = exported(model, part, pictures[0])
-        path = save_exported(program, Path(out or folder) / part, form)
+        path = save_exported(program, target / part, form)
         run, own = _runner(path), model.gate if part == "gate" else model
         off = None if run is None else max((run(x) - own(x)).abs().max().item() for x in pictures)
         lines.append({"part": part, "file": str(path), "megabytes": path.stat().st_size / 1e6, "difference": off})

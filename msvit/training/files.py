@@ -7,9 +7,12 @@ import json
 import os
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..checks import first_line
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class RunError(RuntimeError):
@@ -49,6 +52,7 @@ def write_whole(path: Path, data: bytes):
 def read_json(path: Path, kind: type = dict) -> Any:
     """Return the object (or, by its type, the list) in a file, or raise a `RunError` that says what to do."""
     try:
+        check_file(path)
         value = json.loads(path.read_text())
         if not isinstance(value, kind):
             raise ValueError(f"it holds a {type(value).__name__}, not a {kind.__name__}")
@@ -56,6 +60,23 @@ def read_json(path: Path, kind: type = dict) -> Any:
         why = first_line(error)
         raise RunError(f"{path} is damaged ({why}); delete it, or the whole run, and train again") from error
     return value
+
+
+def check_file(path: Path):
+    """Raise a ValueError unless a path leads to a regular file: a pipe would be waited for."""
+    if not os.path.isfile(path):
+        raise ValueError("it is no regular file")
+
+
+def write_csv(table: "pd.DataFrame", path: Path, index: bool = False):
+    """Write a table for programs; text that a spreadsheet would take for a formula gets an apostrophe before it."""
+
+    def harmless(cell: Any) -> Any:
+        return f"'{cell}" if isinstance(cell, str) and cell[:1] in tuple("=+-@\t\r") else cell
+
+    table = table.map(harmless).rename(columns=harmless)
+    table = table.rename(index=harmless) if index else table
+    write_whole(path, table.to_csv(index=index, lineterminator="\n").encode())
 
 
 def digest(data: bytes) -> str:

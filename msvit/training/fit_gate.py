@@ -1,17 +1,19 @@
 """A gate for a model as it is: no weight of the backbone changes, and no label is needed (`msvit fit-gate`)."""
 
+import os
 from pathlib import Path
 
 import pandas as pd
 import torch
 
+from ..checks import in_interval
 from ..core.backbone import convolution
 from ..data.loaders import Loaders
 from ..gating.gate import make_gate
 from ..models.msvit import MSViT
 from .budget import Budget, choose_gate
 from .build import build, load_data
-from .files import RunError
+from .files import RunError, write_csv
 from .recipe import Recipe, RecipeError
 from .teach_gate import divergence, teach_gate
 
@@ -34,17 +36,23 @@ def fit_gate(
         with the answer that all fine tokens give, `divergence` from it, and `macs` as a share of dense.
     """
     folder = Path(folder)
-    if folder.exists() and any(folder.iterdir()):
+    if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise RunError(f"{folder} is not empty; name a new folder, or delete it to fit the gate again")
+    in_interval("steps", steps, "[1, inf)", RecipeError)
     if recipe.gating.by != "learned" or recipe.data.task != "classify":
         raise RecipeError("fit-gate teaches the learned gate of a classifier; leave gating and task as they are")
     model = build(recipe, folder.parent)
+    if not model.num_classes:
+        raise RecipeError(
+            f"model={recipe.model.name!r} gives no answer that coarse regions could change: it has no classes"
+        )
     loaders = load_data(recipe.data, recipe.training.seed, model)
     model.to("cuda" if torch.cuda.is_available() and recipe.training.device == "auto" else "cpu").eval()
     torch.manual_seed(recipe.training.seed)
     patch, channels = model.coarse_patch // model.scale, convolution(model.vit).in_channels
     model.gate = make_gate(patch, model.scales, channels, recipe.gating.network).to(model.cut.device)
     budget = Budget(model, loaders.size, recipe.gating, loaders)
+    folder.mkdir(parents=True, exist_ok=True)  # that nothing can be written there is known before anything is learned
     teach_gate(model, loaders, budget.rates, by, recipe.training.seed, steps, progress)
     model.calibrate(loaders.first_pictures(), budget.macs)
     model.save_pretrained(folder)
@@ -52,7 +60,7 @@ def fit_gate(
     for rule in COMPARED_RULES:
         choose_gate(model, recipe.replace(gating=rule), loaders)
         table.loc[len(table)] = {"decisions": rule} | compare_with_dense(model, loaders)
-    table.to_csv(folder / "fit_gate.csv", index=False)
+    write_csv(table, folder / "fit_gate.csv")
     return table
 
 

@@ -1,5 +1,6 @@
 """The list of runs that `msvit runs` prints: chosen, sorted, and narrow enough for a terminal."""
 
+import math
 import re
 import time
 from pathlib import Path
@@ -34,7 +35,8 @@ def table(folder: str | Path, where: list[str] = (), sort: str = "") -> pd.DataF
     for condition in where:
         found = found[_fulfils(found, condition)]
     order = one_of("sort", sort or "age", found.columns, RecipeError)
-    return found.sort_values(order, ascending=order not in BEST_FIRST, kind="stable").reset_index(drop=True)
+    best_first, key = order in BEST_FIRST, lambda values: values.map(str) if values.dtype == object else values
+    return found.sort_values(order, ascending=not best_first, kind="stable", key=key).reset_index(drop=True)
 
 
 def text(found: pd.DataFrame, wide: bool = False) -> str:
@@ -45,7 +47,7 @@ def text(found: pd.DataFrame, wide: bool = False) -> str:
     names = [plain(name) for name in found["run"]]
     shown = pd.DataFrame({"id": [name[-6:] if "-" in name[-8:] else name[-12:] for name in names]})
     shown["method"] = found["method"].where(found["status"] == "finished", found["method"] + f" ({'…'})")
-    shown["method"] = [_cut(name, 34) for name in shown["method"]]
+    shown["method"] = [_cut(plain(name), 34) for name in shown["method"]]
     data = ["" if name != name else plain(name).rsplit("/", 1)[-1] for name in found["data"]]
     shown["data"] = [_cut(name, NARROW) for name in data]
     gated = found["epochs"] > 0
@@ -53,10 +55,10 @@ def text(found: pd.DataFrame, wide: bool = False) -> str:
     shown["seed"] = [f"{seed:.0f}" if seed == seed else "" for seed in found["seed"]]
     for name, title in (("accuracy", "acc. %"), ("miou", "mIoU %"), ("macs", "MACs %")):
         if name in found and found[name].notna().any():
-            shown[title] = [f"{100 * value:.1f}" if value == value else "" for value in found[name]]
-    shown["age"] = [duration(seconds) for seconds in found["age"]]
+            shown[title] = ["" if pd.isna(value) else f"{100 * value:.1f}" for value in found[name]]
+    shown["age"] = [duration(seconds) if seconds == seconds else "" for seconds in found["age"]]
     if wide:
-        rest = found[[name for name in WIDE if name in found]]
+        rest = found[[name for name in WIDE if name in found]].map(lambda v: plain(v) if isinstance(v, str) else v)
         shown = pd.concat([shown, rest.map(lambda v: f"{v:.4g}" if isinstance(v, float) and v == v else v)], axis=1)
     return shown.to_string(index=False, na_rep="")
 
@@ -73,13 +75,16 @@ def differences(first: str | Path, second: str | Path) -> pd.DataFrame:
     }
     rows = [("setting", name, *values) for name, values in settings.items()]
     rows += [("result", name, *numbers[name]) for name in sorted(numbers)]
-    return pd.DataFrame(rows, columns=["what", "name", str(first), str(second)])
+    names = [str(first), str(second)]
+    if len({"what", "name", *names}) < 4:  # columns have names of their own
+        names = ["first", "second"]
+    return pd.DataFrame(rows, columns=["what", "name", *names])
 
 
 def _age(folder: Path) -> float:
-    """Return the seconds since something was last written into a run's folder."""
+    """Return the seconds since something was last written into a run's folder; NaN where its files lead nowhere."""
     files = (folder / name for name in ("summary.json", "metrics.jsonl", "settings.json"))
-    return time.time() - next(path.stat().st_mtime for path in files if path.exists())
+    return time.time() - next((path.stat().st_mtime for path in files if path.exists()), math.nan)
 
 
 def _cut(name: str, length: int) -> str:

@@ -29,10 +29,11 @@ from ..checks import first_line
 from ..models.check_config import ModelFolderError
 from ..models.hub import model_files
 from ..models.msvit import MSViT
-from .files import RunError, RunWarning, digest, locked, read_json, write_whole
+from .files import RunError, RunWarning, check_file, digest, locked, read_json, write_whole
 from .names import short_name
 from .recipe import Recipe, RecipeError
 
+MEASURED = ("accuracy", "miou", "loss", "macs", "macs_sd", "tokens", "tokens_sd", "coarse", "seconds")
 TIMINGS = ("seconds", "pictures_per_s")  # of a line of metrics: all that two equal runs may differ in
 
 
@@ -207,10 +208,15 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     good = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+    try:
+        check_file(path)
+        lines = path.read_bytes().splitlines()
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} is damaged ({first_line(error)}); delete the run, and train again") from error
+    for number, line in enumerate(lines, 1):
         try:
-            good.append(dict(json.loads(line)))
-        except (ValueError, TypeError, RecursionError):
+            good.append(_measured(dict(json.loads(line)), "val_"))
+        except (ValueError, TypeError, OverflowError, RecursionError):
             warnings.warn(f"{path}: line {number} is damaged and left out", RunWarning, stacklevel=2)
             break
     return good
@@ -220,7 +226,21 @@ def read(folder: str | Path) -> Run:
     """Return a run from its folder, finished or not."""
     folder = Path(folder)
     recipe, metrics, summary = read_recipe(folder), read_metrics(folder), folder / "summary.json"
-    return Run(folder, recipe, metrics, read_json(summary) if summary.exists() else None)
+    if not os.path.lexists(summary):
+        return Run(folder, recipe, metrics, None)
+    try:
+        return Run(folder, recipe, metrics, _measured(read_json(summary)))
+    except (ValueError, TypeError, OverflowError) as error:
+        raise RunError(f"{summary} is damaged ({first_line(error)}); delete the run, and train again") from error
+
+
+def _measured(found: dict[str, Any], before: str = "") -> dict[str, Any]:
+    """Return results, or raise an error if one that is a number in every run is none here."""
+    for name in (f"{before}{name}" for name in MEASURED):
+        if not isinstance(value := found.get(name), int | float | None):
+            raise ValueError(f"{name} is {str(value)[:40]!r}, no number")
+        float(value or 0)  # an int may be too large for one
+    return found
 
 
 def read_finished(folder: str | Path) -> Run:

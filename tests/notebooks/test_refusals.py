@@ -8,6 +8,7 @@ import pytest
 from helpers import NOTEBOOKS, cells_of, papermill
 
 from msvit.studies.methods import SECTIONS
+from msvit.training.files import RunError
 
 
 @pytest.mark.parametrize(
@@ -26,12 +27,14 @@ from msvit.studies.methods import SECTIONS
         ("segmentation", {"decoder": "linaer"}, "the nearest is 'linear'"),
         ("gbas_sweep", {"pruner": "ashe"}, "the nearest is 'asha'"),
         ("results", {"protocol": "long"}, "There are: reduced, full"),
+        ("report", {}, "there is no folder .*runs"),
+        ("tradeoff", {}, "there is no folder .*runs"),
     ],
 )
 def test_before_anything_is_trained(tmp_path, name, parameters, expected):
     typed = parameters | {"runs": str(tmp_path / "runs"), "out": str(tmp_path / "out")}
     names = {"In": ["# Parameters\n" + "\n".join(f"{key} = {value!r}" for key, value in typed.items())]}
-    with pytest.raises(ValueError, match=expected):
+    with pytest.raises((ValueError, RunError), match=expected):
         run_cells(name, names, typed)
     assert not (tmp_path / "runs").exists()
 

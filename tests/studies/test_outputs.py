@@ -2,7 +2,7 @@
 
 import os
 
-from msvit.studies.outputs import begin, finish
+from msvit.studies.outputs import MADE, begin, finish
 
 
 def study(folder, *names):
@@ -41,3 +41,11 @@ def test_a_study_that_failed_removes_nothing(tmp_path):
     (tmp_path / "b.png").write_text("y")
     assert names(tmp_path) == [".made.json", "a.png", "b.png"]
     assert study(tmp_path, "b.png") == ["a.png"]
+
+
+def test_a_note_that_a_crash_has_torn_removes_nothing(tmp_path):
+    for torn in ("", '{"began": 1, "fil', "[]", '{"files": 3}', '{"files": [3, "a.png"], "began": 0}'):
+        study(tmp_path, "a.png")
+        (tmp_path / MADE).write_text(torn)
+        assert study(tmp_path, "b.png") in ([], ["a.png"])
+        assert (tmp_path / "b.png").exists()

@@ -65,13 +65,15 @@ def test_budgets_of_segmentation_have_names_of_their_own():
 
 @pytest.mark.long
 def test_names_from_anywhere_do_no_harm(tmp_path, monkeypatch):
-    for data in ("folder:a-b", "folder:a_b", "folder:<b>x</b>\n\x1b[31m", f"folder:{'y' * 240}"):
+    odd = ("folder:<b>x</b>\n\x1b[31m", f"folder:{'y' * 240}", "folder:x' onmouseover='alert(1)", "folder:" + "界" * 99)
+    for data in ("folder:a-b", "folder:a_b", *odd):
         write_run(tmp_path / "runs", data=data)
     monkeypatch.setattr(report, "method_name", lambda run: "=HYPERLINK(1)\x08\n|x")
     page = report.report(tmp_path / "runs", tmp_path / "out")
     assert "<b>x" not in page.read_text()
+    assert "' onmouseover" not in page.read_text()
     tables = sorted((tmp_path / "out/tables").glob("*.csv"))
-    assert len(tables) == 4, "a-b and a_b are two"
+    assert len(tables) == 6, "a-b and a_b are two"
     for path in tables:
         assert pd.read_csv(path)["label"].tolist() == ["'=HYPERLINK(1)  |x at 0.58"]
         assert len(path.with_suffix(".md").read_text().splitlines()) == 3

@@ -101,5 +101,18 @@ def test_bad_input(tmp_path, capsys):
         fit_gate(SMALL, tmp_path / "full")
     with pytest.raises(RecipeError, match="teaches the learned gate of a classifier"):
         fit_gate(SMALL.replace(gating="random"), tmp_path / "new")
+    with pytest.raises(RecipeError, match="steps=0 lies outside"):
+        fit_gate(SMALL, tmp_path / "new", steps=0)
+    with pytest.raises(RecipeError, match="it has no classes"):
+        fit_gate(SMALL.replace(model="vit_small_patch14_dinov2", size=28), tmp_path / "new")
     assert main(["fit-gate", "--model", "tiyn", "--folder", str(tmp_path / "new")]) == 2
     assert "'tiyn' is no model of timm" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_cannot_be_is_known_before_anything_is_learned(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("msvit.training.fit_gate.teach_gate", lambda *a: pytest.fail("taught"))
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file/gated", tmp_path / ("x" * 300)):
+        assert main(["fit-gate", "--folder", str(folder), "--batch", "8", "--val-n", "8", "--device", "cpu"]) == 1
+        assert len(capsys.readouterr().err.splitlines()) == 1

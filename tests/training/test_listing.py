@@ -106,3 +106,60 @@ def test_two_runs_are_told_apart(tmp_path, capsys):
     assert "the same" in capsys.readouterr().out
     with pytest.raises(RecipeError, match="where='x'"):
         listing.table(tmp_path, ["x"])
+
+
+@pytest.mark.parametrize("value", ["x", [1], {"a": 1}, 10**400], ids=["text", "list", "object", "beyond all numbers"])
+def test_results_that_are_no_numbers_are_damage(folder, capsys, value):
+    """A run may come from anywhere; one of them must not hide the others."""
+    (folder / Recipe().run_name / "summary.json").write_text(json.dumps({"accuracy": value, "macs": 0.5}))
+    for words in (["--wide"], ["--sort", "accuracy"], ["--where", "accuracy>0.1"], ["--json"]):
+        assert cli.main(["runs", str(folder), *words]) == 0
+    assert "0.95" in capsys.readouterr().out
+    table = listing.table(folder)
+    assert table["reason"].dropna().str.contains("summary.json is damaged").sum() == 1
+
+
+def test_what_is_no_file_among_a_runs_files_is_damage(folder):
+    """A pipe would be waited for."""
+    os.remove(folder / Recipe().run_name / "summary.json")
+    os.mkfifo(folder / Recipe().run_name / "summary.json")
+    os.mkfifo(folder / Recipe(epochs=0).run_name / "metrics.jsonl")
+    (folder / "no").mkdir()
+    os.mkfifo(folder / "no/settings.json")
+    table = listing.table(folder)
+    assert (table["status"] == "damaged").sum() == 3
+    assert table["reason"].dropna().str.contains("is no regular file").all()
+    assert listing.text(table, wide=True)
+
+
+def test_settings_of_runs_have_no_control_characters_in_the_list(tmp_path, capsys):
+    write(tmp_path, None, 1, model="\x1b[31mred", loss="\x1b[32m", data="folder:\n\x1b[33m")
+    write(tmp_path, True, 1)
+    assert cli.main(["runs", str(tmp_path), "--wide"]) == 0
+    said = capsys.readouterr().out
+    assert "\x1b" not in said
+    assert len(said.splitlines()) == 3
+
+
+def test_a_column_of_words_and_numbers_is_sorted_too(folder):
+    (folder / Recipe().run_name / "summary.json").write_text('{"mine": 1}')
+    (folder / Recipe(epochs=0).run_name / "summary.json").write_text('{"mine": "x"}')
+    assert len(listing.table(folder, sort="mine")) == 4
+
+
+def test_names_that_are_no_text_are_spelt_out(tmp_path, capsys):
+    folder = tmp_path / os.fsdecode(b"\xff")
+    write(folder, 0.9, 1)
+    for words in (["--json"], ["--wide"], []):
+        assert cli.main(["runs", str(folder.parent), *words]) == 0
+    assert json.loads(capsys.readouterr().out.partition("\n]")[0] + "]")[0]["run"].startswith("\\udcff/")
+
+
+def test_runs_that_are_called_like_a_column_are_compared(tmp_path, capsys, monkeypatch):
+    for seed, name in enumerate(("what", "name")):
+        write(tmp_path, 0.9, 1, seed=seed).rename(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["diff", "what", "name", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [{"what": "setting", "name": "seed", "first": 0, "second": 1}]
+    assert cli.main(["diff", "what", "what", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
