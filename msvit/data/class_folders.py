@@ -25,6 +25,16 @@ def check_class_folders(parts: Iterable[Path]):
             raise ValueError(f"{link} is a link to {os.path.realpath(link)}, which is a picture already; remove it")
 
 
+def check_tar(part: Path, names: Iterable[str]):
+    """Raise a ValueError unless all pictures of a tar, by their names, lie at CLASS/picture of one folder."""
+    homes = sorted({os.path.dirname(os.path.dirname(os.path.normpath(name))) for name in names})
+    if len(homes) > 1:
+        raise ValueError(
+            f"{part}: every picture needs to lie directly in the folder of its class, and these in one folder; there "
+            f"are classes in {homes[0] or '.'!r} and in {homes[1]!r}"
+        )
+
+
 def _pictures_behind_links(part: Path, folder: Path) -> list[Path]:
     """Return the links in a class that are called like pictures; raise if the class has pictures at other depths."""
     links = []

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -14,8 +15,8 @@ from timm.data import create_dataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from ..checks import DataError
-from .class_folders import check_class_folders
+from ..checks import DataError, first_line
+from .class_folders import check_class_folders, check_tar
 from .decode import SUFFIXES, UNREADABLE, opened, to_rgb
 from .seeds import hashed, permutation
 
@@ -174,6 +175,8 @@ def open_sources(data: str, batches: tuple[int, int], seed: int, workers: int) -
     local = name in ("folder", "tar")
     if (local or root) and not os.path.isdir(root or "?"):
         raise FileNotFoundError(f"data={data!r}: there is no folder {root!r}")
+    if name.startswith("torch/") and not root:
+        raise ValueError(f"data={data!r} does not say where the pictures are; write {data}:/path")
     if local:
         parts = [_part(Path(root), words, ".tar" if name == "tar" else "") for words in (_TRAIN, _VAL)]
         if name == "folder":
@@ -208,7 +211,15 @@ def _part(root: Path, words: Sequence[str], suffix: str) -> Path:
 def _local(part: Path) -> Dataset:
     """Open a tar, or a folder: CLASS/picture, and every CLASS with at least one."""
     if part.is_file():
-        return create_dataset("", root=str(part))
+        try:
+            source = create_dataset("", root=str(part))
+        except (tarfile.TarError, RuntimeError, AssertionError, ValueError, EOFError) as error:
+            raise ValueError(f"{part} is no tar of CLASS/picture that can be read: {first_line(error)}") from error
+        inner = (
+            (child and os.path.splitext(child.path)[0] or "", file.path) for file, _, child in source.reader.samples
+        )
+        check_tar(part, (os.path.join(*names) for names in inner))
+        return source
     there = {p.name for p in part.iterdir() if p.is_dir() and not p.name.startswith(".")}
     if not there:
         raise ValueError(f"{part} has no classes; expected pictures in {part.name}/CLASS/")
@@ -236,8 +247,8 @@ def _named(name: str, root: str, words: Sequence[str], batch: int, seed: int, wo
             source = create_dataset(name, root=root or None, split=word, **settings)
         except ImportError as error:
             raise ImportError(f"data={name!r} needs a package that is not there: {error}") from error
-        except (ValueError, RuntimeError, AssertionError) as error:  # readers differ in how they refuse a split
-            refusals.append(f"{word}: {error}")
+        except (ValueError, TypeError, RuntimeError, AssertionError, LookupError, OSError) as error:  # readers differ
+            refusals.append(f"{word}: {first_line(error)}")
             continue
         if stream:
             source.set_loader_cfg(num_workers=workers)

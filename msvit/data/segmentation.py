@@ -168,6 +168,7 @@ def open_folder(root: Path) -> SegmentationFolder:
         names, first = _names(root) or (_CAMVID if root.name.lower().startswith("camvid") else []), 0
         if not names:
             raise ValueError(f"{root} does not name its classes; write {root / 'classes.json'}: {_NAMES}")
+    _check_once(train + val)
     meaning, classes = np.full(256, -1), []
     meaning[[0, IGNORE] if first else IGNORE] = IGNORE
     for value, name in enumerate(names, first):
@@ -184,17 +185,30 @@ def open_folder(root: Path) -> SegmentationFolder:
 def _names(root: Path) -> list[str]:
     """Return the names of the label values, empty where the folder does not tell them."""
     path = root / "classes.json"
-    if path.is_file():
-        try:
+    own = root / "objectInfo150.txt"
+    try:
+        if path.is_file():
             names = json.loads(path.read_text())["names"]
-        except (ValueError, LookupError, TypeError) as error:
-            raise ValueError(f"{path} is not as expected, {_NAMES}") from error
-        if not (isinstance(names, list) and 0 < len(names) < IGNORE and all(isinstance(name, str) for name in names)):
-            raise ValueError(f"{path} is not as expected, {_NAMES}")
-        return names
-    if (root / "objectInfo150.txt").is_file():
-        return [line.split("\t")[-1] for line in (root / "objectInfo150.txt").read_text().splitlines()[1:]]
-    return []
+        elif own.is_file():
+            path, names = own, [line.split("\t")[-1] for line in own.read_text().splitlines()[1:]]
+        else:
+            return []
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is not as expected, {_NAMES}") from error
+    if not (isinstance(names, list) and 0 < len(names) < IGNORE and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"{path} is not as expected, {_NAMES}")
+    return names
+
+
+def _check_once(files: list[tuple[Path, Path]]):
+    """Raise a ValueError if a picture is there twice, by a link to it or to its folder: in training and validation."""
+    homes = {folder: os.path.realpath(folder) for folder in {picture.parent for picture, _ in files}}
+    seen: dict[str, Path] = {}
+    for picture, _ in files:
+        real = os.path.join(homes[picture.parent], picture.name)
+        real = os.path.realpath(picture) if os.path.islink(real) else real
+        if (other := seen.setdefault(real, picture)) != picture:
+            raise ValueError(f"{picture} and {other} are the same picture; remove the link")
 
 
 def _pairs(pictures: Path, labels: Path) -> list[tuple[Path, Path]]:

@@ -1,5 +1,6 @@
 """A label is the name of the picture's folder, and a picture is there once."""
 
+import tarfile
 import time
 
 import pytest
@@ -49,6 +50,29 @@ def test_what_would_be_mislabelled_or_seen_twice_is_refused(root, damage, words)
     with pytest.raises(ValueError, match=words):
         loaders(root)
     assert time.process_time() - begun < 1, "loops of links took seven seconds"
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["cat/0.png", "cat/dog/0.png"], "there are classes in '.' and in 'cat'"),
+        (["a/cat/0.png", "b/cat/0.png"], "there are classes in 'a' and in 'b'"),
+        ([], "train.tar is no tar of CLASS/picture that can be read"),
+        (None, "train.tar is no tar of CLASS/picture that can be read"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # timm keeps its tars open
+def test_tars_are_held_to_the_same(tmp_path, names, words):
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
+            for name in names or ():
+                tar.add(tmp_path / "x.png", f"./{name}")
+    if names is None:
+        (tmp_path / "train.tar").write_bytes(b"no tar at all" * 99)
+    with pytest.raises(ValueError, match=words) as caught:
+        make_loaders(f"tar:{tmp_path}", size=16, batch=1, val_batch=1)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_links_to_other_places_are_followed(root, tmp_path):

@@ -383,6 +383,8 @@ def test_folders_that_are_not_as_they_should_be(folder, damage, words):
         ({"data": "scenes:midle"}, "the nearest is 'scenes:middle'"),
         ({"data": "/data/imagenet"}, "is not known. There are: scenes:easy"),
         ({"data": "folder:"}, "there is no folder ''"),
+        ({"data": "torch/cifar10"}, "does not say where the pictures are; write torch/cifar10:/path"),
+        ({"data": "torch/nosuch:."}, "cannot be opened; train: Unknown torchvision dataset nosuch"),
         ({"augment": "strong"}, "augment='strong' is not known. There are: none, light, timm"),
         ({"augment": "light"}, "built-in ones take 'none' and a larger train_n"),
     ],

@@ -1,6 +1,7 @@
 """Pictures with label maps: both move together, and labels that cannot be right end the run by name."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -78,12 +79,15 @@ def test_ade20ks_layout(tmp_path):
     lines = ["Idx\tRatio\tTrain\tVal\tStuff\tName"] + [f"{k}\t0\t0\t0\t0\tthing {k}" for k in range(1, 151)]
     (root / "objectInfo150.txt").write_text("\n".join(lines))
     assert open_folder(root).classes[:2] == ["thing 1", "thing 2"]
+    (root / "objectInfo150.txt").write_text("\n".join(lines * 2))
+    with pytest.raises(ValueError, match="objectInfo150.txt is not as expected"):
+        open_folder(root)
 
 
 @pytest.mark.parametrize(
     "text",
     ["[]", '["a", "b"]', "{}", '{"names": []}', '{"names": [1, 2]}', '{"names": "ab"}', "{", "3"]
-    + [json.dumps({"names": [f"c{i}" for i in range(256)]})],
+    + [json.dumps({"names": [f"c{i}" for i in range(256)]}), "[" * 100_000],
     ids=lambda text: text[:20],
 )
 def test_names_that_are_none(tmp_path, text):
@@ -202,6 +206,20 @@ def test_unreadable_pictures_and_maps_are_counted(camvid):
     assert sorted(f.name[-5:] for f in loaders.unreadable("train")) == ["b.png", "c.png"]
 
 
+def link(path, to):
+    path.unlink() if path.is_file() else shutil.rmtree(path)
+    path.symlink_to(to)
+
+
+def turn(path):
+    """A picture that its EXIF block turns, whose label map was drawn without."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(path) as image:
+        image.load()
+        image.save(path, exif=exif)
+
+
 def relabel(root, values):
     Image.fromarray(np.asarray(values)).save(root / "train/labels/a.png")
 
@@ -219,9 +237,15 @@ def relabel(root, values):
             r"labels/a.png has shape \(24, 30\), its picture .*\(24, 32\)",
         ),
         (lambda r: relabel(r, np.zeros((24, 32, 3), np.uint8)), "one number for each pixel"),
+        (
+            lambda r: turn(r / "train/images/a.png"),
+            r"has shape \(24, 32\), its picture .*\(32, 24\).* of the upright picture",
+        ),
         (lambda r: (r / "val/labels/b.png").unlink(), r"no label map \(.png\) for 1 pictures: \['b.png'\]"),
         (lambda r: [p.unlink() for p in (r / "val/images").iterdir()], "val/images holds no pictures"),
         (lambda r: (r / "val/labels").rename(r / "val/masks"), "there is no folder .*val/labels"),
+        (lambda r: link(r / "train/images/a.png", r / "val/images/a.png"), "images/a.png are the same picture; remove"),
+        (lambda r: link(r / "train/images", r / "val/images"), "are the same picture; remove the link"),
         (lambda r: (r / "val").rename(r / "other"), "has neither {train,val}.*found: classes.json, other, train"),
         (lambda r: r.rename(r.parent / "moved"), "there is no folder .*camvid"),
     ],
