@@ -10,13 +10,14 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+from ..checks import cut, plain
 from .drawing import INK, PANEL_WIDTH, font, png
 from .painting import UNPAINTED
 from .panels import panels_of, threshold_text
 from .state import State
 from .times import Times
 
-LONGEST_NAME = 120  # letters of a file's name
+LONGEST_NAME = 120  # bytes of a file's name
 # Said where the gated model is the slower one: it has as many steps as a large one, and hardly any work in them.
 TOO_SMALL = "no gain on the clock: so small a model spends its time between its matrix products (see msvit bench)"
 PANELS_IN_LINE = 6  # of a file; more are put into two lines
@@ -119,15 +120,14 @@ def name_of(states: list[State]) -> str:
     """Return a file's name for what is shown; one that would be too long ends with a hash of the whole."""
     words = [*(s.gated.loaded.name for s in states), states[0].gated.picture.name, f"{states[0].tokens}-tokens"]
     name = "_".join("".join(c if c.isalnum() or c in ".-" else "-" for c in word) for word in words)
-    return (
-        name
-        if len(name) <= LONGEST_NAME
-        else f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    )
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return name if len(name.encode()) <= LONGEST_NAME else f"{cut(name, LONGEST_NAME - 9)}-{digest}"
 
 
 def write_files(out: Path, name: str, files: dict[str, bytes]) -> list[Path]:
     """Write files of one name, by their suffixes, and return their paths; where one is there, all get a number."""
+    if Path(name).name != name:
+        raise ValueError(f"name={name!r} leads out of {out}; use one without /")
     out.mkdir(parents=True, exist_ok=True)
     numbered = (name if k == 1 else f"{name}-{k}" for k in itertools.count(1))
     free = next(stem for stem in numbered if not any((out / f"{stem}.{kind}").exists() for kind in files))
@@ -163,7 +163,7 @@ def _arranged(states: list[State]) -> tuple[list, list, tuple[int, int]]:
     width = gap + max(columns) * (PANEL_WIDTH + gap)
     for state, panels, across in zip(states, drawn, columns, strict=True):
         y += 10
-        for points, text in zip((30, 24, 20), caption(state), strict=False):
+        for points, text in zip((30, 24, 20), map(plain, caption(state)), strict=False):
             y += 38
             fitting = int(points * (width - 2 * gap) / max(font(points).getlength(text), 1))
             texts.append((gap, y, min(points, fitting), text))

@@ -1,6 +1,5 @@
 """Models that the explorer can show: shipped ones, on disk, or by name. Their pictures are in `sources`."""
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 from safetensors import SafetensorError
 from timm.data import ImageNetInfo, resolve_model_data_config
 
+from ..checks import plain
 from ..core import backbone
 from ..core.attention import Layout
 from ..core.fast_linear import fast_linear
@@ -19,7 +19,7 @@ from ..gating.base import Rule
 from ..gating.learned import Quota
 from ..models.msvit import MSViT
 from ..models.shipped import card, load, shipped
-from ..training.files import RunError
+from ..training.files import RunError, read_json
 from ..training.names import short_name
 from ..training.runs import read_recipe
 
@@ -165,8 +165,8 @@ def _load_folder(name: str, folder: Path) -> LoadedModel:
 def _saved_classes(home: Path, data: str) -> list[str]:
     """Return the class names of a run: from its summary, or from the folders that it was trained on."""
     summary = home / "summary.json"
-    if summary.is_file() and (classes := json.loads(summary.read_text()).get("classes")):
-        return list(classes)
+    if summary.is_file() and isinstance(classes := read_json(summary).get("classes"), list):
+        return [plain(name) for name in classes]
     parts = [Path(data.partition(":")[2]) / split for split in ("train", "training")]
     part = next((p for p in parts if data.startswith("folder:") and p.is_dir()), None)
     return sorted(p.name for p in part.iterdir() if p.is_dir()) if part else []

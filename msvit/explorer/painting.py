@@ -74,7 +74,7 @@ def read_mask(data: bytes, name: str, grid: tuple[int, int]) -> list[int]:
     """
     try:
         values = _from_numpy(data) if data[:6] == b"\x93NUMPY" else _from_picture(data, grid)
-    except UNREADABLE as error:
+    except (*UNREADABLE, MemoryError) as error:
         raise MaskError(f"{name} is no mask that can be read ({error}); choose a PNG, or a .npy of bool") from error
     h, w = grid
     if values.shape != grid:

@@ -125,8 +125,8 @@ def folder_source(folder: str | Path, tell: Callable[[int, int], None] = lambda 
     Args:
         tell: Called now and then with how many pictures are found, among how many files.
     """
-    root = Path(folder).expanduser()
-    if not root.is_dir():
+    root = Path(os.path.expanduser(folder))
+    if not os.path.isdir(root):
         raise PictureError(f"there is no folder {root}; name one that holds {', '.join(PICTURE_FORMATS)} files")
     try:
         return LabelledSource(root)

@@ -1,5 +1,7 @@
 """The explorer's view as files and as text."""
 
+from xml.etree import ElementTree
+
 import pytest
 from PIL import Image
 
@@ -28,6 +30,16 @@ def test_names_cannot_carry_html(loaded):
     state = run_backbone(gated, 0.5)
     assert "<img" not in export.figures_html(state)
     assert "<img" not in export.as_svg([state])
+
+
+def test_names_from_anywhere_become_files(loaded, tmp_path):
+    """A newline would be two lines of text, a control character no XML, and letters of three bytes too long a name."""
+    gated = run_gate(loaded, Picture("a\nb\x1b[31m\udcff" + "界" * 110 + ".png", Image.new("RGB", (64, 64), GREY)))
+    files = export.save([run_backbone(gated, 0.5)], tmp_path)
+    assert [path.suffix for path in files] == [".png", ".svg", ".json"]
+    ElementTree.parse(files[1])
+    with pytest.raises(ValueError, match="name='../x' leads out of"):
+        export.write_files(tmp_path, "../x", {"png": b""})
 
 
 @pytest.mark.parametrize(("macs", "text"), [(1.2537e9, "1.25 GMACs"), (13.4e6, "13.4 MMACs")])

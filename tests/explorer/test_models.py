@@ -63,6 +63,20 @@ def test_a_run_brings_its_classes_and_its_normalisation(tmp_path):
     assert "untrained" in load_model("run/dense", tmp_path).note
 
 
+def test_the_classes_of_a_run_from_anywhere_are_names_or_damage(tmp_path):
+    records = RunFolder(tmp_path / "run")
+    records.open(Recipe(data="tar:/nowhere"))
+    records.save_model(mini_model())
+    for text in ('{"classes": 3}', '{"classes": [1, 2, 3, 4, 5, 6, 7, "a\\n"]}'):
+        records.write("summary.json", text.encode())
+        assert all(name.isprintable() for name in load_model("run", tmp_path).classes)
+    for text in ("[]", "{"):
+        records.write("summary.json", text.encode())
+        with pytest.raises(ModelError, match="summary.json is damaged"):
+            load_model("run", tmp_path)
+    records.close()
+
+
 def test_a_shipped_model_brings_its_classes_and_its_normalisation(tmp_path):
     loaded, about = load_model("scenes", tmp_path), card("scenes")
     assert (loaded.classes, loaded.mean, loaded.std) == (about.classes, Scenes.mean, Scenes.std)

@@ -84,12 +84,13 @@ def npy(values):
         (b"text", "no mask that can be read"),
         (npy(MASK)[:40], "no mask that can be read"),
         (npy(np.array([{}], object)), "no mask that can be read"),
+        (npy(MASK).replace(b"(2, 3), }" + b" " * 14, b"(99999999999999999,), }"), "no mask that can be read"),
         (npy(np.zeros((2, 3))), "its numbers are float64"),
         (npy(np.zeros((3, 2), bool)), "is 3 x 2; this picture has 2 x 3 regions"),
         (npy(np.full((2, 3), 7)), "holds \\[7\\]"),
         (encoded(Image.new("L", (5, 5))), "is 5 x 5; this picture has 2 x 3 regions"),
     ],
-    ids=["empty", "text", "torn", "objects", "floats", "turned", "sevens", "odd size"],
+    ids=["empty", "text", "torn", "objects", "beyond memory", "floats", "turned", "sevens", "odd size"],
 )
 def test_what_is_no_mask_is_refused_with_a_reason(data, reason):
     with pytest.raises(MaskError, match=reason):

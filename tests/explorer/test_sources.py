@@ -38,8 +38,18 @@ def test_a_folder_of_pictures(tmp_path):
         source.picture("inner/a.png", (8, 8))
     with pytest.raises(PictureError, match="holds no picture"):
         folder_source(tmp_path)
-    with pytest.raises(PictureError, match="there is no folder"):
-        folder_source(tmp_path / "none")
+    for name in (tmp_path / "none", tmp_path / ("x" * 300), "~nobody/pictures", "a\0b"):
+        with pytest.raises(PictureError, match="there is no folder"):
+            folder_source(name)
+
+
+def test_a_folder_with_the_whole_disk_in_it_is_not_searched(tmp_path, monkeypatch):
+    for name in "abcd":
+        Image.new("RGB", (9, 9), GREY).save(tmp_path / f"{name}.png")
+    assert len(folder_source(tmp_path).names()) == 4
+    monkeypatch.setattr(sources, "MOST_FILES", 3)
+    with pytest.raises(PictureError, match="holds more than 3 files; name a folder of pictures"):
+        folder_source(tmp_path)
 
 
 def test_of_a_very_large_folder_the_first_pictures_are_shown(tmp_path, monkeypatch):
