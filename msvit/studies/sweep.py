@@ -8,9 +8,12 @@ so that one number can prune a trial while it trains; accuracy and MACs of every
 front is drawn from these.
 """
 
+import contextlib
+import math
+import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +21,7 @@ import optuna
 import pandas as pd
 from optuna.exceptions import ExperimentalWarning, OptunaError
 from optuna.storages import RDBStorage, fail_stale_trials
-from optuna.trial import TrialState
+from optuna.trial import FixedTrial, TrialState
 from sqlalchemy import make_url
 from sqlalchemy.exc import IntegrityError, ProgrammingError, SQLAlchemyError
 
@@ -47,6 +50,7 @@ SPACE = {
     "loss_settings.temperature": Range(0.1, 1.0, log=True),
     "loss_settings.hyper_weight": Range(0.1, 10.0, log=True),
 }
+LONGEST = 200  # letters of a study's name, which its trials' folders bear
 SETTINGS, ERROR = "settings", "error"  # what is stored of a study, and of a trial that failed
 PRUNERS = {
     "asha": lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=2),
@@ -64,7 +68,9 @@ def open_study(name: str, storage: str, pruner: str = "asha", seed: int = 0) -> 
         seed: Of the sampler; workers that run at the same time take different ones.
     """
     one_of("pruner", pruner, PRUNERS)
-    try:
+    if not name or Path(name).name != name or len(name.encode()) > LONGEST:
+        raise ValueError(f"study={name!r} is to name folders too; use 1 to {LONGEST} letters, and no /")
+    with _reached(_without_password(storage), ImportError, OSError):
         if "://" not in storage:
             Path(storage).parent.mkdir(parents=True, exist_ok=True)
             storage = f"sqlite:///{Path(storage).absolute()}"
@@ -80,10 +86,23 @@ def open_study(name: str, storage: str, pruner: str = "asha", seed: int = 0) -> 
             direction="maximize",
             load_if_exists=True,
         )
-    except (SQLAlchemyError, OptunaError, ImportError, OSError) as error:
+
+
+@contextlib.contextmanager
+def _reached(storage: str, *other: type[Exception]) -> Iterator[None]:
+    """Say in a line what is wrong with a storage, at its opening (where `other` errors mean that too) or later."""
+    try:
+        yield
+    except (RunError, ValueError):
+        raise
+    except Exception as error:
+        cause: BaseException | None = error  # Optuna may fail at telling a failure
+        while cause is not None and not isinstance(cause, (SQLAlchemyError, OptunaError, *other)):
+            cause = cause.__context__
+        if cause is None:
+            raise
         raise RunError(
-            f"the storage {_without_password(storage)} cannot be used ({first_line(error)}); is the database up, and "
-            "is this its name?"
+            f"the storage {storage} cannot be used ({first_line(cause)}); is the database up, and is this its name?"
         ) from error
 
 
@@ -130,14 +149,20 @@ def sweep(
     for name, span in space.items():
         if not span.low <= span.high:
             raise ValueError(f"{name} is searched from {span.low:g} to {span.high:g}; the first must not be the larger")
-    folder = Path(folder)
+    if not base.training.epochs:
+        raise ValueError("epochs=0 trains no gate whose settings could be searched; give some epochs")
+    with _reached(f"of the study {study.study_name!r}"), _quiet(message):
+        _sweep(study, base, Path(folder), trials, space, price, message)
+
+
+def _sweep(study: optuna.Study, base: Recipe, folder: Path, trials: int, space: dict, price: float, message: Callable):
     settings = _settings(study, base, space, price)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         fail_stale_trials(study)
     if finished_trials(study) >= trials:
         return
-    prepare(base, folder)
+    prepare(base.replace(**suggest(FixedTrial(middle(space)), space, base)), folder)
     study.set_user_attr(SETTINGS, settings)
     base = from_dense(base, folder)
 
@@ -170,13 +195,35 @@ def sweep(
         if finished >= trials:
             study.stop()
 
-    done = finished_trials(study)
-    with bar(title="trials", total=trials, initial=done, shown=visible(), leave=True) as whole:
+    with bar(title="trials", total=trials, initial=finished_trials(study), shown=visible(), leave=True) as whole:
         study.optimize(objective, callbacks=[after], catch=(Exception,))
-    states = {trial.state for trial in study.get_trials(deepcopy=False)}
-    if not states & {TrialState.COMPLETE, TrialState.PRUNED}:
-        errors = [trial.user_attrs.get(ERROR) for trial in study.get_trials(deepcopy=False)]
-        raise RunError(f"all trials of the study failed, the first by: {next(filter(None, errors), 'a dead worker')}")
+    _check_successes(study)
+
+
+def _check_successes(study: optuna.Study):
+    """Raise a RunError if all trials failed."""
+    done = study.get_trials(deepcopy=False)
+    if not {trial.state for trial in done} & {TrialState.COMPLETE, TrialState.PRUNED}:
+        why = next(filter(None, (trial.user_attrs.get(ERROR) for trial in done)), "a dead worker")
+        raise RunError(f"all trials of the study failed, the first by: {why}")
+
+
+@contextlib.contextmanager
+def _quiet(message: Callable[[str], None]) -> Iterator[None]:
+    """Tell of failures in a line each: Optuna logs tracebacks, and its heartbeat is a thread of its own."""
+    level, hook = optuna.logging.get_verbosity(), threading.excepthook
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    threading.excepthook = lambda failed: message(f"no heartbeat: {first_line(failed.exc_value)}")
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(level)
+        threading.excepthook = hook
+
+
+def middle(space: dict[str, Range]) -> dict[str, float]:
+    """Return the settings in the middle of their ranges."""
+    return {k: math.sqrt(span.low * span.high) if span.log else (span.low + span.high) / 2 for k, span in space.items()}
 
 
 def _settings(study: optuna.Study, base: Recipe, space: dict[str, Range], price: float) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Sweeps: a study that several workers share, that survives failures and interruptions, scored on held-out pictures."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
@@ -175,3 +176,49 @@ def test_pictures_of_a_sweep():
     assert [line.label for line in lines] == ["target", "macs", "accuracy"]
     bars = plots.importance({"target": 0.9, "loss_settings.sigma": 0.1}).axes[0]
     assert bars.get_yticklabels()[0].get_text() == "sigma"
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "../../x", "x" * 300])
+def test_a_study_is_called_by_what_can_name_its_trials_folders(storage, tmp_path, name):
+    with pytest.raises(ValueError, match="is to name folders too; use 1 to 200 letters, and no /"):
+        sweep.open_study(name, storage)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"epochs": 0}, "epochs=0 trains no gate whose settings could be searched"),
+        ({"loss": "l0"}, "the gate loss 'l0' has no setting 'sigma'"),
+    ],
+)
+def test_what_no_trial_could_have_is_known_before_the_dense_stage(storage, tmp_path, monkeypatch, changes, words):
+    monkeypatch.setattr(sweep, "train", lambda *a, **k: pytest.fail("trained"))
+    with pytest.raises(ValueError, match=words):
+        sweep.sweep(sweep.open_study("s", storage), TINY.replace(**changes), tmp_path, 1)
+
+
+def test_a_storage_that_fails_while_trials_run_is_said_in_a_line(storage, tmp_path, monkeypatch, capfd):
+    def train(*_, **__):
+        Path(storage).write_bytes(b"no database any more")
+        return SimpleNamespace(summary={"accuracy": 0.5, "macs": 0.5, "coarse": 0.5})
+
+    monkeypatch.setattr(sweep, "prepare", lambda *a: None)
+    monkeypatch.setattr(sweep, "from_dense", lambda base, folder: base)
+    monkeypatch.setattr(sweep, "train", train)
+    study = sweep.open_study("s", storage, "none")
+    capfd.readouterr()
+    with pytest.raises(RunError, match="the storage of the study 's' cannot be used .*; is the database up") as caught:
+        sweep.sweep(study, TINY, tmp_path, 1, message=print)
+    assert len(str(caught.value).splitlines()) == 1
+    assert "Traceback" not in "".join(capfd.readouterr())
+
+
+def test_failures_of_trials_print_no_traceback(storage, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(sweep, "prepare", lambda *a: None)
+    monkeypatch.setattr(sweep, "from_dense", lambda base, folder: base)
+    monkeypatch.setattr(sweep, "train", lambda *a, **k: 1 / 0)
+    with pytest.raises(RunError, match="division by zero"):
+        sweep.sweep(sweep.open_study("s", storage, "none"), TINY, tmp_path, 1)
+    said = "".join(capfd.readouterr())
+    assert "trial 0: division by zero" in said
+    assert "Traceback" not in said
