@@ -1,11 +1,14 @@
 """No function writes outside of the folders that it was given: Python tells of every file that is opened or moved."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from msvit import cli
 
 pytestmark = pytest.mark.long
 ROOT = Path(__file__).parent.parent
@@ -59,7 +62,9 @@ run("train", *small, "--optimizer=adamww", "--folder", given / "runs/none", code
 run("eval", given / "runs/one", "--macs=0.6")
 run("eval", given / "runs/one", "--gating=entropy")
 run("runs", given / "runs", "--json")
+run("diff", given / "runs/one", given / "runs/two")
 run("methods")
+run("models", "vit_tiny_patch16_224")
 run("fit-gate", "--model", given / "runs/one/dense", "--val-n=16", "--batch=64", "--by=detail", "--quiet",
     "--device=cpu", "--folder", given / "fitted")
 run("sweep", *small[:-1], "--trials=1", "--pruner=none", "--storage", given / "study.db", "--runs", given / "sweep")
@@ -68,9 +73,34 @@ model = msvit.MSViT.from_pretrained(given / "runs/one")
 model.save_pretrained(given / "saved")
 """
 
+MORE = """
+import torch
+from msvit import cli
+from msvit.explorer import Explorer
+
+home = Path(HOME)
+given = home / "given"
+
+def run(*words):
+    assert cli.main([str(word) for word in words]) == 0, words
+
+run("train", "--train-n=32", "--val-n=16", "--batch=8", "--epochs-dense=0", "--epochs=1", "--gate-start=none",
+    "--device=cpu", "--quiet", "--folder", given / "run")
+for form in ("torch", "onnx"):
+    run("export", given / "run", "--format", form, "--out", given / form)
+run("bench", "--models=vit_mini_patch8_64", "--batch=2", "--repeats=1", "--rows=packed", "--out", given / "bench")
+Explorer(str(given / "run"), runs=given, out=given / "explorer").save()
+"""
+
 TELL = """
 print("OUTSIDE", *dict.fromkeys(OUTSIDE), sep="\\n")
 """
+
+
+def test_every_command_is_watched():
+    named = set(re.findall(r'^ *run\("([a-z-]+)"', WORK + MORE, re.MULTILINE))
+    (commands,) = (action for action in cli._parser()._actions if action.choices and "train" in action.choices)
+    assert named == set(commands.choices)
 
 
 def watched(tmp_path, work):
@@ -97,6 +127,16 @@ def test_nothing_is_written_but_where_one_was_told(tmp_path):
     assert not left
     assert {path.name for path in (tmp_path / "home").iterdir()} == {"caches", "cwd", "given"}
     assert not (tmp_path / "home/given/runs/none").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_exports_timings_and_the_explorer_write_where_they_were_told(tmp_path):
+    outside, left = watched(tmp_path, MORE)
+    assert not outside
+    assert not left
+    folders = {path.name for path in (tmp_path / "home/given").iterdir()}
+    assert folders == {"run", "torch", "onnx", "bench", "explorer"}
 
 
 def test_the_watch_sees_what_is_written_elsewhere(tmp_path):

@@ -6,6 +6,7 @@ import timm
 import torch
 from torch import nn
 
+from ..checks import first_line
 from ..core import backbone
 from ..core.rotary import ROTARY_KINDS
 
@@ -46,7 +47,7 @@ def _describe(name: str) -> BackboneName:
         with torch.device("meta"):
             vit = timm.create_model(name, num_classes=0)
     except BUILDING_ERRORS as error:
-        return BackboneName(name, 0, "", 0, "", f"timm cannot build it: {str(error).splitlines()[0]}")
+        return BackboneName(name, 0, "", 0, "", f"timm cannot build it: {first_line(error)}")
     try:
         backbone.check_backbone(vit)
     except (ValueError, TypeError) as error:

@@ -158,9 +158,9 @@ def choose_gate(model: MSViT, recipe: Recipe, loaders: Loaders) -> Budget:
     try:
         rule = make_rule(name, **settings.get(name, {})).to(device)
         checked_scales(model.scales, rule.sizes)
-    except ValueError as error:
+        model.gate = rule
+        if rule.adjustable and gating.calibrate:  # otherwise it keeps its own thresholds
+            model.calibrate(loaders.first_pictures(), budget.macs)
+    except (ValueError, TypeError) as error:
         raise RecipeError(str(error)) from error
-    model.gate = rule
-    if rule.adjustable and gating.calibrate:  # otherwise it keeps its own thresholds
-        model.calibrate(loaders.first_pictures(), budget.macs)
     return budget

@@ -11,7 +11,8 @@ from timm.models import eva, load_state_dict, vision_transformer
 from torch import nn
 
 from ..checks import closest, first_line
-from ..core.backbone import convolution
+from ..core.backbone import check_backbone, convolution
+from ..core.scales import checked_scales
 from ..data.holdout import hold_out
 from ..data.loaders import Loaders, make_loaders
 from ..data.segmentation import make_seg_loaders
@@ -49,6 +50,11 @@ def build(recipe: Recipe, runs: Path) -> MSViT:
         args = {k: v for k, v in read_args(described["args"]).items() if k not in ("img_size", "drop_path_rate")}
         vit = _create(settings, size, described["name"], **args)
         vit.load_state_dict(_fitted(start.vit.state_dict(), vit))
+    try:
+        check_backbone(vit)
+        checked_scales(scales)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"model={settings.name!r}: {error}") from error
     if settings.checkpoint:
         _load_checkpoint(vit, Path(settings.checkpoint))
     gate = _choose_gate(recipe, vit, _saved(settings.gate, runs).gate if settings.gate else gate)
@@ -143,7 +149,7 @@ def load_data(settings: DataSettings, seed: int, model: MSViT, device: torch.dev
     try:
         loaders = make(settings.source, val_batch=2 * settings.batch, seed=seed, **options)
         return hold_out(loaders, settings.holdout, seed, settings.workers) if settings.holdout else loaders
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         raise RecipeError(str(error)) from error
 
 

@@ -218,9 +218,12 @@ class Trainer:
         total = self.loaders.steps * pictures
         with bar(title=title, total=total, unit="pictures", shown=self.progress) as steps:
             for step, batch in enumerate(self.train_loader):
-                seen.append(stage.step(epoch, step, *batch))
-                if not all(map(math.isfinite, seen[-1].values())):
-                    raise self._failure(stage, epoch, step, seen[-1], batch)
+                try:
+                    seen.append(stage.step(epoch, step, *batch))
+                except ValueError as error:  # of gates or masks that are no numbers
+                    raise self._failure(stage, epoch, step, first_line(error), batch) from error
+                if wrong := [f"{name} is {value}" for name, value in seen[-1].items() if not math.isfinite(value)]:
+                    raise self._failure(stage, epoch, step, ", ".join(wrong), batch)
                 now = {name: _mean(seen[-20:], name) for name in ("loss", "accuracy", "macs")}
                 shown = "loss {loss:.3f}, accuracy {accuracy:.2f}, MACs {macs:.2f}"
                 steps.set_postfix_str(shown.format_map(now), refresh=False)
@@ -231,11 +234,10 @@ class Trainer:
         edges = itertools.pairwise(round(i * len(seen) / count) for i in range(count + 1))
         return {"lr": lr, **means, "curve": [_mean(seen[a:b], "loss") for a, b in edges]}
 
-    def _failure(self, stage: Stage, epoch: int, step: int, seen: dict[str, float], batch) -> RunError:
-        """Return the error of a run whose loss or gradient is no number any more."""
+    def _failure(self, stage: Stage, epoch: int, step: int, what: str, batch) -> RunError:
+        """Return the error of a run in which something, as its loss or gradient, is no number any more."""
         names = self.loaders.names("train", batch.indices)
         bad = list(itertools.compress(names, (~batch.images.flatten(1).isfinite().all(1)).tolist()))
-        what = ", ".join(f"{name} is {value}" for name, value in seen.items() if not math.isfinite(value))
         where = f"step {step + 1} of epoch {epoch + 1} ({stage.name})"
         if bool((batch.targets == IGNORE).all()) and batch.targets.dim() > 1:
             where += f", whose label maps hold {IGNORE} (ignored) alone"

@@ -108,6 +108,9 @@ def _refuse_unused(recipe: Recipe):
         raise RecipeError(f"gate={recipe.model.gate!r} is a trained gate, and gating={recipe.gating.by!r} has none")
     if recipe.reducer.settings and not recipe.reducer.name:
         raise RecipeError(f"reducer_settings={recipe.reducer.settings} are of no reducer; name one by reducer=…")
+    scale, scales = recipe.model.scale, recipe.model.scales
+    if scales and scale not in (2, scales[1] if len(scales) > 1 else 2):
+        raise RecipeError(f"scale={scale} and scales={scales} contradict each other; leave scale out")
     if recipe.training.epochs_dense and not recipe.training.lr:
         raise RecipeError("lr=0 leaves the dense stage nothing to train; raise it, or make epochs_dense 0")
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
 
-from ..checks import hint
+from ..checks import cut, hint
 from .settings import Checked, RecipeError, parsed, setting
 
 LEARNED = ("learned", "quota", "pattern")  # who trains, and rules that do not
@@ -66,24 +66,24 @@ class TrainingSettings(Checked):
     epochs_dense: int = setting(3, "epochs of the backbone alone, all tokens fine", "[0, 1000000]")
     epochs: int = setting(5, "epochs of the gate and the backbone together", "[0, 1000000]")
     optimizer: str = setting("adamw", "timm's name of the optimizer")
-    lr: float = setting(1e-3, "peak learning rate of the backbone; 0 = frozen", "[0, inf)")
-    lr_scale: float = setting(1.0, "factor on lr, the backbone's, in stage two", "[0, inf)")
+    lr: float = setting(1e-3, "peak learning rate of the backbone; 0 = frozen", "[0, 1e6]")
+    lr_scale: float = setting(1.0, "factor on lr, the backbone's, in stage two", "[0, 1e6]")
     freeze: int = setting(0, "first epochs of stage two in which backbone and head stay as they are", "[0, inf)")
-    gate_lr: float = setting(1e-3, "peak learning rate of the gate; 0 = frozen", "[0, inf)")
-    coarse_lr: float | None = setting(None, "of what embeds coarse patches alone; none = lr", "[0, inf)")
-    reducer_lr: float = setting(1e-3, "peak learning rate of a reducer's own layers; 0 = frozen", "[0, inf)")
-    prior_lr: float = setting(1e-2, "peak learning rate of the gate loss's priors; 0 = frozen", "[0, inf)")
-    weight_decay: float = setting(0.05, "of the matrices of backbone and gate", "[0, inf)")
+    gate_lr: float = setting(1e-3, "peak learning rate of the gate; 0 = frozen", "[0, 1e6]")
+    coarse_lr: float | None = setting(None, "of what embeds coarse patches alone; none = lr", "[0, 1e6]")
+    reducer_lr: float = setting(1e-3, "peak learning rate of a reducer's own layers; 0 = frozen", "[0, 1e6]")
+    prior_lr: float = setting(1e-2, "peak learning rate of the gate loss's priors; 0 = frozen", "[0, 1e6]")
+    weight_decay: float = setting(0.05, "of the matrices of backbone and gate", "[0, 1e6]")
     layer_decay: float = setting(1.0, "factor on the learning rate from each block to the one below", "(0, 1]")
     schedule: str = setting("cosine", "timm's schedule", choices=("cosine", "poly", "wsd", "constant"))
     warmup: float = setting(0.2, "epochs of linear warm-up, in each stage", "[0, inf)")
-    clip: float = setting(0.0, "largest norm of the gradient; 0 = any", "[0, inf)")
+    clip: float = setting(0.0, "largest norm of the gradient; 0 = any", "[0, 1e6]")
     accumulate: int = setting(1, "steps whose gradients make one update", "[1, inf)")
     ema: float = setting(0.0, "decay of the moving average of the weights; 0 = none", "[0, 1)")
     smoothing: float = setting(0.0, "label smoothing", "[0, 1)")
-    mixup: float = setting(0.0, "timm's mixup alpha; 0 = none", "[0, inf)")
-    cutmix: float = setting(0.0, "timm's cutmix alpha; 0 = none", "[0, inf)")
-    distill: float = setting(0.0, "weight of KL(dense || gated), the teacher as stage one left it", "[0, inf)")
+    mixup: float = setting(0.0, "timm's mixup alpha; 0 = none", "[0, 1e6]")
+    cutmix: float = setting(0.0, "timm's cutmix alpha; 0 = none", "[0, 1e6]")
+    distill: float = setting(0.0, "weight of KL(dense || gated), the teacher as stage one left it", "[0, 1e6]")
     precision: str = setting("fp32", "bf16 = autocast", choices=("fp32", "bf16"))
     device: str = setting("auto", "auto = an accelerator if there is one", choices=("auto", "cpu"))
     seed: int = setting(0, "of weights, order, augmentation and noise", "[0, 4294967295]")
@@ -247,7 +247,7 @@ class Recipe:
         method = f"{self.method}{self.gating.target:g}" if self.training.epochs else self.method
         words = [self.data.source, self.model.name, method, f"s{self.training.seed}"]
         plain = "_".join(word.strip("/").rsplit("/", 1)[-1] for word in words)
-        return "".join(c if c.isalnum() or c in ".-_" else "-" for c in plain)[:120] + "-" + digest
+        return cut("".join(c if c.isalnum() or c in ".-_" else "-" for c in plain)[:120], 248) + "-" + digest
 
 
 def _renewed(settings: Mapping[str, Any]) -> dict[str, Any]:

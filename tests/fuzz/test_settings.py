@@ -28,6 +28,7 @@ def test_a_recipe_says_what_it_was_told(settings):
     assert Recipe.from_dict(stored) == recipe
     assert all(character.isprintable() and character != "/" for character in recipe.run_name)
     assert len(recipe.run_name) < 200
+    assert len(recipe.run_name.encode()) < 256
 
 
 @given(names, typed)

@@ -17,6 +17,7 @@ from helpers import write_folder
 from safetensors.torch import save_file
 
 import msvit
+from msvit.checks import in_interval
 from msvit.data.holdout import Subset
 from msvit.data.loaders import set_epoch
 from msvit.evaluation.evaluate import evaluate
@@ -166,6 +167,14 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
     assert len(runs.read_metrics(tmp_path / "run")) == 1
     monkeypatch.undo()  # the pictures are mended: the run goes on from the last good state
     assert len(train(recipe, tmp_path / "run", progress=False).metrics) == 3
+
+
+def test_gates_that_are_no_numbers_stop_it_too(tmp_path, monkeypatch):
+    """A gate whose weights grew beyond all measure; the loss refuses it before it has a value."""
+    monkeypatch.setattr(Stage, "step", lambda *a: in_interval("gates", torch.tensor([0.5, float("nan")]), "[0, 1]"))
+    with pytest.raises(RunError, match=r"^gates has NaN, outside \[0, 1\] at step 1 of epoch 1 .*smaller lr") as caught:
+        train(SMALL, tmp_path / "run", progress=False)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_gradient_that_is_no_number_stops_it_too(tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ def test_a_recipe_survives_json_and_is_frozen():
         ({"loss": "l0", "control": "projection"}, r"is the controller alone under another name.*say loss='none'"),
         ({"loss": "ratio", "control": "projection"}, r"is the controller alone under another name"),
         ({"lr": None}, r"lr=None \(NoneType\): expected a number"),
-        ({"lr": -1e-3}, r"lr=-0.001: expected a number in \[0, inf\)"),
+        ({"lr": -1e-3}, r"lr=-0.001: expected a number in \[0, 1e6\]"),
         ({"ema": 1.0}, r"ema=1.0: expected a number in \[0, 1\)"),
         ({"gating": "lerned"}, r"gating='lerned': expected learned or quota .* fine .*; the nearest is 'learned'"),
         ({"loss_settings": {"sigma": {"a": 1}}}, r"loss_settings=.*expected name=value pairs"),
@@ -130,6 +130,13 @@ def test_parse_reads_what_is_typed(name, text, value):
 def test_parse_refuses_the_rest(name, text):
     with pytest.raises(RecipeError, match=f"{name}="):
         parse(name, text)
+
+
+def test_a_name_of_long_letters_is_a_files_name_too():
+    name = Recipe(data="folder:/" + "界" * 200).run_name
+    assert len(name.encode()) <= 255
+    assert name.startswith("界" * 80)
+    assert name != Recipe(data="folder:/" + "界" * 201).run_name
 
 
 def test_a_name_is_of_the_settings_that_matter():
