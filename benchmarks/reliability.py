@@ -21,8 +21,8 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).parents[1]
 KILLS = {  # what is tried -> the program that does, and its options
-    "killed at random moments, all recipes": ("kill_resume.py", "--where=time", "--recipes=all"),
-    "killed before operations on files, writes cut in half, all recipes": (
+    "killed at random moments": ("kill_resume.py", "--where=time", "--recipes=all"),
+    "killed before operations on files, writes cut in half": (
         *("kill_resume.py", "--where=operations"),
         "--recipes=all",
     ),
@@ -55,7 +55,10 @@ def killed(kills: int, program: str, *options: str) -> tuple[str, str]:
         return f"{kills} kills", f"stopped: {(done.stderr.strip() or lines[-1]).splitlines()[-1]}"
     found = json.loads(lines[-1])
     runs = sum(line.startswith("killed after") for line in lines)
-    return f"{kills} kills of {runs} runs", f"{found['runs_that_differ']} runs differ from the undisturbed one"
+    recipes = sum(", undisturbed: " in line for line in lines)
+    return f"{kills} kills of {runs} runs" + (
+        f", {recipes} recipes" if recipes else ""
+    ), f"{found['runs_that_differ']} runs differ from the undisturbed one"
 
 
 def tested(paths: Iterable[str], examples: int) -> dict[str, tuple[int, int]]:
