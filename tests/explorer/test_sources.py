@@ -43,15 +43,6 @@ def test_a_folder_of_pictures(tmp_path):
             folder_source(name)
 
 
-def test_a_folder_with_the_whole_disk_in_it_is_not_searched(tmp_path, monkeypatch):
-    for name in "abcd":
-        Image.new("RGB", (9, 9), GREY).save(tmp_path / f"{name}.png")
-    assert len(folder_source(tmp_path).names()) == 4
-    monkeypatch.setattr(sources, "MOST_FILES", 3)
-    with pytest.raises(PictureError, match="holds more than 3 files; name a folder of pictures"):
-        folder_source(tmp_path)
-
-
 def test_of_a_very_large_folder_the_first_pictures_are_shown(tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(sources, "SIGN", 4)
