@@ -154,8 +154,8 @@ class Candidates:
         All patches of a level are cut first: picking pixel by pixel takes longer.
         """
         for level, rows, chosen in self._seated(seats):
-            cells = _cut(images, level, patch, chosen)
-            yield level, rows, shrink(cells, level.side, middle).flatten(1)
+            # What was cut has no name, which would keep it in memory while the next level is cut.
+            yield level, rows, shrink(_cut(images, level, patch, chosen), level.side, middle).flatten(1)
 
     def parts(self, seats: Tensor, images: Tensor, patch: int) -> Iterator[Seen]:
         """Yield, for each level above the fine one, the same with fine patches `[n, side, side, c S S]` for pixels."""
