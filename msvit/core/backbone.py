@@ -23,6 +23,9 @@ from .tokens import Tokens
 PREFIX = ("cls_token", "dist_token", "reg_token")  # in timm's order
 KEPT_SIZES = 4  # of pictures, whose bases are kept for a backbone
 KEPT_BASES: WeakKeyDictionary[nn.Module, Kept] = WeakKeyDictionary()
+WINDOWED = ("SwinTransformer", "SwinTransformerV2", "SwinTransformerV2Cr", "Hiera", "HieraDet", "VisionTransformerSAM")
+REMEDIES = dict.fromkeys(WINDOWED, "attends in windows or merges patches by their grid, see docs/hierarchical.md")
+REMEDIES["NaFlexVit"] = "embeds and packs pictures itself; a plain vit_* takes lists of pictures of all sizes here"
 POOLS = ("token", "avg", "avgmax", "max", "map")
 BLOCKS = {
     Block: (Attention,),
@@ -35,8 +38,9 @@ def check_backbone(vit: nn.Module):
     """Raise a TypeError or ValueError that says why a model cannot be used."""
     kind = type(vit).__name__
     if not isinstance(vit, VisionTransformer | Eva):
+        why = f": it {REMEDIES[kind]}" if kind in REMEDIES else ""
         raise TypeError(
-            f"{kind} is no plain vision transformer; MSViT needs a timm VisionTransformer or Eva such as vit_*, "
+            f"{kind} is no plain vision transformer{why}; MSViT needs a timm VisionTransformer or Eva such as vit_*, "
             "deit_*, deit3_*, eva02_* (not swin, or a convolutional network); `msvit models` lists all"
         )
     known = [b for b in vit.blocks if type(b) in BLOCKS]
@@ -62,7 +66,7 @@ def check_backbone(vit: nn.Module):
 
 def norms_after(block: nn.Module) -> bool:
     """Return whether a block has its norms on what its branches add, in place of what they see."""
-    return type(block) is EvaBlockPostNorm
+    return isinstance(block, EvaBlockPostNorm)
 
 
 def projections(attn: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
@@ -77,7 +81,7 @@ def projections(attn: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
 
 def scaled(block: nn.Module, branch: int, rows: Tensor) -> Tensor:
     """Return what the first or second branch of a block adds, scaled (LayerScale) or normed where the block does so."""
-    if type(block) is Block:
+    if isinstance(block, Block):
         return getattr(block, f"ls{branch}")(rows)
     if norms_after(block):
         return getattr(block, f"norm{branch}")(rows)

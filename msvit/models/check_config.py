@@ -12,6 +12,7 @@ from typing import Any
 
 import timm
 from safetensors import SafetensorError, safe_open
+from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -20,7 +21,8 @@ from ..checks import in_interval, known_settings
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 PREPROCESSING = ("mean", "std", "interpolation", "crop_pct")  # of the pictures; the tags of a name differ in it
 # Arguments of a backbone that a config may have: those of its class, but for other parts and places than MSViT takes.
-ARGUMENTS = set(inspect.signature(VisionTransformer).parameters) | {"pretrained_cfg_overlay"}
+ARGUMENTS = {name for kind in (VisionTransformer, Eva) for name in inspect.signature(kind).parameters}
+ARGUMENTS |= {"pretrained_cfg_overlay"}
 ARGUMENTS -= {"embed_layer", "block_fn", "attn_layer", "device", "dtype"}
 LARGEST_NUMBER, MOST_ENTRIES = 1e7, 100_000  # number in a config, and list
 # What building from a config and loading weights raise where these are damaged, of another version, or hostile.

@@ -1,5 +1,7 @@
 """One function in three executions, anchored in plain timm."""
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -280,6 +282,22 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"pictures \[1\] of the batch have NaN"):
             model.run(images, check=True)
         assert model.run(images).logits[0].isfinite().all()
+
+    @pytest.mark.parametrize(
+        ("name", "why"),
+        [
+            ("swin_tiny_patch4_window7_224", r"SwinTransformer .*: it attends in windows .*docs/hierarchical.md"),
+            ("hiera_tiny_224", r"Hiera .*: it attends in windows"),
+            ("samvit_base_patch16_224", r"VisionTransformerSAM .*: it attends in windows"),
+            ("naflexvit_base_patch16_gap", r"NaFlexVit .*: it embeds and packs pictures itself; a plain vit_\* takes"),
+        ],
+    )
+    def test_backbones_that_are_no_sets_say_why(self, name, why):
+        with torch.device("meta"):
+            vit = timm.create_model(name)
+        with pytest.raises(TypeError, match=why):
+            msvit.MSViT(vit)
+        assert (Path(__file__).parents[2] / "docs/hierarchical.md").exists()
 
     @pytest.mark.parametrize("name", ["resnet18", "swin_tiny_patch4_window7_224"])
     def test_other_architectures(self, name):

@@ -201,13 +201,33 @@ def test_bfloat16_keeps_angles_in_full(make_eva):
 
 
 @pytest.mark.parametrize(
-    "name", ["eva02_tiny_patch14_224", "vit_small_patch16_dinov3", "vit_small_patch16_rope_mixed_224"]
+    ("name", "settings"),
+    [
+        ("eva02_tiny_patch14_224", {}),
+        ("eva02_tiny_patch14_224", ROTARY[1] | {"scale_mlp": True, "swiglu_mlp": True, "qkv_fused": False}),
+        ("vit_small_patch16_dinov3", {"rope_shift_coords": 0.1, "num_reg_tokens": 2, "use_fc_norm": True}),
+        ("vit_small_patch16_rope_mixed_224", {"rope_temperature": 20.0}),
+        ("vit_pe_core_base_patch16_224", {"attn_pool_num_heads": 2, "scale_attn_inner": True}),
+    ],
 )
 @torch.no_grad()
-def test_saves_and_loads(tmp_path, name):
-    model = msvit.MSViT(shaken(timm.create_model(name, **NARROW | {"img_size": 224}))).eval()
+def test_saves_and_loads(tmp_path, name, settings):
+    """With arguments that `Eva` alone has, too."""
+    model = msvit.MSViT(shaken(timm.create_model(name, **NARROW | {"img_size": 224} | settings))).eval()
     size = model.vit.patch_embed.img_size
     images, mask = torch.randn(2, 3, *size), torch.rand(2, *model.grid(size)) < 0.5
     model.save_pretrained(tmp_path)
     again = msvit.MSViT.from_pretrained(tmp_path)
     assert torch.equal(again.run(images, mask).logits, model.run(images, mask).logits)
+
+
+@pytest.mark.parametrize("variant", [{}, {"use_post_norm": True}, {"init_values": 0.1}], ids=str)
+@torch.no_grad()
+def test_blocks_of_a_derived_class(make_vit, make_eva, variant):
+    """As FSDP2 makes them of a built backbone's."""
+    for vit in (make_eva(**variant), *([] if "use_post_norm" in variant else [make_vit(**variant)])):
+        model, images = msvit.MSViT(shaken(vit)).eval(), torch.randn(2, 3, 64, 64)
+        expected = model(images)
+        for block in vit.blocks:
+            block.__class__ = type(f"FSDP{type(block).__name__}", (type(block),), {})
+        assert torch.equal(model(images), expected)
