@@ -12,11 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import closest
+from ..core import backbone
 from ..core.macs import linear_macs
+from ..core.scales import check_room, spread
 from ..gating.gate import Gate
 from ..models.calibrate import nearest_to_budget, thresholds
 from ..models.fit_reducer import fit_reducer
 from ..models.msvit import MSViT, Result
+from ..models.names import TIMM_MODULES
 from ..reducers.registry import REDUCERS
 from ..training.build import load_data
 from ..training.files import RunError
@@ -55,6 +58,11 @@ class Case:
         return math.prod(self.model.grid(self.size))
 
     @property
+    def undivided(self) -> list[Tensor]:
+        """How many regions of each size lie within one token, `[B]`."""
+        return [(u > 0.5).sum((1, 2)) for u in self.result.gating.undivided]
+
+    @property
     def once_macs(self) -> int:
         """MACs of attention pooling's latent query, in no closed form: MSViT projects it once a batch, timm B times."""
         pool = self.vit.attn_pool
@@ -62,7 +70,14 @@ class Case:
 
     @torch.inference_mode()
     def set_share(self, coarse: float):
-        """Set the model's threshold so that this share of all regions is coarse."""
+        """Set the model's threshold so that this share of all regions is coarse.
+
+        With more than two scales half of these lie within one token of the next size, half of those in the next …
+        """
+        if len(self.model.scales) > 2:
+            _set_shares(self.model, self.images, coarse)
+            vars(self).pop("result", None)
+            return
         soft = self.model.decide(self.images).soft
 
         def fine(threshold: Tensor) -> int:
@@ -82,7 +97,7 @@ class Case:
     def trained(self) -> MSViT:
         """A copy in training mode and float32, whose gate makes TRAINING_SHARE of the regions coarse."""
         if self.model.reducer is not None or type(self.model.gate) is not Gate:
-            raise Unavailable("training steps are timed with a gate, and without a reducer")
+            raise Unavailable("training steps are timed with a gate for two scales, and without a reducer")
         model = copy.deepcopy(self.model).float().train().requires_grad_(True)
         _set_noisy_share(model.gate, self.images.float(), TRAINING_SHARE)
         return model
@@ -92,6 +107,26 @@ class Case:
         model = MSViT(self.vit, self.model.scale, gate, reducer=reducer, fast_cpu=True).eval()
         model.cut = self.model.cut.clone().fill_(threshold)
         return model
+
+
+def _shares(coarse: float, sizes: int) -> list[float]:
+    """Return what share of the regions of each size lies within one token: half of the share of the size before."""
+    return [coarse / 2**level for level in range(sizes)]
+
+
+@torch.no_grad()
+def _set_shares(model: MSViT, images: Tensor, coarse: float):
+    """Move the gates' biases so that `_shares` of the regions are undivided, from the largest regions down."""
+    model.threshold, whole, shares = 0.5, None, _shares(coarse, len(model.scales) - 1)
+    levels = zip(model.gate.levels, model.grids(images.shape[-2:]), shares, strict=True)
+    for gate, grid, share in reversed(list(levels)):
+        scores = gate(images)
+        closed = torch.zeros_like(scores) if whole is None else spread(whole, grid)
+        asked = scores[closed < 0.5].sort(descending=True).values
+        count = min(max(round(share * scores.numel() - closed.sum().item()), 0), len(asked))
+        ends = asked[:1] + 1, asked[-1:] - 1
+        gate.bias.sub_(torch.cat([ends[0], asked, ends[1]])[count : count + 2].mean())
+        whole = (gate(images) > 0).float().maximum(closed)
 
 
 @torch.no_grad()
@@ -119,8 +154,8 @@ def load_case(settings: BenchSettings, cases: Sequence[CaseSettings], device: to
     else:
         model = new_model(cases[0])
         sides = model.vit.patch_embed.img_size
-        coarse = round(settings.coarse * math.prod(model.grid(sides)))
-        macs = model.macs_of(torch.tensor([coarse]), sides).item()
+        pairs = zip(_shares(settings.coarse, len(model.scales) - 1), model.grids(sides), strict=True)
+        macs = model.macs_of([torch.tensor([round(share * math.prod(grid))]) for share, grid in pairs], sides).item()
         images = torch.randn(most, model.vit.patch_embed.proj.in_channels, *sides)
     share, fits = macs / model.dense_macs(images.shape[-2:]), {}
     for name in (name for name in settings.methods() if name in REDUCERS):
@@ -135,17 +170,19 @@ def load_case(settings: BenchSettings, cases: Sequence[CaseSettings], device: to
 def new_model(case: CaseSettings) -> MSViT:
     """Return a model with random weights, or raise a `RecipeError` if there is none for this case."""
     if not timm.is_model(case.model):
-        known = timm.list_models(module=["vision_transformer", "deit"]) + timm.list_models(module="zoo")
+        known = timm.list_models(module=[*TIMM_MODULES, "zoo"])
         near = ", ".join(closest(case.model, known, 3)) or "see timm.list_models('*vit*')"
         raise RecipeError(f"timm has no model {case.model!r}; the nearest: {near}")
     try:
         vit = timm.create_model(case.model, **({} if case.size is None else {"img_size": case.size}))
-        model = MSViT(vit, fast_cpu=True).eval()
+        model = MSViT(vit, fast_cpu=True, scales=case.scales).eval()
         model.gate.count_as_trained()
+        sides = vit.patch_embed.img_size
+        check_room(model.scales, model.grid(sides), backbone.patch_size(vit), sides)
     except (TypeError, ValueError, AssertionError) as error:
         raise RecipeError(f"{case.model} cannot be timed: {error}") from error
-    side, patch = vit.patch_embed.img_size[0], model.coarse_patch
-    if any(side % patch for side in vit.patch_embed.img_size):
+    side, patch = sides[0], model.coarse_patch
+    if any(side % patch for side in sides):
         raise RecipeError(
             f"{case.model} takes pictures of {side} px here, no whole number of coarse patches of {patch} px; "
             f"use --size {max(side // patch, 1) * patch}"

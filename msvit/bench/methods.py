@@ -1,5 +1,6 @@
 """Methods made ready on a case: a dense backbone in several ways, MSViT in its executions, reducers, and parts."""
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -11,12 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import backbone
-from ..core.attention import Layout
 from ..core.attention_weights import attend_watched
 from ..core.blocks import before_attention
 from ..core.fast_linear import AVAILABLE, fast_linear
 from ..core.macs import embedding_macs, gate_macs, vit_macs
-from ..core.tokens import Tokens
+from ..core.rotary import make_rotary, rotate
 from ..gating.learned import Quota
 from ..gating.rules import make_rule
 from ..models.msvit import MSViT, Result
@@ -105,6 +105,8 @@ def run_masked(case: Case) -> PreparedMethod:
     if case.model.reducer is not None:
         raise Unavailable("the run's reducer acts on active tokens only, which masked execution does not save")
     model, vit = case.model, case.vit
+    if len(model.scales) > 2:
+        raise Unavailable("masked execution is timed with two scales")
     entering = torch.full((case.batch,), vit.num_prefix_tokens + case.regions * (1 + model.scale**2))
     once = gate_macs(model.gate, case.regions) + model.path_macs(case.regions)
     macs = vit_macs(vit, entering).sum().item() + case.batch * once
@@ -125,8 +127,8 @@ def run_reducer(name: str, case: Case) -> PreparedMethod:
 def run_tokenizer(case: Case) -> PreparedMethod:
     """Prepare all that comes before the first block: decisions, pixels, embeddings, positions."""
     model, images = case.model, case.images
-    path = case.model.path_macs(case.result.coarse.sum().item())
-    macs = case.batch * gate_macs(model.gate, case.regions) + _embedding_macs(case) + path
+    once = model.path_macs(*case.undivided) + model.gate_macs(case.undivided, case.size)
+    macs = _embedding_macs(case) + (torch.zeros_like(case.result.tokens) + once).sum().item()
     return PreparedMethod(_inference(lambda: model.tokenize(images, model.decide(images)), fast=True), macs)
 
 
@@ -156,15 +158,15 @@ def run_block(case: Case) -> PreparedMethod:
 @torch.inference_mode()
 def run_clustering(method: str, case: Case) -> PreparedMethod:
     """Prepare what Token Pooling does in that block between attention and MLP, to half the patch tokens."""
-    layer, n, vit = len(case.vit.blocks) // 2, case.dense_tokens, case.vit
-    layout, prefix = Layout([n] * case.batch, case.images.device), vit.num_prefix_tokens
-    h, w = (side * case.model.scale for side in case.model.grid(case.size))
-    where = torch.arange(case.batch * n, device=layout.device).view(case.batch, n)[:, prefix:].unflatten(1, (h, w))
-    area, x = torch.ones(case.batch * n, device=layout.device), _random_tokens(case).flatten(0, 1)
-    tokens = Tokens(x=x, activity=None, area=area, where=where, layout=layout)
-    _, q, k, v = before_attention(vit.blocks[layer], x)
-    _, received = attend_watched(layout, q, k, v)
-    reducer = make_reducer("token_pooling", vit, clusters=[h * w // 2], layers=[layer], method=method)
+    layer, vit, model = len(case.vit.blocks) // 2, case.vit, case.model
+    tokens = model.tokenize(case.images, model.decide(case.images, model.all_fine(case.size)), "packed")
+    tokens = replace(tokens, x=_random_tokens(case).flatten(0, 1))
+    _, q, k, v = before_attention(vit.blocks[layer], tokens.x)
+    if (rotary := make_rotary(vit)) is not None:
+        q, k = (rotate(part, rotary.turn(layer, tokens)) for part in (q, k))
+    _, received = attend_watched(tokens.layout, q, k, v)
+    half = math.prod(model.patches(case.size)) // 2
+    reducer = make_reducer("token_pooling", vit, clusters=[half], layers=[layer], method=method)
     return PreparedMethod(_inference(reducer.after_attention, layer, tokens, received), settings=reducer.settings)
 
 

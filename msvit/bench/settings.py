@@ -66,6 +66,7 @@ class BenchSettings:
 
     models: tuple[str, ...] = setting(("vit_small_patch16_224",), "timm names")
     size: tuple[int, ...] = setting((), "sides of the pictures in pixels; none = the backbone's own", "[1, inf)")
+    scales: tuple[int, ...] = setting((1, 2), "sides of tokens in fine patches, as in 1,2,4", "[1, 64]")
     batch: tuple[int, ...] = setting((1, 32), "pictures at once; training steps take the largest", "[1, inf)")
     coarse: float = setting(0.5, "share of coarse regions that the gate is set to", "[0, 1]")
     dtype: str = setting("float32", "of weights and pictures", choices=("float32", "bfloat16", "float16"))
@@ -117,13 +118,14 @@ class CaseSettings(NamedTuple):
     batch: int
     coarse: float
     axis: str = ""
+    scales: tuple[int, ...] = (1, 2)
 
 
 def case_settings(settings: BenchSettings) -> Iterator[CaseSettings]:
     """Yield the cases in the order of measuring: one model after the other, and each at one size after the other."""
     most = max(settings.batch)
     for model in (settings.run,) if settings.run else settings.models:
-        case = CaseSettings(model, None, most, settings.coarse)
+        case = CaseSettings(model, None, most, settings.coarse, scales=settings.scales)
         if settings.scaling:
             powers = [2**i for i in range(most.bit_length()) if 2**i <= most]
             yield from (case._replace(batch=batch, axis="batch") for batch in powers)

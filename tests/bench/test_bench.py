@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from helpers import ROTARY
 
 from msvit import MSViT, cli
 from msvit.bench import cases, report, timing
@@ -42,9 +43,10 @@ def run(capsys, *words):
     return code, printed.out, printed.err
 
 
-def make_case(batch=3, coarse=0.5):
+def make_case(batch=3, coarse=0.5, vit=None, scales=(1, 2)):
     torch.manual_seed(0)
-    case = Case(MSViT(timm.create_model(TINY)).eval(), torch.randn(batch, 3, 64, 64), {})
+    model = MSViT(timm.create_model(TINY) if vit is None else vit, scales=scales).eval()
+    case = Case(model, torch.randn(batch, 3, 64, 64), {})
     case.set_share(coarse)
     return case
 
@@ -114,8 +116,13 @@ def test_a_method_is_compared_repeat_by_repeat():
 # ---- MACs and memory
 
 
-def test_every_closed_form_is_the_count():
-    case = make_case()
+def test_every_closed_form_is_the_count(make_eva):
+    """Of the backbone of tests, and of a rotary one, whose reducers and parts see rotated queries and keys."""
+    for case in (make_case(), make_case(vit=make_eva(**ROTARY[4]).requires_grad_(False))):
+        assert_counted(case)
+
+
+def assert_counted(case):
     case.fits = {name: {} for name in REDUCERS}
     for name, method in BENCH_METHODS.items():
         if name not in ("dense-compiled", "packed-compiled"):
@@ -127,10 +134,11 @@ def test_every_closed_form_is_the_count():
             assert (prepared.macs is None) == without, name
 
 
-def test_closed_forms_have_the_path_of_apt():
-    case = make_case()
-    case.model.coarse_embed = MSViT(case.vit, coarse_embed="apt").coarse_embed
-    for name in ("packed", "masked", "gate"):
+@pytest.mark.parametrize("scales", [(1, 2), (1, 2, 4)])
+def test_closed_forms_have_the_path_of_apt(scales):
+    case = make_case(scales=scales)
+    case.model.coarse_embed = MSViT(case.vit, coarse_embed="apt", scales=scales).coarse_embed
+    for name in ("packed", "fine", "gate", *(["masked"] if len(scales) == 2 else [])):
         prepared = PREPARE[name](case)
         assert prepared.macs == timing.counted_macs(prepared.work), name
 
@@ -223,6 +231,17 @@ def test_the_threshold_meets_the_share(share):
     assert make_case(4, share).result.coarse.float().mean().item() == share
 
 
+def test_a_quadtree_has_half_of_its_coarse_regions_in_larger_tokens():
+    case = make_case(4, 0.5, scales=(1, 2, 4))
+    assert [u.sum().item() for u in case.undivided] == [0.5 * 4 * 16, 0.25 * 4 * 4]
+    for share in (0.0, 1.0):
+        case.set_share(share)
+        assert case.result.coarse.float().mean() == share
+    for name in ("masked", "train-trimmed"):
+        with pytest.raises(cases.Unavailable, match="two scales"):
+            PREPARE[name](case)
+
+
 @pytest.mark.long
 def test_training_steps_make_their_share_coarse_and_leave_the_model_alone():
     case = make_case(64)
@@ -295,6 +314,28 @@ def test_scaling_varies_one_thing_at_a_time(capsys, tmp_path):
     assert promised == sorted(promised)
     assert promised[0] < 1 < promised[1]
     assert (tmp_path / "scaling.png").exists()
+
+
+@pytest.mark.long
+def test_scaling_of_a_quadtree(capsys, tmp_path):
+    words = ("--scaling", "--scales", "1,2,4", "--size", "64,128", "--batch", 1, "--repeats", 1, "--memory")
+    code, _, progress = run(capsys, *words, "--rows", "packed", "--out", tmp_path)
+    assert code == 0, progress
+    rows = json.loads((tmp_path / "scaling.json").read_text())["rows"]
+    sizes = {row["size"]: row for row in rows if (row["axis"], row["row"]) == ("size", "packed")}
+    assert sizes.keys() == {64, 128}
+    assert all(row["memory_mb"] > 0 and row["promised"] > 1 for row in sizes.values())
+    assert sizes[128]["coarse"] == 0.5
+
+
+def test_a_quadtree_in_front_of_a_rotary_model():
+    chosen = CaseSettings("eva02_tiny_patch14_224", 112, 1, 0.5, scales=(1, 2, 4))
+    case = load_case(BenchSettings(rows=("packed",)), [chosen], torch.device("cpu"))
+    case.set_share(0.5)
+    assert [u.item() for u in case.undivided] == [8, 1]
+    for name in ("dense", "packed", "gate"):
+        prepared = PREPARE[name](case)
+        assert prepared.macs == timing.counted_macs(prepared.work), name
 
 
 @pytest.mark.long
@@ -393,6 +434,8 @@ def test_without_matplotlib_there_is_no_figure_and_a_word_about_it(tmp_path, mon
         (["--dtype", "bfloat"], "the nearest is 'bfloat16'"),
         (["--device", "gpu"], "device='gpu' is not known"),
         (["--size", "72"], "use --size 64"),
+        (["--scales", "1,2,6"], "scales=(1, 2, 6): the first is 1"),
+        (["--scales", "1,2,4,8,16"], "use scales=(1, 2, 4, 8)"),
         (["--batch", "0"], "batch=0 lies outside [1, inf)"),
         (["--repeats", "-1"], "repeats=-1 lies outside [0, inf)"),
         (["--coarse", "1.5"], "coarse=1.5"),
