@@ -149,6 +149,10 @@ def _add_eval(subparsers):
     budget = evaluate.add_mutually_exclusive_group()
     budget.add_argument("--macs", type=float, help="share of dense MACs to set the threshold by, on training pictures")
     budget.add_argument("--threshold", type=float, help="a region is coarse where its m exceeds this")
+    evaluate.add_argument(
+        "--aspect", choices=("crop", "keep"), default="crop",
+        help="keep: whole pictures, each at its own aspect ratio and about as large as in training (default: crop)",
+    )  # fmt: skip
     for name in ("gating", "data", "val_n", "workers", "device"):
         _add_setting(evaluate, name, default=None)
 

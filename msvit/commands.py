@@ -46,7 +46,8 @@ def fit_gate(arguments: argparse.Namespace):
 def eval(arguments: argparse.Namespace):
     from .training.evaluate_run import evaluate_run
 
-    found = evaluate_run(arguments.run, arguments.macs, arguments.threshold, **typed_settings(arguments))
+    settings = arguments.macs, arguments.threshold, arguments.aspect
+    found = evaluate_run(arguments.run, *settings, **typed_settings(arguments))
     width = max(map(len, found))
     lines = [f"{k:{width}} {f'{v:.4f}' if isinstance(v, float) else v}" for k, v in found.items()]
     _put(found, "\n".join(lines), arguments.json)

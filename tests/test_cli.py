@@ -112,6 +112,8 @@ def test_eval_gives_the_figures_of_the_run_and_others(folder, capsys):
     half = json.loads(run(capsys, "eval", path, "--json", "--macs", "0.5", "--val_n=24")[1])
     assert abs(half["macs"] - 0.5) < 0.1
     assert "accuracy" in run(capsys, "eval", path)[1]
+    code, _, err = run(capsys, "eval", path, "--aspect", "keep")
+    assert (code, "aspect='keep' is for pictures in files" in err) == (2, True)
 
 
 @pytest.mark.long

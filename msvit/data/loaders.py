@@ -40,6 +40,8 @@ class Batch(NamedTuple):
     `indices` tell which pictures these are. Where file i cannot be read, the next readable one stands in, so
     that the batch keeps its shape, and the index is ~i = -1 - i: leave rows with a negative index out of
     every metric.
+
+    Of pictures at their own aspect ratio (`aspect`) images are a list of [3, H, W], and label maps one of [H, W].
     """
 
     images: torch.Tensor  # float32 [B, 3, H, W], normalised

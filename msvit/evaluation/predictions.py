@@ -1,7 +1,7 @@
 """What a model makes of each picture of a data set, and what becomes of it over all of them."""
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -35,27 +35,47 @@ def per_picture(
     where_of, parts = object_finder(loader), []
     with model.evaluating():
         for images, targets, indices in loader:
-            batch = Batch(images.to(device), targets.to(device), indices)
+            batch = Batch(_to(images, device), _to(targets, device), indices)
             with accelerator.autocast() if accelerator else contextlib.nullcontext():
                 result = predict(batch.images, indices)
-            columns = count(batch, result) | {"read": indices >= 0, "tokens": result.tokens}
-            columns["macs"] = result.macs / model.dense_macs(images.shape[-2:])
-            columns["coarse"] = result.coarse.double().mean((1, 2))
-            if result.scores is not None:
-                columns["decided"] = ((result.gates - 0.5).abs() > 0.25).double().mean((1, 2))
-            if where_of is not None:
-                where, fine = where_of(indices, model.coarse_patch).to(device), ~result.coarse
-                regions = {"object": where, "fine_object": where & fine, "rest": ~where, "fine_rest": ~where & fine}
-                columns |= {name: part.sum((1, 2)) for name, part in regions.items()}
-            columns = {name: column.to(device, torch.float64) for name, column in columns.items()}
-            columns = accelerator.gather_for_metrics(columns) if accelerator else columns
-            parts.append({name: column.cpu() for name, column in columns.items()})
+            for some, found in _of_one_size(batch, result):
+                columns = count(some, found) | _common(model, some, found, where_of)
+                columns = {name: column.to(device, torch.float64) for name, column in columns.items()}
+                columns = accelerator.gather_for_metrics(columns) if accelerator else columns
+                parts.append({name: column.cpu() for name, column in columns.items()})
     if not parts:
         raise ValueError("the loader has no pictures to evaluate on")
     table = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     read = table.pop("read") > 0
     pictures = {"pictures": int(read.sum())} | ({} if read.all() else {"unreadable": int((~read).sum())})
     return {name: column[read] for name, column in table.items()}, pictures
+
+
+def _to(pictures: Tensor | list[Tensor], device: torch.device) -> Tensor | list[Tensor]:
+    return [picture.to(device) for picture in pictures] if isinstance(pictures, list) else pictures.to(device)
+
+
+def _of_one_size(batch: Batch, result: Result) -> Iterator[tuple[Batch, Result]]:
+    """Yield a batch and what was made of it; of a list of pictures, each one's."""
+    if not isinstance(batch.images, list):
+        yield batch, result
+        return
+    for i in range(len(batch.images)):
+        yield Batch(*(part[i][None] for part in batch)), result.picture(i)
+
+
+def _common(model: MSViT, batch: Batch, result: Result, where_of: Objects | None) -> Columns:
+    """Return what is counted in each picture whatever the task."""
+    columns = {"read": batch.indices >= 0, "tokens": result.tokens}
+    columns["macs"] = result.macs / model.dense_macs(batch.images.shape[-2:])
+    columns["coarse"] = result.coarse.double().mean((1, 2))
+    if result.scores is not None:
+        columns["decided"] = ((result.gates - 0.5).abs() > 0.25).double().mean((1, 2))
+    if where_of is not None:
+        where, fine = where_of(batch.indices, model.coarse_patch).to(result.coarse.device), ~result.coarse
+        regions = {"object": where, "fine_object": where & fine, "rest": ~where, "fine_rest": ~where & fine}
+        columns |= {name: part.sum((1, 2)) for name, part in regions.items()}
+    return columns
 
 
 def means(columns: Columns, names: Iterable[str]) -> dict[str, float]:

@@ -39,3 +39,9 @@ class Result(NamedTuple):
     stages: tuple[TokenStage, ...] = ()
     final: Tokens | None = None
     gating: Gating | None = None
+
+    def picture(self, b: int) -> "Result":
+        """Return what was made of one picture of a list, as of a batch of one."""
+        rows = {name: getattr(self, name)[b][None] for name in ("logits", "gates", "coarse", "tokens", "macs")}
+        scores = None if self.scores is None else self.scores[b][None]
+        return Result(**rows, scores=scores, counts=self.counts[:, :, b : b + 1], gating=self.gating[b])

@@ -7,22 +7,30 @@ from typing import Any
 
 import torch
 
+from ..checks import one_of
+from ..data.aspect import whole_pictures
+from ..data.loaders import Loaders
 from ..evaluation.evaluate import evaluate
 from ..evaluation.predictions import object_finder
 from ..evaluation.reconstruction import reconstruction_errors
 from ..gating.gate import Quadtree
 from ..gating.learned import GATES
 from ..models.coarse import name_of
+from ..models.msvit import MSViT
 from .budget import BUDGETED, Budget, choose_gate
 from .build import load_data
 from .files import RunWarning
 from .objectives import Gated, Objective
-from .recipe import RecipeError
+from .recipe import Recipe, RecipeError
 from .runs import load_model, read_finished
 
 
 def evaluate_run(
-    folder: str | Path, macs: float | None = None, threshold: float | None = None, **changes: Any
+    folder: str | Path,
+    macs: float | None = None,
+    threshold: float | None = None,
+    aspect: str = "crop",
+    **changes: Any,
 ) -> dict[str, float]:
     """Return `evaluate` for the model of a finished run.
 
@@ -33,6 +41,8 @@ def evaluate_run(
         folder: The run's.
         macs: Set the threshold so that training pictures cost this share of dense MACs.
         threshold: Or set it outright.
+        aspect: "crop" is what the run was evaluated on; "keep", whole pictures, each at its own aspect ratio and about
+            as large, see `data.aspect`, packed into one call. A budget is met on what the run was trained on.
         changes: Settings of the run's recipe to change first, as `data` or `gating`.
     """
     run = read_finished(folder)
@@ -46,13 +56,7 @@ def evaluate_run(
     model.to("cuda" if torch.cuda.is_available() and recipe.training.device == "auto" else "cpu")
     if "gating" in changes:
         recipe = recipe.replace(epochs=max(recipe.training.epochs, 1))
-        by = recipe.gating.by
-        kind = Quadtree if by == "learned" and len(model.scales) > 2 else GATES.get(by)
-        if recipe.gating.learned and type(model.gate) is not kind:
-            raise RecipeError(f"gating={by!r}: {folder} was trained with {run.recipe.gating.by!r} and has no such gate")
-        if recipe.gating.by == "apt" and name_of(model.coarse_embed) != "apt":
-            raise RecipeError(f"gating='apt': {folder} was trained without APT's path; its rule alone is 'entropy'")
-        budget = choose_gate(model, recipe, loaders)
+        budget = _decide_otherwise(Path(folder), model, recipe, run.recipe, loaders)
     else:
         budget = Budget(model, loaders.size, recipe.gating if recipe.training.epochs else None, loaders)
     by = recipe.gating.by if recipe.training.epochs else "dense"
@@ -63,13 +67,17 @@ def evaluate_run(
     if macs is not None:
         budget.check("macs", macs)
     try:
+        one_of("aspect", aspect, ("crop", "keep"))
+        pictures = loaders.val if aspect == "crop" else whole_pictures(loaders)
+        if aspect != "crop" and recipe.model.sliding:
+            raise ValueError("aspect='keep' and windows of one size (sliding) exclude each other; use one of them")
         if macs is not None:
             model.calibrate(loaders.first_pictures(), macs)
         if threshold is not None:
             model.threshold = threshold
     except ValueError as error:
         raise RecipeError(str(error)) from error
-    found = evaluate(model, loaders.val, partial(objective.predict, model))
+    found = evaluate(model, pictures, partial(objective.predict, model))
     if broken := loaders.unreadable("val"):
         names = ", ".join(bad.name for bad in broken[:8])
         warnings.warn(f"{len(broken)} validation files cannot be read and are in no figure: {names}", RunWarning, 2)
@@ -85,3 +93,14 @@ def _compare_names(own: list[str], there: list[str]):
     """Warn where pictures have as many classes as the model's, and others."""
     if other := next((f"{name!r} is {was!r} there" for was, name in zip(own, there, strict=False) if was != name), ""):
         warnings.warn(f"the run's classes have other names ({other}); answers are compared by number", RunWarning, 3)
+
+
+def _decide_otherwise(folder: Path, model: MSViT, recipe: Recipe, trained: Recipe, loaders: Loaders) -> Budget:
+    """Let a run's model decide as another recipe says, as far as it has what that takes, and return the budget."""
+    by = recipe.gating.by
+    kind = Quadtree if by == "learned" and len(model.scales) > 2 else GATES.get(by)
+    if recipe.gating.learned and type(model.gate) is not kind:
+        raise RecipeError(f"gating={by!r}: {folder} was trained with {trained.gating.by!r} and has no such gate")
+    if by == "apt" and name_of(model.coarse_embed) != "apt":
+        raise RecipeError(f"gating='apt': {folder} was trained without APT's path; its rule alone is 'entropy'")
+    return choose_gate(model, recipe, loaders)

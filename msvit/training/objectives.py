@@ -93,7 +93,12 @@ class Objective(nn.Module):
         return self.scored(self.predict(self.model, images, indices), targets)
 
     def predict(self, model: MSViT, images: Tensor, indices: Tensor) -> Result:
-        """Return what a model (this one's, or its moving average) makes of pictures, in training and evaluation."""
+        """Return what a model (this one's, or its moving average) makes of pictures, in training and evaluation.
+
+        In evaluation they may be a list of pictures of different sizes.
+        """
+        if isinstance(images, list):
+            return model.run(images, [model.all_fine(image.shape[-2:]) for image in images], "packed")
         b, (h, w) = len(images), model.grid(images.shape[-2:])
         fine = torch.zeros(b, h, w, device=images.device)
         if model.head.dense:
