@@ -176,7 +176,8 @@ def new_model(case: CaseSettings) -> MSViT:
     try:
         vit = timm.create_model(case.model, **({} if case.size is None else {"img_size": case.size}))
         model = MSViT(vit, fast_cpu=True, scales=case.scales).eval()
-        model.gate.count_as_trained()
+        for gate in model.gate.levels:
+            gate.count_as_trained()
         sides = vit.patch_embed.img_size
         check_room(model.scales, model.grid(sides), backbone.patch_size(vit), sides)
     except (TypeError, ValueError, AssertionError) as error:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..core.blocks import after_attention, before_attention, mlp, run_blocks
 from ..core.rotary import make_rotary, rotate
 from ..models.tokenizer import Gating
-from .state import State
+from .state import State, masks_of
 
 CHUNK = 32  # pictures that are run at once
 
@@ -77,7 +77,8 @@ class Worth(NamedTuple):
 def attention_of(state: State) -> Attention:
     """Return the attention of the state's tokens."""
     model, found = state.gated.loaded.model, []
-    tokens = model.tokenize(state.gated.pixels, _gating(state), "packed")
+    gating = model.decide(state.gated.pixels, masks_of(state.levels, len(model.scales) - 1))
+    tokens = model.tokenize(state.gated.pixels, gating, "packed")
     layout, rows, rotary = tokens.layout, tokens.x, make_rotary(model.vit)
     for layer, block in enumerate(model.vit.blocks):
         normed, q, k, v = before_attention(block, rows)
@@ -118,8 +119,3 @@ def _loss(logits: Tensor, target: Tensor) -> Tensor:
     """Return the cross entropy of each picture of a batch, `[B]`, or of its pixels' mean, against one target."""
     each = F.cross_entropy(logits.float(), target.expand(len(logits), *target.shape[1:]), reduction="none")
     return each.reshape(len(logits), -1).mean(1)
-
-
-def _gating(state: State) -> Gating:
-    m = torch.from_numpy(state.coarse)[None].float()
-    return Gating(None, m, m)

@@ -50,12 +50,12 @@ def rollout_panel(inside: Inside) -> Image.Image:
 
 def cost_panel(inside: Inside) -> Image.Image:
     """Draw how much the loss rises where a region is coarse rather than fine: the true difference."""
-    return _signed(inside, inside.worth.cost, "true difference, each region run both ways")
+    return _signed(inside, "cost", "true difference, each region run both ways")
 
 
 def gradient_panel(inside: Inside) -> Image.Image:
     """Draw dL/dm of each region."""
-    return _signed(inside, inside.worth.gradient, "dL/dm, which trains the gate")
+    return _signed(inside, "gradient", "dL/dm, which trains the gate")
 
 
 def _seen(inside: Inside, matrix: Tensor, what: str) -> Image.Image:
@@ -74,8 +74,14 @@ def _seen(inside: Inside, matrix: Tensor, what: str) -> Image.Image:
     return stacked(panel, strip(f"{token}: {what}", f"brightest {most:.2g} of 1"))
 
 
-def _signed(inside: Inside, values: np.ndarray, what: str) -> Image.Image:
-    """Draw signed values of regions: red where coarse costs, blue where it helps, paler towards zero."""
+def _signed(inside: Inside, name: str, what: str) -> Image.Image:
+    """Draw what regions are worth, signed: red where coarse costs, blue where it helps, paler towards zero.
+
+    Of a quadtree it is said why there is none.
+    """
+    if len(inside.state.gated.loaded.model.scales) > 2:
+        return strip("not of a quadtree: there are several", "other decisions about each region")
+    values = getattr(inside.worth, name)
     most = max(float(np.abs(values).max()), 1e-12)
     share = (np.abs(values) / most)[..., None]
     hue = np.where(values[..., None] > 0, _RED, _BLUE)
@@ -105,8 +111,5 @@ INSIDE = {
 
 
 def looks_inside(loaded: LoadedModel) -> bool:
-    """Return whether a model can be looked into: what a reducer moves about has no place on the grid.
-
-    Nor is it said what a region of a quadtree is worth, whose other decision is one of several.
-    """
-    return loaded.model.reducer is None and len(loaded.model.scales) == 2
+    """Return whether a model can be looked into: what a reducer moves about has no place on the grid."""
+    return loaded.model.reducer is None

@@ -18,7 +18,7 @@ from ..training.build import build
 from ..training.names import mask_label
 from ..training.recipe import Recipe
 from .inspect import Inspection, accuracy_and_macs
-from .study import FULL, StudyRow, reducer_rows, run_rows
+from .study import FULL, StudyRow, check_two_scales, reducer_rows, run_rows
 
 REDUCED = ("dense, trained on", f"{FULL}, gbas", f"{FULL}, l0", "random mask", "dynamicvit", "tome")
 BUDGETS = (0.5, 0.75)
@@ -56,6 +56,7 @@ def smaller(base: Recipe) -> int:
 
 def run_protocol(base: Recipe, full: bool, lr: float, seeds: Iterable[int], folder: Path) -> pd.DataFrame:
     """Train what is not there yet; the MACs of all rows are shares of the dense model's at the full picture size."""
+    check_two_scales(base, "the protocol, which compares the gate's decisions with others at its rate,")
     table = run_rows(base, rows(base, full, lr), seeds, folder)
     dense = table.loc[table["method"] == "dense", "dense_macs"].iloc[0]
     for column in ("macs", "macs_sd"):

@@ -15,11 +15,11 @@ from ..models.fit_reducer import fit_reducer
 from ..progress import bar, in_notebook, time_left, visible
 from ..reducers.registry import REDUCERS
 from ..training import runs
-from ..training.build import build
+from ..training.build import build, scales_of
 from ..training.loop import train
 from ..training.names import mask_label
 from ..training.preflight import prepare_all
-from ..training.recipe import GATINGS, LEARNED, MEAN_LOSSES, Recipe, parse
+from ..training.recipe import GATINGS, LEARNED, MEAN_LOSSES, Recipe, RecipeError, parse
 
 if TYPE_CHECKING:
     from .watch import Watch
@@ -124,9 +124,24 @@ def reducer_rows(names: Iterable[str], base: Recipe) -> list[StudyRow]:
 
 
 def typed_rows(texts: Iterable[str]) -> list[StudyRow]:
-    """Return a row for each text of settings, as in "control=bias gate_lr=1e-2", which is its name too."""
-    pairs = {text: [part.partition("=") for part in text.split()] for text in texts}
-    return [StudyRow(text, {name: parse(name, value) for name, _, value in row}) for text, row in pairs.items()]
+    """Return a row for each text of settings, as in "control=bias gate_lr=1e-2", which is its name too.
+
+    Another name stands before a colon: "own name: control=bias".
+    """
+    found = []
+    for text in texts:
+        name, _, settings = text.rpartition(": ")
+        pairs = [part.partition("=") for part in settings.split()]
+        found.append(StudyRow(name or text, {key: parse(key, value) for key, _, value in pairs}))
+    return found
+
+
+def check_two_scales(recipe: Recipe, what: str):
+    """Raise a RecipeError unless a recipe's model decides about regions of one size alone."""
+    if len(scales := scales_of(recipe)) > 2:
+        raise RecipeError(
+            f"scales={list(scales)}: {what} is for one decision about each region; use scales={list(scales[:2])}"
+        )
 
 
 def without(parts: list[str]) -> StudyRow:

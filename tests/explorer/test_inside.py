@@ -14,9 +14,9 @@ from msvit import MSViT
 from msvit.core.blocks import run_blocks
 from msvit.explorer.attention import attention_of, worth_of
 from msvit.explorer.drawing import PANEL_WIDTH
-from msvit.explorer.inside import INSIDE, WAITING, Inside
+from msvit.explorer.inside import INSIDE, WAITING, Inside, looks_inside
 from msvit.explorer.models import LoadedModel
-from msvit.explorer.state import run_backbone
+from msvit.explorer.state import masks_of, run_backbone
 from msvit.models.tokenizer import Gating
 
 MIXED = np.array([[1, 0, 1, 0], [0, 0, 1, 1], [1, 1, 0, 1], [0, 1, 1, 0]])
@@ -119,6 +119,26 @@ def test_panels_have_the_width_of_all(title, state):
     inside.picked, inside.head = 9, 1
     picked = INSIDE[title](inside)
     assert np.array_equal(np.asarray(mean), np.asarray(picked)) == (title in ("Cost if coarse", "Gate's gradient"))
+
+
+def test_attention_of_a_quadtree_is_that_of_its_tokens():
+    """Of a token of the largest size too; what a region is worth is not said."""
+    model = MSViT(mini_model().vit, scales=(1, 2, 4)).eval()
+    loaded = LoadedModel.of("quadtree", model)
+    levels = np.array([[2, 2, 1, 0], [2, 2, 0, 0], [1, 0, 2, 2], [0, 1, 2, 2]])
+    state = run_backbone(gate_of(loaded), 0.5, levels)
+    attention, seen = attention_of(state), []
+    assert attention.shares.shape[-1] == state.tokens == 1 + 2 + 3 + 4 * 5
+    with model.vit.norm.register_forward_pre_hook(lambda _, rows: seen.append(rows[0])), torch.inference_mode():
+        model.run(state.gated.pixels, masks_of(levels, 2))
+    assert torch.allclose(attention.last, seen[0], atol=1e-5)
+    shown = attention.seen(attention.layer(1, 0), 0)
+    assert (shown[:4, :4] == shown[0, 0]).all()
+    assert looks_inside(loaded)
+    for title in ("Cost if coarse", "Gate's gradient"):  # in words, and nothing is computed
+        inside = Inside(state)
+        assert INSIDE[title](inside).size == (PANEL_WIDTH, 68)
+        assert "worth" not in vars(inside)
 
 
 def test_panels_are_switched_on_and_computed_at_rest(loaded, tmp_path):

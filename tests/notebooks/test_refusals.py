@@ -29,6 +29,7 @@ from msvit.training.files import RunError
         ("results", {"protocol": "long"}, "There are: reduced, full"),
         ("report", {}, "there is no folder .*runs"),
         ("tradeoff", {}, "there is no folder .*runs"),
+        ("gate_learning", {"more": {"scales": [1, 2, 4]}}, r"what a region is worth is for one .*use scales=\[1, 2\]"),
     ],
 )
 def test_before_anything_is_trained(tmp_path, name, parameters, expected):

@@ -12,7 +12,7 @@ from msvit.gating.rules import make_rule
 from msvit.studies import protocol
 from msvit.studies.inspect import Inspection
 from msvit.training.build import build
-from msvit.training.recipe import Recipe
+from msvit.training.recipe import Recipe, RecipeError
 
 BASE = Recipe(model="tiny", target=0.6, epochs_dense=2, epochs=1)
 
@@ -35,6 +35,12 @@ def test_all_rows_start_alike():
     assert len({row.label for row in full}) == len(full)
     assert all(row.changes["lr"] == 5e-4 for row in full if row.dense)
     assert [row.label for row in full if not row.dense] == [f"dense at {protocol.smaller(BASE)} px"]
+
+
+def test_more_than_two_scales_are_refused_before_anything_is_trained(tmp_path):
+    with pytest.raises(RecipeError, match=r"scales=\[1, 2, 4\]: the protocol, .* use scales=\[1, 2\]"):
+        protocol.run_protocol(BASE.replace(scales=[1, 2, 4]), False, 1e-3, [0], tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_smaller_pictures_cost_about_the_target():

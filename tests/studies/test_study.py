@@ -45,6 +45,8 @@ def test_rows_of_ones_own():
     rows = study.typed_rows(["control=bias gate_lr=1e-2", "loss_settings=sigma=0.2"])
     assert rows[0] == study.StudyRow("control=bias gate_lr=1e-2", {"control": "bias", "gate_lr": 0.01})
     assert rows[1].changes == {"loss_settings": {"sigma": 0.2}}
+    (named,) = study.typed_rows(["oracle (1, 2): gating=oracle scales=1,2"])
+    assert named == study.StudyRow("oracle (1, 2)", {"gating": "oracle", "scales": [1, 2]})
     with pytest.raises(RecipeError, match="no setting is called 'contrl'; the nearest is 'control'"):
         study.typed_rows(["contrl=bias"])
 
