@@ -23,7 +23,7 @@ def trained(monkeypatch):
     """The recipes that would be trained, by the names of their runs; nothing is."""
     seen = {}
 
-    def train(recipe, folder, progress):
+    def train(recipe, folder, progress, watch):
         seen[folder.name] = recipe
         return SimpleNamespace(summary={"accuracy": 0.5, "macs": recipe.gating.target, "dense_macs": 1000})
 

@@ -10,7 +10,8 @@ from helpers import write_run
 
 from msvit import plots
 from msvit.studies import report, segmentation, study
-from msvit.training.files import RunError
+from msvit.studies.params import in_repo
+from msvit.training.files import RunBusy, RunError
 from msvit.training.recipe import Recipe
 
 
@@ -64,6 +65,7 @@ def test_budgets_of_segmentation_have_names_of_their_own():
 
 
 @pytest.mark.long
+@pytest.mark.filterwarnings("ignore:Glyph .* missing from font")  # in figures; the font has no Chinese
 def test_names_from_anywhere_do_no_harm(tmp_path, monkeypatch):
     odd = ("folder:<b>x</b>\n\x1b[31m", f"folder:{'y' * 240}", "folder:x' onmouseover='alert(1)", "folder:" + "界" * 99)
     for data in ("folder:a-b", "folder:a_b", *odd):
@@ -108,3 +110,21 @@ def test_a_mistyped_folder_of_runs_is_not_made(tmp_path):
     path = write_run(tmp_path / "runs")
     study.examples(tmp_path / "runs")
     assert json.loads((path / "settings.json").read_text())["epochs"] == 5
+
+
+def test_examples_that_another_process_trains_are_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("MSVIT_HOME", str(tmp_path))
+    asked = []
+
+    def run_rows(base, rows, seeds, folder):
+        asked.append(folder)
+        if len(asked) < 3:
+            raise RunBusy("another process is training")
+
+    monkeypatch.setattr(study, "run_rows", run_rows)
+    monkeypatch.setattr(study.time, "sleep", lambda seconds: None)
+    study.examples(in_repo("runs"))
+    assert asked == [tmp_path / "runs/examples"] * 3
+    write_run(tmp_path / "runs")
+    study.examples(in_repo("runs"))
+    assert len(asked) == 3
