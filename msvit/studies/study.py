@@ -3,7 +3,6 @@
 The dense model of a seed is trained once, and every other row of a study starts from it.
 """
 
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +16,6 @@ from ..progress import bar, in_notebook, time_left, visible
 from ..reducers.registry import REDUCERS
 from ..training import runs
 from ..training.build import build, scales_of
-from ..training.files import RunBusy
 from ..training.loop import train
 from ..training.names import mask_label
 from ..training.preflight import prepare_all
@@ -38,7 +36,6 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 MASKS = tuple(name for name in GATINGS if name not in (*LEARNED, "fine"))
 FULL = "MSViT"
-EXAMPLES = "examples"  # folder of the runs of `examples`
 CURVES_APART = 10.0  # seconds between two drawings of the run that trains
 SUMMARY_COLUMNS = {  # of runs, and their titles with the units
     "accuracy": "accuracy (%)",
@@ -271,30 +268,6 @@ def finished(folder: str | Path) -> pd.DataFrame:
     """Return the finished runs of a folder; a run that was killed leaves no summary and is not among them."""
     table = runs.load(folder)
     return table[table["status"] == "finished"].reset_index(drop=True)
-
-
-def examples(folder: Path):
-    """Train a few small runs if there is none in the repository's own folder: a notebook then has something to show.
-
-    Another folder has been typed, and must be there and have some. While another process trains the examples, as where
-    two notebooks are begun at once, it is waited for.
-    """
-    from .params import in_repo
-
-    own = folder == in_repo("runs")
-    if own:
-        folder.mkdir(parents=True, exist_ok=True)
-    names = list(finished(folder)["run"])
-    if not own and not names:
-        raise ValueError(f"there is no finished run under {folder}; name a folder that has some")
-    base = Recipe(epochs_dense=3, epochs=2, train_n=2048, val_n=512)
-    rows = [StudyRow(FULL, {}), StudyRow("random mask", {"gating": "random"})]
-    while own and all(name.startswith(EXAMPLES) for name in names):
-        try:
-            run_rows(base, rows, [0], folder / EXAMPLES)
-            break
-        except RunBusy:
-            time.sleep(1)
 
 
 def choose(found: Mapping[str, pd.DataFrame], data: str = "") -> str:

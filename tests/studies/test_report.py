@@ -9,7 +9,7 @@ import pytest
 from helpers import write_run
 
 from msvit import plots
-from msvit.studies import report, segmentation, study
+from msvit.studies import examples, report, segmentation, study
 from msvit.studies.params import in_repo
 from msvit.training.files import RunBusy, RunError
 from msvit.training.recipe import Recipe
@@ -102,13 +102,13 @@ def test_csv_holds_no_formulas(tmp_path):
 
 def test_a_mistyped_folder_of_runs_is_not_made(tmp_path):
     with pytest.raises(RunError, match="there is no folder .*typo"):
-        study.examples(tmp_path / "typo")
+        examples.examples(tmp_path / "typo")
     assert not (tmp_path / "typo").exists()
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no finished run under .*empty"):
-        study.examples(tmp_path / "empty")
+        examples.examples(tmp_path / "empty")
     path = write_run(tmp_path / "runs")
-    study.examples(tmp_path / "runs")
+    examples.examples(tmp_path / "runs")
     assert json.loads((path / "settings.json").read_text())["epochs"] == 5
 
 
@@ -121,10 +121,10 @@ def test_examples_that_another_process_trains_are_waited_for(tmp_path, monkeypat
         if len(asked) < 3:
             raise RunBusy("another process is training")
 
-    monkeypatch.setattr(study, "run_rows", run_rows)
-    monkeypatch.setattr(study.time, "sleep", lambda seconds: None)
-    study.examples(in_repo("runs"))
+    monkeypatch.setattr(examples, "run_rows", run_rows)
+    monkeypatch.setattr(examples.time, "sleep", lambda seconds: None)
+    examples.examples(in_repo("runs"))
     assert asked == [tmp_path / "runs/examples"] * 3
     write_run(tmp_path / "runs")
-    study.examples(in_repo("runs"))
+    examples.examples(in_repo("runs"))
     assert len(asked) == 3
