@@ -25,6 +25,7 @@ from msvit.explorer.panels import panels_of
 from msvit.explorer.sources import BuiltInSource
 from msvit.explorer.state import run_backbone, run_gate
 from msvit.models.heads import SegmentationHead
+from msvit.models.msvit import EXECUTIONS
 from msvit.reducers.registry import make_reducer
 from msvit.training.recipe import Recipe
 
@@ -96,6 +97,15 @@ def slope_inside(loss, hard, index, eps=1e-4):
     return (4 * near - 3 * at - far) / (2 * step[index].item())
 
 
+def check_slopes(loss, at, places, eps=1e-5):
+    """Assert that the gradient of a loss is, at some places of a vector, what central differences are."""
+    gradient = torch.autograd.grad(loss(there := at.clone()), there)[0]
+    for i in places:
+        step = torch.zeros_like(at).index_fill(0, torch.tensor([i]), eps)
+        slope = (loss(at + step) - loss(at - step)).item() / (2 * eps)
+        assert gradient[i].item() == pytest.approx(slope, rel=1e-4, abs=1e-9)
+
+
 def shake(vit):
     """Random values where timm starts with zeros, ones or 1e-5, so that nothing drops out of a comparison."""
     with torch.no_grad():
@@ -103,6 +113,17 @@ def shake(vit):
             if p.dim() == 1 or "token" in name or "pos_embed" in name or "latent" in name:
                 p.add_(0.2 * torch.randn_like(p))
     return vit.eval()
+
+
+def assert_all_fine_is_timm(vit, size):
+    """Assert that a backbone with all tokens fine answers as timm's, in every execution."""
+    images, model = torch.randn(2, 3, *size), msvit.MSViT(vit).eval()
+    fine = torch.zeros(model.grid(size), dtype=torch.bool)
+    with torch.no_grad():
+        expected = vit(images)
+        assert expected.std() > 0.01
+        for execution in EXECUTIONS:
+            assert (model.run(images, fine, execution).logits - expected).abs().max() <= 1e-5
 
 
 def mini_model(seed=0):

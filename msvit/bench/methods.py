@@ -16,7 +16,7 @@ from ..core.attention_weights import attend_watched
 from ..core.blocks import before_attention
 from ..core.fast_linear import AVAILABLE, fast_linear
 from ..core.macs import embedding_macs, gate_macs, vit_macs
-from ..core.rotary import make_rotary, rotate
+from ..core.rotary import make_rotary, rotate, turn_of
 from ..gating.learned import Quota
 from ..gating.rules import make_rule
 from ..models.msvit import MSViT, Result
@@ -162,9 +162,8 @@ def run_clustering(method: str, case: Case) -> PreparedMethod:
     tokens = model.tokenize(case.images, model.decide(case.images, model.all_fine(case.size)), "packed")
     tokens = replace(tokens, x=_random_tokens(case).flatten(0, 1))
     _, q, k, v = before_attention(vit.blocks[layer], tokens.x)
-    if (rotary := make_rotary(vit)) is not None:
-        q, k = (rotate(part, rotary.turn(layer, tokens)) for part in (q, k))
-    _, received = attend_watched(tokens.layout, q, k, v)
+    turn = turn_of(make_rotary(vit), layer, tokens)
+    _, received = attend_watched(tokens.layout, rotate(q, turn), rotate(k, turn), v)
     half = math.prod(model.patches(case.size)) // 2
     reducer = make_reducer("token_pooling", vit, clusters=[half], layers=[layer], method=method)
     return PreparedMethod(_inference(reducer.after_attention, layer, tokens, received), settings=reducer.settings)

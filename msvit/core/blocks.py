@@ -13,7 +13,7 @@ from . import backbone
 from .attention import Layout, attend, by_rows
 from .attention_weights import attend_by_policy, attend_watched, attention_of_first
 from .hooks import run_hooked, warn_of_hooks
-from .rotary import Rotary, Turn, make_rotary, rotate
+from .rotary import Rotary, Turn, make_rotary, rotate, turn_of
 from .tokens import Tokens
 
 
@@ -140,8 +140,7 @@ def _run_block(
         tokens = _watched(watch, layer, tokens, reducer.before_block(layer, tokens))
         n = tokens.active_counts()
     attended, needs = n, None if reducer is None else reducer.needs
-    turn = None if rotary is None else rotary.turn(layer, tokens)
-    x, seen = half(_attention, block, tokens, proportional, needs, steps, turn)
+    x, seen = half(_attention, block, tokens, proportional, needs, steps, turn_of(rotary, layer, tokens))
     if reducer is not None:
         tokens = replace(tokens, x=x)
         tokens = _watched(watch, layer, tokens, reducer.after_attention(layer, tokens, seen))
@@ -172,7 +171,7 @@ def _attention(
     layout, size = tokens.layout, tokens.size if proportional else None
     weight = tokens.weight if proportional else tokens.activity
     rows, q, key, v = steps.before_attention(block, tokens.x)
-    q, k = (q, key) if turn is None else (rotate(q, turn), rotate(key, turn))
+    q, k = rotate(q, turn), rotate(key, turn)
     if needs == "received":
         heads, seen = attend_watched(layout, q, k, v, weight)
     elif tokens.policy is not None:

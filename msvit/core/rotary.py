@@ -114,8 +114,15 @@ def check_rotary(rope: nn.Module | None):
         )
 
 
-def rotate(x: Tensor, turn: Turn) -> Tensor:
-    """Return queries or keys `[T, H, D]` rotated."""
+def turn_of(rotary: Rotary | None, layer: int, tokens: Tokens) -> Turn | None:
+    """Return the rotation of tokens in a block; None where the backbone has none."""
+    return None if rotary is None else rotary.turn(layer, tokens)
+
+
+def rotate(x: Tensor, turn: Turn | None) -> Tensor:
+    """Return queries or keys `[T, H, D]` rotated, or as they are where there is no rotation."""
+    if turn is None:
+        return x
     a, b = x.chunk(2, -1) if turn.half else (x[..., ::2], x[..., 1::2])
     parts = a * turn.cos - b * turn.sin, b * turn.cos + a * turn.sin
     return (torch.cat(parts, -1) if turn.half else torch.stack(parts, -1).flatten(-2)).to(x.dtype)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.blocks import after_attention, before_attention, mlp, run_blocks
-from ..core.rotary import make_rotary, rotate
+from ..core.rotary import make_rotary, rotate, turn_of
 from ..models.tokenizer import Gating
 from .state import State, masks_of
 
@@ -81,10 +81,9 @@ def attention_of(state: State) -> Attention:
     tokens = model.tokenize(state.gated.pixels, gating, "packed")
     layout, rows, rotary = tokens.layout, tokens.x, make_rotary(model.vit)
     for layer, block in enumerate(model.vit.blocks):
-        normed, q, k, v = before_attention(block, rows)
-        if rotary is not None:
-            q, k = (rotate(part, rotary.turn(layer, tokens)) for part in (q, k))
-        q, k, v = (part.transpose(0, 1) for part in (q, k, v))
+        normed, *parts, v = before_attention(block, rows)
+        turn = turn_of(rotary, layer, tokens)
+        q, k, v = (part.transpose(0, 1) for part in (*(rotate(part, turn) for part in parts), v))
         shares = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
         rows = after_attention(block, rows, normed, (shares @ v).transpose(0, 1), layout)
         rows = mlp(block, rows, layout)

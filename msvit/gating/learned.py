@@ -13,7 +13,7 @@ from ..checks import in_interval
 from ..core.precision import in_full
 from ..core.sampling import add_logistic_noise, with_gradient_of
 from ..core.tokens import patchify
-from .gate import Decider, Gate
+from .gate import Decider, Gate, Quadtree
 
 
 class Quota(Gate):
@@ -180,3 +180,8 @@ class Pattern(Decider):
 
 
 GATES: dict[str, type[Decider]] = {"learned": Gate, "quota": Quota, "pattern": Pattern}
+
+
+def kind_of(by: str, sizes: int) -> type[Decider] | None:
+    """Return what learns by a name of `gating`, for so many sizes of regions; None for a rule, which does not learn."""
+    return Quadtree if by == "learned" and sizes > 1 else GATES.get(by)

@@ -236,12 +236,17 @@ def accuracy_and_macs(inspection: Inspection, masks: Tensor | None = None, batch
     return AccuracyAndMacs(correct.double().mean().item(), macs)
 
 
+def best_gates(table: pd.DataFrame, count: int) -> pd.DataFrame:
+    """Return the runs of the most accurate learned gates, one of each label."""
+    learned = table[(table["epochs"] > 0) & (table["gating"] == "learned")]
+    return learned.sort_values("accuracy", ascending=False).drop_duplicates("label").head(count)
+
+
 @torch.no_grad()
 def threshold_curves(folder: Path, table: pd.DataFrame, curves: int, points: int, pictures: int) -> pd.DataFrame:
     """Evaluate the most accurate learned gates at thresholds from nearly all coarse to nearly all fine."""
-    learned = table[(table["epochs"] > 0) & (table["gating"] == "learned")]
-    best, rows = learned.sort_values("accuracy", ascending=False).drop_duplicates("label").head(curves), []
-    for entry in bar(best.to_dict("records"), "threshold curves", unit="runs", shown=visible()):
+    rows = []
+    for entry in bar(best_gates(table, curves).to_dict("records"), "threshold curves", unit="runs", shown=visible()):
         inspection = inspect_run(folder / entry["run"], pictures)
         model, gates = inspection.model, inspection.gates.flatten()
         for share in torch.linspace(0.05, 0.95, points):

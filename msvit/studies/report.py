@@ -20,7 +20,7 @@ from ..checks import cut, first_line, plain
 from ..training.files import RunWarning, write_csv
 from ..training.names import method_name
 from ..training.recipe import FIELDS, HARMLESS
-from .inspect import draw_gate_maps, inspect_runs
+from .inspect import best_gates, draw_gate_maps, inspect_runs
 from .page import write_page
 from .study import SUMMARY_COLUMNS, finished, summarise
 
@@ -136,8 +136,7 @@ def gate_maps(runs: Path, group: pd.DataFrame, methods: int = 3, pictures: int =
 
     None if there are no such, or if their models or pictures are not here any more.
     """
-    learned = group[(group["epochs"] > 0) & (group["gating"] == "learned")]
-    best = learned.sort_values("accuracy", ascending=False).drop_duplicates("label").head(methods)
+    best = best_gates(group, methods)
     there = best[[(runs / name / "config.json").exists() for name in best["run"]]]
     if there.empty:
         return None

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.blocks import after_attention, before_attention, mlp
-from ..core.rotary import make_rotary, rotate
+from ..core.rotary import make_rotary, rotate, turn_of
 from ..models.msvit import MSViT
 
 
@@ -42,10 +42,9 @@ def measure_smoothing(model: MSViT, images: Tensor) -> Smoothing:
 
     for layer, block in enumerate(model.vit.blocks):
         cosines = [likeness()]
-        normed, q, k, v = before_attention(block, rows)
-        if rotary is not None:
-            q, k = (rotate(part, rotary.turn(layer, tokens)) for part in (q, k))
-        q, k, v = (layout.pad(part).transpose(1, 2) for part in (q, k, v))
+        normed, *parts, v = before_attention(block, rows)
+        turn = turn_of(rotary, layer, tokens)
+        q, k, v = (layout.pad(part).transpose(1, 2) for part in (*(rotate(part, turn) for part in parts), v))
         shares = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).softmax(-1)
         out = shares @ v
         before, after = (amplitudes(part[:, :, prefix:].unflatten(2, grid)) for part in (v, out))

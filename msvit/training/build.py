@@ -16,8 +16,8 @@ from ..core.scales import checked_scales
 from ..data.holdout import hold_out
 from ..data.loaders import Loaders, make_loaders
 from ..data.segmentation import make_seg_loaders
-from ..gating.gate import Gate, Quadtree, make_gate, sizes_of
-from ..gating.learned import GATES, Pattern, Quota
+from ..gating.gate import make_gate, sizes_of
+from ..gating.learned import Pattern, Quota, kind_of
 from ..models.check_config import UNBUILT, ModelFolderError
 from ..models.coarse import name_of
 from ..models.heads import SegmentationHead
@@ -95,9 +95,8 @@ def takes_over_gate(settings: ModelSettings, runs: Path) -> bool:
 def _choose_gate(recipe: Recipe, vit: nn.Module, found: nn.Module | None) -> nn.Module:
     """Return the gate that was found, if it is of the kind that the recipe trains, or a new one."""
     segments = recipe.data.task == "segment"
-    scales, kind = scales_of(recipe), GATES.get(recipe.gating.by, Gate)
-    if kind is Gate and len(scales) > 2:
-        kind = Quadtree
+    scales = scales_of(recipe)
+    kind = kind_of(recipe.gating.by, len(scales) - 1) or kind_of("learned", len(scales) - 1)
     patch = scales[1] * vit.patch_embed.patch_size[0]
     grid = (recipe.data.size // patch,) * 2
     fits = type(found) is kind and sizes_of(found) == len(scales) - 1 and getattr(found, "grid", grid) == grid

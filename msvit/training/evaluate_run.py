@@ -13,8 +13,7 @@ from ..data.loaders import Loaders
 from ..evaluation.evaluate import evaluate
 from ..evaluation.predictions import object_finder
 from ..evaluation.reconstruction import reconstruction_errors
-from ..gating.gate import Quadtree
-from ..gating.learned import GATES
+from ..gating.learned import kind_of
 from ..models.coarse import name_of
 from ..models.msvit import MSViT
 from .budget import BUDGETED, Budget, choose_gate
@@ -98,8 +97,7 @@ def _compare_names(own: list[str], there: list[str]):
 def _decide_otherwise(folder: Path, model: MSViT, recipe: Recipe, trained: Recipe, loaders: Loaders) -> Budget:
     """Let a run's model decide as another recipe says, as far as it has what that takes, and return the budget."""
     by = recipe.gating.by
-    kind = Quadtree if by == "learned" and len(model.scales) > 2 else GATES.get(by)
-    if recipe.gating.learned and type(model.gate) is not kind:
+    if recipe.gating.learned and type(model.gate) is not kind_of(by, len(model.scales) - 1):
         raise RecipeError(f"gating={by!r}: {folder} was trained with {trained.gating.by!r} and has no such gate")
     if by == "apt" and name_of(model.coarse_embed) != "apt":
         raise RecipeError(f"gating='apt': {folder} was trained without APT's path; its rule alone is 'entropy'")

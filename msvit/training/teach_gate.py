@@ -53,10 +53,11 @@ def teach_gate(
     first, pictures = "detail" if by == "utility" else by, list(_enough(model, loaders))
     with torch.random.fork_rng(devices=[]), torch.autocast(model.cut.device.type, enabled=False):
         torch.manual_seed(seed)
+        together = torch.cat(pictures)
         for level, gate in enumerate(model.gate.levels):
             z = torch.cat([SCORES[first](images, model, loaders, level) for images in pictures])
             z = (z.mean() - z) / z.std().clamp(min=1e-6)
-            _descend(gate, _score_losses(gate, torch.cat(pictures), z), SCORE_STEPS, False)
+            _descend(gate, _score_losses(gate, together, z), SCORE_STEPS, False)
         if by == "utility":
             _descend(model.gate, _utility_losses(model, loaders, rates), steps, progress)
     _decide(model, pictures, rates)

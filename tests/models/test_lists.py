@@ -98,6 +98,15 @@ def test_a_coarse_token_at_the_border_has_the_mean_position_of_what_is_inside(ma
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+def check_alone(together, i, alone):
+    """Assert that picture i of a batch came out as it does alone."""
+    assert (together.logits[i] - alone.logits[0]).abs().max() <= 1e-5
+    assert torch.equal(together.coarse[i], alone.coarse[0])
+    assert torch.equal(together.gates[i], alone.gates[0])
+    assert together.tokens[i] == alone.tokens[0]
+    assert together.macs[i] == alone.macs[0]
+
+
 @pytest.mark.parametrize("execution", EXECUTIONS)
 @torch.no_grad()
 def test_a_batch_of_different_sizes_is_as_many_single_calls(make_vit, make_eva, execution):
@@ -110,11 +119,7 @@ def test_a_batch_of_different_sizes_is_as_many_single_calls(make_vit, make_eva, 
             together = model.run(images, given, execution)
             for i, image in enumerate(images):
                 alone = model.run(image[None], None if given is None else given[i], execution)
-                assert (together.logits[i] - alone.logits[0]).abs().max() <= 1e-5
-                assert torch.equal(together.coarse[i], alone.coarse[0])
-                assert torch.equal(together.gates[i], alone.gates[0])
-                assert together.tokens[i] == alone.tokens[0]
-                assert together.macs[i] == alone.macs[0]
+                check_alone(together, i, alone)
                 if execution != "levelled":  # which keeps more of a picture beside a longer one of its size
                     assert torch.equal(together.final.picture(i).where, alone.final.where)
         assert together.scores is None
@@ -132,11 +137,7 @@ def test_a_list_at_three_scales_is_as_many_single_calls(make_vit, make_eva, exec
             together = model.run(images, given, execution)
             for i, image in enumerate(images):
                 alone = model.run(image[None], None if given is None else given[i], execution)
-                assert (together.logits[i] - alone.logits[0]).abs().max() <= 1e-5
-                assert torch.equal(together.coarse[i], alone.coarse[0])
-                assert torch.equal(together.gates[i], alone.gates[0])
-                assert together.tokens[i] == alone.tokens[0]
-                assert together.macs[i] == alone.macs[0]
+                check_alone(together, i, alone)
                 for one, other in zip(together.gating[i].undivided, alone.gating.undivided, strict=True):
                     assert torch.equal(one, other)
         assert {1.0, 4.0, 16.0} <= set(together.final.area.tolist())

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import check_slopes
 
 import msvit
 from msvit.core.backbone import pooled_logits
@@ -149,9 +150,4 @@ def test_the_gradient_by_the_activity_goes_through_positions(make_eva, name):
         given = replace(tokens, activity=activity.requires_grad_())
         return F.cross_entropy(pooled_logits(vit, run_blocks(vit, given, reducer).final), torch.arange(2))
 
-    ones, eps = torch.ones(len(tokens.x), dtype=torch.float64), 1e-5
-    gradient = torch.autograd.grad(loss(activity := ones.clone()), activity)[0]
-    for i in range(1, len(ones), 4):
-        step = torch.zeros_like(ones).index_fill(0, torch.tensor([i]), eps)
-        slope = (loss(ones + step) - loss(ones - step)).item() / (2 * eps)
-        assert gradient[i].item() == pytest.approx(slope, rel=1e-4, abs=1e-9)
+    check_slopes(loss, torch.ones(len(tokens.x), dtype=torch.float64), range(1, len(tokens.x), 4))
