@@ -111,7 +111,7 @@ def title_of(name: str, folder: Path) -> str:
 
 def suited_to(source: str) -> str:
     """Return the shipped model for the pictures of a source: that of the scenes, or of photographs if it is there."""
-    return "photo" if source not in BUILT_IN and "photo" in shipped() else "scenes"
+    return "photo" if not source.startswith(("scenes", "screens")) and "photo" in shipped() else "scenes"
 
 
 def load_model(name: str, runs: str | Path) -> LoadedModel:

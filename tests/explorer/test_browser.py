@@ -5,17 +5,9 @@ a screenshot is kept in results/failures/.
 """
 
 import json
-import os
 import re
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,22 +18,15 @@ import torch
 from helpers import bomb, encoded, gradient, segmenting
 
 import msvit
+from benchmarks.browser import CHROMIUM, TOKEN, VOILA, WAITING, chromium, press, serving, until
 from msvit.data.scenes import Scenes
 from msvit.reducers.registry import make_reducer
 
 ROOT = Path(__file__).resolve().parents[2]
 FAILURES = ROOT / "results" / "failures"
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PACKAGES = ("playwright", "jupyterlab", "voila", "anywidget")
 MISSING = [name for name in PACKAGES if not find_spec(name)] + ([] if CHROMIUM else ["chromium"])
-QUIET = ("--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
-QUIET += ("--disable-component-update", "--disable-sync", "--no-sandbox")
-TOKEN = "only-for-this-test"
-# Voila's template asks another host for icons, which the page does without: the browser may ask none.
-ONLY_HERE = {
-    "Content-Security-Policy": "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
-}
-PATIENCE = 60_000  # milliseconds that a page may take on a machine that others use too
+PATIENCE = 1000 * WAITING  # milliseconds
 IDLE = 15  # seconds after which a kernel without a page is ended; longer than one takes to start
 
 pytestmark = [
@@ -83,12 +68,8 @@ def untouched(tmp_path):
 
 @pytest.fixture(scope="module")
 def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
-        yield chromium
-        chromium.close()
+    with chromium() as started:
+        yield started
 
 
 @pytest.fixture
@@ -126,47 +107,12 @@ def kept(page, name: str):
 @pytest.fixture
 def serve(workspace, tmp_path):
     """A function that starts a server and returns its address; all of its processes end with the test."""
-    started = []
+    with ExitStack() as stack:
 
-    def start(module: str, *options: str, folder: Path = workspace) -> str:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        private = {
-            name: str(tmp_path / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR")
-        }
-        quiet = tmp_path / "lab/@jupyterlab/apputils-extension/notification.jupyterlab-settings"
-        quiet.parent.mkdir(parents=True)
-        quiet.write_text('{"fetchNews": "false"}')  # else it asks, on top of the page
-        private["OMP_WAIT_POLICY"] = "passive"  # threads that wait for a core must not burn another
-        environment = os.environ | private | {"PYTHONPATH": str(ROOT), "JUPYTERLAB_SETTINGS_DIR": str(tmp_path / "lab")}
-        options = [option.format(port=port, token=TOKEN, headers={"headers": ONLY_HERE}) for option in options]
-        log = open(tmp_path / "server.log", "wb")  # noqa: SIM115 (closed below, with the server)
-        server = subprocess.Popen(
-            [sys.executable, "-m", module, *options],
-            cwd=folder,
-            env=environment,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-        started.append((server, log))
-        address = f"http://127.0.0.1:{port}"
-        end = time.monotonic() + PATIENCE / 1000
-        while not answers(address):
-            if server.poll() is not None or time.monotonic() > end:
-                pytest.fail(f"{module} did not start: {(tmp_path / 'server.log').read_text()[-2000:]}")
-            time.sleep(0.2)
-        return address
+        def start(module: str, *options: str, folder: Path = workspace) -> str:
+            return stack.enter_context(serving(module, *options, folder=folder, private=tmp_path))
 
-    yield start
-    for server, log in started:
-        server.send_signal(signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            server.wait(20)
-        with suppress(ProcessLookupError):
-            os.killpg(server.pid, signal.SIGKILL)  # its own session; kernels end by themselves when it is gone
-        log.close()
+        yield start
 
 
 def kernels() -> int:
@@ -184,30 +130,9 @@ def clipped(page) -> list[str]:
         .filter(e => e.offsetParent && e.scrollWidth > e.clientWidth + 1).map(e => e.textContent)""")
 
 
-def answers(address: str) -> bool:
-    try:
-        urllib.request.urlopen(f"{address}/api", timeout=2).close()
-    except urllib.error.HTTPError as error:
-        error.close()
-        return True  # it lives, and it asks for a token
-    except OSError:
-        return False
-    return True
-
-
 def figure(page, name: str) -> str:
     """A figure of the first model: "tokens" or "prediction"."""
     return page.locator(f".msvit-{name}").first.inner_text()
-
-
-def until(page, tokens: int):
-    page.wait_for_function(f"document.querySelector('.msvit-tokens')?.textContent === '{tokens}'")
-
-
-def press(page, slider: int, key: str):
-    """A key on the threshold's (0), the budget's (1) or the layer's (2) handle."""
-    page.locator(".widget-slider .noUi-handle").nth(slider).focus()
-    page.keyboard.press(key)
 
 
 def send(page, **files: bytes):
@@ -396,10 +321,7 @@ def test_jupyterlab(page, serve, workspace):
 
 
 def test_voila(page, serve, workspace):
-    address = serve(
-        "voila", "explorer.ipynb", "--no-browser", "--Voila.ip=127.0.0.1", "--port={port}", "--Voila.token={token}",
-        "--Voila.tornado_settings={headers}",
-    )  # fmt: skip
+    address = serve("voila", "explorer.ipynb", *VOILA)
     with kept(page, "voila"):
         page.goto(f"{address}/?token={TOKEN}")
         drive(page, workspace / "out")
@@ -418,10 +340,7 @@ def voila_options(idle: int) -> list[str]:
 
 def test_first_sight(page, serve, untouched):
     """As `make explorer` opens it: a picture at once, above the fold; and no kernel outlives its page."""
-    address = serve(
-        "voila", "explorer.ipynb", "--no-browser", "--Voila.ip=127.0.0.1", "--port={port}", "--Voila.token={token}",
-        "--Voila.tornado_settings={headers}", *voila_options(idle=IDLE), folder=untouched,
-    )  # fmt: skip
+    address = serve("voila", "explorer.ipynb", *VOILA, *voila_options(idle=IDLE), folder=untouched)
     with kept(page, "first-sight"):
         page.set_viewport_size({"width": 1440, "height": 900})
         page.goto(f"{address}/?token={TOKEN}")
