@@ -215,7 +215,9 @@ def recipe_of(base: Recipe, row: StudyRow, dense: Recipe, seed: int) -> Recipe:
     """Return the settings of a row: from the seed's dense model, or from scratch in one stage as long as both."""
     epochs = base.training.epochs_dense + base.training.epochs
     start = {"model": f"run:{dense.run_name}"} if row.dense else {"epochs": epochs}
-    return base.replace(seed=seed, epochs_dense=0, **start, **row.changes)
+    recipe = base.replace(seed=seed, epochs_dense=0, **start, **row.changes)
+    given_up = not recipe.gating.shaped and "control" not in row.changes
+    return recipe.replace(control="none") if given_up else recipe  # a controller is the learned gates' alone
 
 
 def transfer(base: Recipe, second: Mapping[str, Any], seeds: Iterable[int], folder: str | Path) -> pd.DataFrame:

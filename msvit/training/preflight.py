@@ -106,6 +106,11 @@ def _refuse_unused(recipe: Recipe):
     """Raise for what would be accepted and ignored; not in the recipe, since runs of earlier versions may have it."""
     if recipe.model.gate and recipe.training.epochs and not recipe.gating.learned:
         raise RecipeError(f"gate={recipe.model.gate!r} is a trained gate, and gating={recipe.gating.by!r} has none")
+    if recipe.gating.control != "none" and recipe.training.epochs and not recipe.gating.shaped:
+        raise RecipeError(
+            f"control={recipe.gating.control!r} holds a learned gate at its budget; gating={recipe.gating.by!r} keeps "
+            "to its own, so leave control out"
+        )
     if recipe.reducer.settings and not recipe.reducer.name:
         raise RecipeError(f"reducer_settings={recipe.reducer.settings} are of no reducer; name one by reducer=…")
     scale, scales = recipe.model.scale, recipe.model.scales

@@ -9,6 +9,7 @@ from msvit.plots.style import as_the_model_sees
 from msvit.studies import report, study
 from msvit.training.recipe import Recipe, RecipeError
 
+GATINGS = ("learned", "pattern", "quota", "random", "fine")
 ON = dict.fromkeys(study.PARTS, True)
 
 
@@ -71,6 +72,12 @@ def test_rows_start_from_the_dense_run_of_their_seed_or_train_as_long():
     assert (full.training.epochs_dense, full.training.epochs) == (0, 2)
     scratch = study.recipe_of(base, study.without(["pretrained_dense"]), dense, 5)
     assert (scratch.model.name, scratch.training.epochs_dense, scratch.training.epochs) == ("tiny", 0, 5)
+
+
+def test_the_controller_of_a_study_is_for_its_learned_gates():
+    base, dense = Recipe(control="bias"), Recipe(epochs_dense=3, epochs=0)
+    held = {by: study.recipe_of(base, study.StudyRow(by, {"gating": by}), dense, 0).gating.control for by in GATINGS}
+    assert held == {"learned": "bias", "pattern": "bias", "quota": "none", "random": "none", "fine": "none"}
 
 
 def test_what_is_left_to_train(tmp_path):

@@ -35,6 +35,10 @@ def _no_step(monkeypatch):
         ({"mixup": 0.5, "batch": 7}, "take pairs of pictures, and 7 are in a batch; make it even"),
         ({"model": "tiny", "pretrained": True}, "model='tiny' has no published weights"),
         ({"gate": "hub:a/b", "gating": "random"}, "is a trained gate, and gating='random' has none"),
+        (
+            {"control": "bias", "gating": "random"},
+            "control='bias' holds a learned gate .* gating='random' keeps to its own",
+        ),
         ({"reducer_settings": {"keep": 0.5}}, "are of no reducer"),
         ({"lr": 0.0}, "lr=0 leaves the dense stage nothing to train"),
         ({"holdout": 0.99}, "leaves none to train on"),
