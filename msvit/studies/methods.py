@@ -25,7 +25,8 @@ from ..reducers.registry import make_reducer
 from ..training.build import build
 from ..training.recipe import Recipe
 from .inspect import Inspection, accuracy_and_macs, inspect_run
-from .study import FULL, MASKS, REDUCER_METHODS, StudyRow, reducer_rows, run_rows, train_all
+from .jobs import train_all
+from .study import FULL, MASKS, REDUCER_METHODS, StudyRow, reducer_rows, run_rows
 
 SECTIONS = ("cost", "smoothing", "reconstruction", "fronts", "losses", "dynamic", "sizes")
 COMPARABLE = ("gate", *MASKS, *REDUCER_METHODS)

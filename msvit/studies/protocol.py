@@ -54,10 +54,12 @@ def smaller(base: Recipe) -> int:
     return int(sides[(shares - base.gating.target).abs().argmin()])
 
 
-def run_protocol(base: Recipe, full: bool, lr: float, seeds: Iterable[int], folder: Path) -> pd.DataFrame:
+def run_protocol(
+    base: Recipe, full: bool, lr: float, seeds: Iterable[int], folder: Path, jobs: int = 1
+) -> pd.DataFrame:
     """Train what is not there yet; the MACs of all rows are shares of the dense model's at the full picture size."""
     check_two_scales(base, "the protocol, which compares the gate's decisions with others at its rate,")
-    table = run_rows(base, rows(base, full, lr), seeds, folder)
+    table = run_rows(base, rows(base, full, lr), seeds, folder, jobs)
     dense = table.loc[table["method"] == "dense", "dense_macs"].iloc[0]
     for column in ("macs", "macs_sd"):
         table[column] *= table["dense_macs"] / dense

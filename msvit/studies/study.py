@@ -5,24 +5,18 @@ The dense model of a seed is trained once, and every other row of a study starts
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
-from tqdm import tqdm
 
 from ..checks import one_of
 from ..models.fit_reducer import fit_reducer
-from ..progress import bar, in_notebook, time_left, visible
 from ..reducers.registry import REDUCERS
 from ..training import runs
 from ..training.build import build, scales_of
-from ..training.loop import train
 from ..training.names import mask_label
-from ..training.preflight import prepare_all
 from ..training.recipe import GATINGS, LEARNED, MEAN_LOSSES, Recipe, RecipeError, parse
-
-if TYPE_CHECKING:
-    from .watch import Watch
+from .jobs import train_all
 
 # What each part of the method is replaced by when it is switched off.
 PARTS: dict[str, dict[str, Any]] = {
@@ -36,7 +30,6 @@ PARTS: dict[str, dict[str, Any]] = {
 }
 MASKS = tuple(name for name in GATINGS if name not in (*LEARNED, "fine"))
 FULL = "MSViT"
-CURVES_APART = 10.0  # seconds between two drawings of the run that trains
 SUMMARY_COLUMNS = {  # of runs, and their titles with the units
     "accuracy": "accuracy (%)",
     "miou": "mIoU (%)",
@@ -151,64 +144,21 @@ def without(parts: list[str]) -> StudyRow:
     return StudyRow(f"without {names}", changes, "pretrained_dense" not in parts)
 
 
-def run_rows(base: Recipe, rows: Iterable[StudyRow], seeds: Iterable[int], folder: str | Path) -> pd.DataFrame:
+def run_rows(
+    base: Recipe, rows: Iterable[StudyRow], seeds: Iterable[int], folder: str | Path, jobs: int = 1
+) -> pd.DataFrame:
     """Train what is not there yet and return a table with one line per row and seed, the dense model's first.
 
     Args:
         base: Settings of the full method; `epochs_dense` are those of the dense model that the rows start from.
         folder: Where the runs are; running again, after an interruption too, only trains what is missing.
+        jobs: Runs at a time, each with its share of the cores; 0: as many as suit this machine.
     """
     plan = []
     for seed in seeds:
         dense = base.replace(seed=seed, epochs=0)
         plan += [("dense", dense)] + [(row.label, recipe_of(base, row, dense, seed)) for row in rows]
-    return train_all(plan, folder)
-
-
-def train_all(plan: list[tuple[str, Recipe]], folder: str | Path) -> pd.DataFrame:
-    """Train labelled recipes in turn, each in the folder of its name, and return their summaries as a table.
-
-    All of them are prepared first, so that nothing is trained if one of them could not be.
-    """
-    folder, table, curves = Path(folder), [], None
-    prepare_all([recipe for _, recipe in plan], folder)
-    if in_notebook():
-        from .watch import Watch
-
-        curves = Watch(CURVES_APART)
-    left = sum(epochs_left(recipe, folder) for recipe in {recipe.run_name: recipe for _, recipe in plan}.values())
-    with bar(title="all runs", total=left, unit="epochs", shown=visible() and left > 0, leave=True) as whole:
-        for number, (label, recipe) in enumerate(plan, 1):
-            title = f"{number}/{len(plan)}: {label}, seed {recipe.training.seed}"
-            print(", ".join(filter(None, (title, time_left(whole)))), flush=True)
-            run = _train_one(recipe, folder, title, whole, curves)
-            table.append({"method": label, "seed": recipe.training.seed, "run": recipe.run_name} | run.summary)
-    if curves:
-        curves.draw()
-    return pd.DataFrame(table)
-
-
-def _train_one(recipe: Recipe, folder: Path, title: str, whole: tqdm, curves: "Watch | None") -> runs.Run:
-    """Train a run of several, and show in their bar how far all of them are."""
-
-    def watch(line: dict[str, Any]):
-        whole.update()
-        if curves:
-            curves(line)
-
-    whole.set_description(f"run {title}", refresh=False)
-    if curves:
-        curves.begin(title)
-    return train(recipe, folder / recipe.run_name, progress=visible(), watch=watch)
-
-
-def epochs_left(recipe: Recipe, folder: Path) -> int:
-    """Return how many epochs there are to train until a run is finished."""
-    path, epochs = folder / recipe.run_name, recipe.training.epochs_dense + recipe.training.epochs
-    if (path / "summary.json").exists():
-        return 0
-    done = (path / "metrics.jsonl").read_bytes().count(b"\n") if (path / "metrics.jsonl").exists() else 0
-    return max(epochs - done, 0)
+    return train_all(plan, folder, jobs)
 
 
 def recipe_of(base: Recipe, row: StudyRow, dense: Recipe, seed: int) -> Recipe:

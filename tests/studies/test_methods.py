@@ -9,7 +9,7 @@ from helpers import shake
 from msvit import MSViT
 from msvit.gating.rules import make_rule
 from msvit.reducers.registry import REDUCERS, make_reducer
-from msvit.studies import methods, study
+from msvit.studies import jobs, methods, study
 from msvit.studies.inspect import Inspection
 from msvit.studies.study import StudyRow
 from msvit.training.build import build
@@ -27,7 +27,7 @@ def trained(monkeypatch):
         seen[folder.name] = recipe
         return SimpleNamespace(summary={"accuracy": 0.5, "macs": recipe.gating.target, "dense_macs": 1000})
 
-    monkeypatch.setattr(study, "train", train)
+    monkeypatch.setattr(jobs, "train", train)
     return seen
 
 

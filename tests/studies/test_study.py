@@ -7,6 +7,7 @@ from helpers import write_run
 
 from msvit.plots.style import as_the_model_sees
 from msvit.studies import report, study
+from msvit.studies.jobs import epochs_left
 from msvit.training.recipe import Recipe, RecipeError
 
 GATINGS = ("learned", "pattern", "quota", "random", "fine")
@@ -82,12 +83,12 @@ def test_the_controller_of_a_study_is_for_its_learned_gates():
 
 def test_what_is_left_to_train(tmp_path):
     recipe = Recipe(epochs_dense=3, epochs=2)
-    assert study.epochs_left(recipe, tmp_path) == 5
+    assert epochs_left(recipe, tmp_path) == 5
     path = write_run(tmp_path, epochs_dense=3, epochs=2)
-    assert study.epochs_left(recipe, tmp_path) == 0
+    assert epochs_left(recipe, tmp_path) == 0
     (path / "summary.json").unlink()
     (path / "metrics.jsonl").write_text("{}\n{}\n")
-    assert study.epochs_left(recipe, tmp_path) == 3
+    assert epochs_left(recipe, tmp_path) == 3
 
 
 def test_maps_are_of_those_that_decide_in_another_way():
