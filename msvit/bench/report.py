@@ -86,7 +86,7 @@ def draw_figure(report: Report, folder: str | Path, tell: Callable[[str], object
     except ModuleNotFoundError as error:
         tell(f"no figure: {error.name} is not installed; pip install 'msvit[notebooks]'")
         return
-    draw = figures.gains_by_axis if report["settings"]["scaling"] else figures.speeds_against_macs
+    draw = figures.gains_by_axis if report["settings"]["scaling"] else figures.speeds
     with tempfile.TemporaryDirectory() as scratch:
         plt.close(save(draw(report["rows"]), scratch, stem(report)))
         for path in Path(scratch).iterdir():

@@ -11,30 +11,50 @@ from matplotlib.figure import Figure
 from .looks import legend_beside, looks
 
 LINE_COLOUR = "#666666"
+LEGIBLE = 8  # methods side by side in a plane; of more, each gets a line of its own
 AXIS_TITLES = {"size": "side of the pictures (pixels)", "batch": "pictures at once", "coarse": "share coarse"}
 
 
-def speeds_against_macs(timings: list[dict[str, Any]]) -> Figure:
-    """Draw pictures per second against MACs, a panel per model and batch, and the speed that MACs promise."""
+def speeds(timings: list[dict[str, Any]]) -> Figure:
+    """Draw pictures per second against MACs, a panel per model and batch, and the speed that MACs promise.
+
+    Many methods at one place of that plane cannot be told apart: these are ranked by their gain.
+    """
     table = pd.DataFrame(timings).query("kind == 'model'").dropna(subset="ms")
-    styles = {label: look.line | {"label": look.name} for label, look in looks(table["label"]).items()}
     panels = table.groupby(["model", "size", "batch"], sort=False)
     columns = table.groupby(["model", "size"])["batch"].nunique().max()
-    rows = -(-len(panels) // columns)
+    rows, most = -(-len(panels) // columns), panels.size().max()
+    draw, height = (_ranked_panel, 0.6 + 0.25 * most) if most > LEGIBLE else (_speed_panel, 3.4)
     figure, grid = plt.subplots(
-        rows, columns, figsize=(4.2 * columns + 2, 3.4 * rows), squeeze=False, layout="constrained"
+        rows, columns, figsize=(4.2 * columns + 2, height * rows), squeeze=False, layout="constrained"
     )
     for axes in grid.flat[len(panels) :]:
         axes.remove()
     for axes, (panel, shown) in zip(grid.flat, panels, strict=False):
-        _speed_panel(axes, shown, styles)
+        draw(axes, shown)
         axes.set_title("{}, {} px, batch {}".format(*panel), fontsize=9)
     legend_beside(figure)
     return figure
 
 
-def _speed_panel(axes: Axes, table: pd.DataFrame, styles: dict[str, dict]):
+def _ranked_panel(axes: Axes, table: pd.DataFrame):
+    """Draw the methods of one case by their gain over dense timm, with what their MACs promise."""
+    shown = table[table["row"] != "dense"].sort_values("vs_dense").reset_index(drop=True)
+    found = looks(shown["label"])
+    for place, timing in enumerate(shown.to_dict("records")):
+        gain = timing["vs_dense"]
+        spread = [[gain - timing["vs_dense_low"]], [timing["vs_dense_high"] - gain]]
+        axes.errorbar(gain, place, xerr=np.maximum(spread, 0), markersize=6, **found[timing["label"]].line)
+    axes.scatter(shown["promised"], shown.index, marker="|", s=120, color=LINE_COLOUR, label="promised by MACs")
+    axes.axvline(1, color=LINE_COLOUR, linewidth=0.8)
+    axes.set_yticks(shown.index, [found[label].name for label in shown["label"]], fontsize=8)
+    axes.set(xlabel="times the speed of dense timm (quartiles)", xlim=(0, None))
+    axes.grid(alpha=0.3, axis="x")
+
+
+def _speed_panel(axes: Axes, table: pd.DataFrame):
     """Draw the methods of one case, and through the dense ones the speed that MACs promise."""
+    styles = {label: look.line | {"label": look.name} for label, look in looks(table["label"]).items()}
     x = np.linspace(table["macs"].min(), table["macs"].max(), 50)
     for timing in table.to_dict("records"):
         speed, low, high = (1e3 * timing["batch"] / timing[f"ms{end}"] for end in ("", "_high", "_low"))
@@ -51,6 +71,8 @@ def gains_by_axis(timings: list[dict[str, Any]]) -> Figure:
     """Draw the gain of packed execution by picture size, batch and share of coarse regions, and the promised one."""
     table = pd.DataFrame(timings).query("row == 'packed'").dropna(subset="ms")
     axis_names = [name for name in AXIS_TITLES if name in set(table["axis"])]
+    varied = [name for name in axis_names if table.loc[table["axis"] == name, name].nunique() > 1]
+    axis_names = varied or axis_names  # one value is no curve
     figure, grid = plt.subplots(
         1, len(axis_names), figsize=(4.2 * len(axis_names), 3.6), squeeze=False, sharey=True, layout="constrained"
     )
