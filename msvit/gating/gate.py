@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import pairwise
+from operator import index
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
-from ..checks import one_of
+from ..checks import in_interval, one_of
 from ..core.precision import in_full
 from ..core.sampling import add_logistic_noise, straight_through
 from ..core.tokens import patchify
@@ -121,6 +122,8 @@ class Gate(Decider, PyTorchModelHubMixin):
         super().__init__(temperature)
         one_of("network", network, NETWORKS)
         self.patch, self.channels, self.network, self.width = patch, channels, network, width or NETWORKS[network]
+        for name in ("patch", "channels", "width"):
+            in_interval(name, index(getattr(self, name)), "[1, inf)")
         if network == "filters":
             self.see = nn.Sequential(FilterBank(patch, channels, self.width), nn.LayerNorm(self.width))
         self.mlp = (_on_pixels if network == "pixels" else _on_filters)(patch, channels, self.width)

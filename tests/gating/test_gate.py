@@ -19,6 +19,13 @@ def test_evaluation_is_deterministic_and_training_is_not():
     assert not torch.equal(gate.soften(logits), gate.soften(logits))
 
 
+@pytest.mark.parametrize("settings", [{"patch": 0}, {"patch": False}, {"channels": -3}, {"width": -1}, {"patch": 8.0}])
+@pytest.mark.parametrize("network", ["pixels", "filters"])
+def test_a_gate_of_no_pixels_is_refused(settings, network):
+    with pytest.raises((ValueError, TypeError), match=f"{next(iter(settings))}=|float"):
+        Gate(**settings, network=network)
+
+
 @pytest.mark.parametrize("temperature", [0.1, 0.3, 2.0])
 def test_samples_are_coarse_as_often_as_the_logit_says(temperature):
     """P(m > 0.5) = sigmoid(logit), whatever the temperature."""
