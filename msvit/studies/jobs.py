@@ -46,7 +46,7 @@ def train_all(plan: list[tuple[str, Recipe]], folder: str | Path, jobs: int = 1)
     for number, (label, recipe) in enumerate(plan, 1):
         title = f"{number}/{len(plan)}: {label}, seed {recipe.training.seed}"
         titled[title] = label, recipe
-        if epochs_left(recipe, folder) and recipe not in todo.values():
+        if not (folder / recipe.run_name / "summary.json").exists() and recipe not in todo.values():
             todo[title] = recipe
     if in_notebook():
         from .watch import Watch
