@@ -1,11 +1,13 @@
 """What cannot be meant stops a notebook before anything is trained."""
 
+import ast
 import json
 import re
 from pathlib import Path
 
 import pytest
 from helpers import NOTEBOOKS, cells_of, papermill
+from papermill import inspect_notebook
 
 from msvit.studies.methods import SECTIONS
 from msvit.training.files import RunError
@@ -45,6 +47,14 @@ def run_cells(name, names, typed):
         exec(source, names)
         if is_parameters:
             names.update(typed)
+
+
+def test_papermill_reads_every_parameter(caplog):
+    """`papermill --help-notebook` lists them from the source; it warns, in every run, of a line that it cannot read."""
+    for path in sorted(NOTEBOOKS.glob("*.ipynb")):
+        source = next((source for source, parameters in cells_of(path.stem) if parameters), "")
+        assert set(inspect_notebook(path)) == {node.target.id for node in ast.parse(source).body}, path
+    assert not caplog.records
 
 
 @pytest.mark.notebook
