@@ -7,6 +7,8 @@ draws the other: in pages that nbconvert makes, on code hosts, on paper.
 import base64
 import io
 import json
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -98,6 +100,35 @@ def tradeoff(
         point = [anchor.macs * factor], [anchor.accuracy * 100]
         add(*point, f"{anchor.label}<br>{ANCHORS_TITLE}", marker=marker, name=anchor.label, **group)
     return figure.update_layout(xaxis_title=title, yaxis_title="accuracy (%)", **LAYOUT)
+
+
+def accuracy_curves(table: pd.DataFrame, metrics: Mapping[str, Sequence[Mapping[str, Any]]]) -> go.Figure:
+    """Draw validation accuracy by epoch, a line per run in the colour of its method.
+
+    Args:
+        table: Runs with `run`, `label` and `name`.
+        metrics: By run, the lines of its `metrics.jsonl`.
+    """
+    figure = go.Figure()
+    for label, look in looks(table["label"]).items():
+        first = True
+        for run, name in table.loc[table["label"] == label, ["run", "name"]].itertuples(index=False):
+            whole = [line for line in metrics[run] if "val_accuracy" in line]
+            if not whole:
+                continue
+            group = {"name": look.name, "legendgroup": label, "showlegend": first}
+            figure.add_scatter(
+                x=[line["epoch"] for line in whole],
+                y=[100 * line["val_accuracy"] for line in whole],
+                hovertemplate=f"{name}, epoch %{{x}}: %{{y:.1f}} %<extra></extra>",
+                mode="lines+markers",
+                marker={"color": look.color, "symbol": SYMBOLS[look.marker]},
+                **group,
+            )
+            first = False
+    longest = max((len(trace.x) for trace in figure.data), default=1)
+    axis = {"title": "epoch", "dtick": math.ceil(longest / 12)}  # whole epochs
+    return figure.update_layout(xaxis=axis, yaxis_title="validation accuracy (%)", **LAYOUT)
 
 
 def front(trials: pd.DataFrame) -> go.Figure:
