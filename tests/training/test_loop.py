@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import timm
 import torch
+from timm.optim import muon
 from helpers import write_folder
 from safetensors.torch import save_file
 
@@ -29,7 +30,7 @@ from msvit.training.files import RunError, RunWarning
 from msvit.training.loop import Trainer, _accelerator, train
 from msvit.training.objectives import TRIMS, Gated, Objective
 from msvit.training.recipe import Recipe, RecipeError
-from msvit.training.stage import Stage
+from msvit.training.stage import Stage, make_descent
 
 # Four steps an epoch of a few milliseconds each.
 SMALL = Recipe(train_n=64, val_n=48, batch=16, epochs_dense=1, epochs=2, device="cpu")
@@ -314,6 +315,23 @@ def test_parts_have_their_own_rates_and_matrices_alone_decay():
     frozen = objective(Recipe(lr=0.0))
     assert not [p for group in frozen.groups() for p in group["params"] if p is frozen.model.vit.pos_embed]
     assert not frozen.model.vit.pos_embed.requires_grad
+
+
+def test_muon_orthogonalizes_in_single_precision_on_a_cpu():
+    """A step follows the gradient with all singular values near one; bfloat16 would be 1e-2 away from float64."""
+    this = objective(Recipe(optimizer="muon", weight_decay=0.0, schedule="constant", warmup=0.0), Objective)
+    optimizer, _ = make_descent(this, epochs=1, updates=1)
+    (group,) = (g for g in optimizer.param_groups if g["params"][0].ndim > 1)
+    weight = this.model.vit.blocks[0].mlp.fc1.weight
+    before = weight.detach().double()
+    weight.grad = torch.randn_like(weight)
+    optimizer.step()
+    step = (before - weight.detach()) / (group["lr"] * 0.2 * max(weight.shape) ** 0.5)
+    exact = muon.zeropower_via_newtonschulz(
+        weight.grad.double(), group["ns_steps"], muon._COEFFICIENTS[group["ns_coefficients"]], dtype=torch.float64
+    )
+    assert (step - exact).abs().max() < 1e-3 * exact.abs().max()
+    assert torch.linalg.svdvals(step).sub(1).abs().max() < 0.4
 
 
 def test_stage_two_may_have_another_rate_of_the_backbone():
