@@ -45,6 +45,7 @@ LOOKS = {
     "ratio": Look("ratio loss", WINE, "<"),
     "none": Look("no gate loss", ROSE, ">"),
     "controller": Look("controller only", OLIVE, "d"),
+    "fixed": Look("gate held fixed", INDIGO, "D"),
     "without gbas": Look("without GBaS", ORANGE, "v"),  # L0 stands in its place
     "without trim": Look("without trimming", BLUE, "v"),
     "without learned gate": Look("random, no learned gate", SKY, "X"),  # the same decisions
@@ -86,7 +87,7 @@ _WORDS = (
 _SETTINGS = re.compile(r"(, [\w.]+=\S*)+$")  # by which the runs of a method are told apart
 _TAIL = re.compile(r" (at|on) \S+$|, \w*vit_\S+$|, tiny$")  # budget, backbone
 _GATE = re.compile(
-    r"(MSViT|pattern)(?:,? (?P<loss>gbas|bas|l0|ratio|none|controller)\b[^+]*)?(?:.* \+ (?P<reducer>\w+))?$"
+    r"(MSViT|pattern)(?:,? (?P<loss>gbas|bas|l0|ratio|none|controller|fixed)\b[^+]*)?(?:.* \+ (?P<reducer>\w+))?$"
 )
 _REST = ((BLUE, "o"), (VERMILION, "s"), (GREEN, "D"), (PURPLE, "^"), (ORANGE, "v"), (SKY, "P"), (BLACK, "*"))
 _REST += ((OLIVE, "X"), (WINE, "p"), (TEAL, "h"), (INDIGO, "d"), (SAND, "<"))

@@ -83,7 +83,7 @@ def takes_over_gate(settings: ModelSettings, runs: Path) -> bool:
     """Return whether the gate that a model begins with has been trained, by a run before this one."""
     if settings.gate or settings.name in shipped():
         return True
-    path = _path(settings.name, runs)
+    path = path_of(settings.name, runs)
     if path.name == "dense" and os.path.isfile(path.parent / "settings.json"):
         return False  # stage one of a run
     if os.path.isfile(path / "settings.json"):
@@ -168,7 +168,8 @@ def _create(settings: ModelSettings, size: int, name: str, pretrained: bool = Fa
         ) from error
 
 
-def _path(name: str, runs: Path) -> Path:
+def path_of(name: str, runs: Path) -> Path:
+    """Return the folder of a model that a run ("run:NAME") or `save_pretrained` has left."""
     return runs / name.removeprefix("run:") if name.startswith("run:") else Path(name)
 
 
@@ -176,7 +177,7 @@ def _saved(name: str, runs: Path) -> MSViT:
     """Return a model that is shipped, of a run beside this one ("run:NAME"), of a folder, or of the hub."""
     if name in shipped():
         return load(name)
-    path = _path(name, runs)
+    path = path_of(name, runs)
     if not name.startswith(HUB) and not os.path.isdir(path):
         near = closest(name, ["tiny", *shipped(), *timm.list_models(module=TIMM_MODULES)], 3)
         hint = f"did you mean {', '.join(near)}?" if near else "see timm.list_models('*vit*')"

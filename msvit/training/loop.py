@@ -35,7 +35,7 @@ from ..data.loaders import set_epoch
 from ..data.seeds import hashed
 from ..evaluation.evaluate import evaluate
 from ..progress import bar, duration, say
-from .build import takes_over_gate
+from .build import path_of, takes_over_gate
 from .environment import environment
 from .files import RunError
 from .objectives import Gated, Objective
@@ -43,6 +43,7 @@ from .preflight import prepare
 from .recipe import Recipe
 from .runs import Run, RunFolder, read
 from .stage import Stage
+from .taught import teach_once
 from .teach_gate import STEPS, teach_gate
 
 SPLITS = {"train": "training", "val": "validation"}
@@ -146,11 +147,17 @@ class Trainer:
 
     def _start_gate(self):
         """Give a gate that is new its warm start, in twice the stage's batches at most; the same in each process."""
-        gating, training = self.recipe.gating, self.recipe.training
-        starts = gating.start != "none" and gating.by == "learned" and training.gate_lr
-        if starts and not takes_over_gate(self.recipe.model, self.records.path.parent):
-            steps = min(STEPS, 2 * training.epochs * self.loaders.steps)
-            teach_gate(self.model, self.loaders, self.budget.rates, gating.start, training.seed, steps, self.progress)
+        gating, training, runs = self.recipe.gating, self.recipe.training, self.records.path.parent
+        if gating.start == "none" or gating.by != "learned" or takes_over_gate(self.recipe.model, runs):
+            return
+        steps = min(STEPS, 2 * training.epochs * self.loaders.steps)
+        lesson = (self.budget.rates, gating.start, training.seed, steps)
+        teach = partial(teach_gate, self.model, self.loaders, *lesson, self.progress)
+        if self.recipe.model.name.startswith("run:"):
+            kept = path_of(self.recipe.model.name, runs) / "taught"
+            teach_once(teach, self.model, kept, (self.recipe.data, *lesson))
+        else:
+            teach()
 
     def _epoch(self, stage: Stage, epoch: int):
         """Train and evaluate for an epoch, and make both durable."""

@@ -24,7 +24,9 @@ def method_name(run: Mapping[str, Any]) -> str:
         return mask_label(run["gating"]) + after
     who = "MSViT" if run["gating"] == "learned" else "pattern"
     words = [f"{who} {run['loss']}" + ("" if run["control"] == "none" else f" + {run['control']}")]
-    if run["loss"] == "none" and run["control"] != "none":
+    if not run["gate_lr"]:
+        words = [f"{who} fixed"]
+    elif run["loss"] == "none" and run["control"] != "none":
         words = [f"{who}, controller only ({run['control']})"]
     words += [{"none": "untrimmed", "batch": "trimmed by batch"}[run["trim"]]] if run["trim"] != "margin" else []
     words += {"shared": [], "own": ["own embedding"], "apt": ["APT's path"]}[run["coarse_embed"]]

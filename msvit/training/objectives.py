@@ -156,7 +156,7 @@ class Gated(Objective):
     def __init__(self, model: MSViT, recipe: Recipe, budget: Budget, objects: dict[str, Objects] | None = None):
         super().__init__(model, recipe, budget, objects)
         gating = recipe.gating
-        self.learned = gating.learned and recipe.training.gate_lr > 0
+        self.learned = gating.learned and not recipe.held_fixed
         taught = recipe.training.distill or (model.reducer is not None and model.reducer.needs_teacher)
         self.teacher = copy.deepcopy(model.vit) if taught else None
         self.loss, self.controllers = None, []

@@ -106,6 +106,8 @@ def _refuse_unused(recipe: Recipe):
     """Raise for what would be accepted and ignored; not in the recipe, since runs of earlier versions may have it."""
     if recipe.model.gate and recipe.training.epochs and not recipe.gating.learned:
         raise RecipeError(f"gate={recipe.model.gate!r} is a trained gate, and gating={recipe.gating.by!r} has none")
+    if recipe.gating.control != "none" and recipe.held_fixed:
+        raise RecipeError(f"control={recipe.gating.control!r} moves the gate, and gate_lr=0 holds it; leave one out")
     if recipe.gating.control != "none" and recipe.training.epochs and not recipe.gating.shaped:
         raise RecipeError(
             f"control={recipe.gating.control!r} holds a learned gate at its budget; gating={recipe.gating.by!r} keeps "

@@ -69,7 +69,7 @@ class TrainingSettings(Checked):
     lr: float = setting(1e-3, "peak learning rate of the backbone; 0 = frozen", "[0, 1e6]")
     lr_scale: float = setting(1.0, "factor on lr, the backbone's, in stage two", "[0, 1e6]")
     freeze: int = setting(0, "first epochs of stage two in which backbone and head stay as they are", "[0, inf)")
-    gate_lr: float = setting(1e-3, "peak learning rate of the gate; 0 = frozen", "[0, 1e6]")
+    gate_lr: float = setting(1e-3, "peak learning rate of the gate; 0 = it stays as its start taught it", "[0, 1e6]")
     coarse_lr: float | None = setting(None, "of what embeds coarse patches alone; none = lr", "[0, 1e6]")
     reducer_lr: float = setting(1e-3, "peak learning rate of a reducer's own layers; 0 = frozen", "[0, 1e6]")
     prior_lr: float = setting(1e-2, "peak learning rate of the gate loss's priors; 0 = frozen", "[0, 1e6]")
@@ -237,7 +237,14 @@ class Recipe:
     @property
     def method(self) -> str:
         """What saves tokens: nothing ("dense"), the gate by what shapes it, or the rule in its place."""
+        if self.held_fixed:
+            return "fixed" if self.gating.by == "learned" else f"{self.gating.by}-fixed"
         return self.gating.method if self.training.epochs else "dense"
+
+    @property
+    def held_fixed(self) -> bool:
+        """Whether the second stage leaves the gate as it found or taught it, so that no loss shapes it."""
+        return self.training.epochs > 0 and self.gating.learned and not self.training.gate_lr
 
     @property
     def run_name(self) -> str:

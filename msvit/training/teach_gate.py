@@ -118,6 +118,7 @@ def _descend(gate: nn.Module, losses: Iterator[Tensor], steps: int, progress: bo
         loss.backward()
         optimizer.step()
         schedule.step()
+    optimizer.zero_grad()  # or it would be part of the first step of the joint stage
 
 
 def asked_rates(rates: Sequence[float]) -> list[float]:

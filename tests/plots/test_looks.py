@@ -58,6 +58,7 @@ def test_what_the_bench_has_is_registered():
         ("APT", "apt", "APT"),
         ("dense, train_n=64, lr=0.1", "dense", "dense, train_n=64, lr=0.1"),
         ("without learned gate", "random mask", "random, no learned gate"),
+        ("MSViT fixed at 0.58", "MSViT fixed", "MSViT fixed at 0.58"),
         ("MSViT, controller only (bias)", "MSViT, controller only (projection)", "MSViT, controller only (bias)"),
     ],
 )
