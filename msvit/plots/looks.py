@@ -36,6 +36,7 @@ class Look(NamedTuple):
 LOOKS = {
     "dense": Look("dense", BLACK, "o"),
     "dense, trained on": Look("dense, trained on", GREY, "o"),
+    "dense, smaller pictures": Look("dense, smaller pictures", BLACK, "s"),
     "all fine": Look("all fine", BLACK, "o"),
     "coarse": Look("all coarse", GREY, "s"),
     "MSViT": Look("MSViT", VERMILION, "D"),
@@ -85,7 +86,7 @@ _WORDS = (
     (r"^(dense, )?all coarse$", "coarse"),
 )
 _SETTINGS = re.compile(r"(, [\w.]+=\S*)+$")  # by which the runs of a method are told apart
-_TAIL = re.compile(r" (at|on) \S+$|, \w*vit_\S+$|, tiny$")  # budget, backbone
+_TAIL = re.compile(r" (at|on) \S+( px)?$|, \w*vit_\S+$|, tiny$")  # budget, backbone
 _GATE = re.compile(
     r"(MSViT|pattern)(?:,? (?P<loss>gbas|bas|l0|ratio|none|controller|fixed)\b[^+]*)?(?:.* \+ (?P<reducer>\w+))?$"
 )

@@ -1,8 +1,9 @@
 """Figures of the methods' papers: where MACs go, what attention smooths, what reducers lose and keep, and fronts."""
 
 import itertools
+import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 from matplotlib import colormaps
@@ -12,7 +13,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
 from .looks import legend_beside, looks
-from .style import COLOURS, GREY, PICTURE_GRID, PictureStyle
+from .style import COLOURS, COSTS, GREY, PICTURE_GRID, PictureStyle
 
 # Where the names of a front's points stand, in turns, so that those of neighbours do not meet: offset and alignment.
 BESIDE = (((0, 6), "center"), ((0, -12), "center"), ((6, -3), "left"), ((-6, -3), "right"))
@@ -123,6 +124,47 @@ def fronts(table: pd.DataFrame) -> Figure:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.grid(alpha=0.3)
     legend_beside(figure)
+    return figure
+
+
+def beside_baselines(table: pd.DataFrame, baselines: Sequence[str], x: str = "macs") -> Figure:
+    """Draw accuracy against cost in a panel per method, its curve over budgets beside those that it has to beat.
+
+    Curves go through the means over seeds; bands are one standard deviation to either side.
+
+    Args:
+        table: `series`, `method` (the rows that are points of a series), `accuracy`, and the cost `x`.
+        baselines: Series that are in every panel, as far as there are any.
+    """
+    known = looks(table["series"])
+    shared = [name for name in baselines if name in known]
+    methods = [name for name in known if name not in shared and name != "dense"] or shared
+    columns = min(4, len(methods))
+    rows = math.ceil(len(methods) / columns)
+    figure = plt.figure(figsize=(3 * columns + 0.6, 2.5 * rows + 0.8), layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    factor, title = COSTS[x]
+    for number, (axes, method) in enumerate(itertools.zip_longest(grid.flat, methods)):
+        if method is None:
+            axes.set_axis_off()
+            continue
+        for series in (*shared, method):
+            points = table[table["series"] == series].groupby("method")
+            mean = points[[x, "accuracy"]].mean().sort_values(x)
+            spread = points["accuracy"].std(ddof=1).loc[mean.index].fillna(0)
+            low, high = 100 * (mean["accuracy"] - spread), 100 * (mean["accuracy"] + spread)
+            look, own = known[series], series == method
+            style = {"linewidth": 1.6 if own else 1, "markersize": 6 if own else 3, "alpha": 1 if own else 0.7}
+            axes.plot(factor * mean[x], 100 * mean["accuracy"], **look.line, **style, label=look.name)
+            axes.fill_between(factor * mean[x], low, high, color=look.color, alpha=0.15, linewidth=0)
+        axes.set_title(known[method].name, fontsize=9)
+        axes.tick_params(labelbottom=number + columns >= len(methods))
+        axes.grid(alpha=0.3)
+    figure.supxlabel(title, fontsize=9)
+    figure.supylabel("accuracy (%)", fontsize=9)
+    handles = [plt.Line2D([], [], **known[name].line, markersize=4) for name in shared]
+    names = [known[name].name for name in shared]
+    grid[0, 0].legend(handles, names, loc="lower right", fontsize=7, frameon=False)
     return figure
 
 

@@ -23,6 +23,7 @@ from ..models.msvit import MSViT
 from ..progress import bar, visible
 from ..reducers.registry import make_reducer
 from ..training.build import build
+from ..training.names import mask_label
 from ..training.recipe import Recipe
 from .inspect import Inspection, accuracy_and_macs, inspect_run
 from .jobs import train_all
@@ -79,7 +80,7 @@ def method_rows(names: Iterable[str], base: Recipe) -> list[StudyRow]:
     for name in names:
         one_of("method", name, COMPARABLE)
         if name in ("gate", *MASKS):
-            rows.append(StudyRow(FULL, {}) if name == "gate" else StudyRow(f"{name} mask", {"gating": name}))
+            rows.append(StudyRow(FULL, {}) if name == "gate" else StudyRow(mask_label(name), {"gating": name}))
         else:
             rows += reducer_rows([name], base)
     return rows

@@ -6,68 +6,98 @@ Every row but the dense model starts from the seed's dense model and is trained 
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 from matplotlib.figure import Figure
 
 from .. import plots
-from ..core.macs import vit_macs
 from ..training import runs
 from ..training.build import build
-from ..training.names import mask_label
 from ..training.recipe import Recipe
 from .inspect import Inspection, accuracy_and_macs
-from .study import FULL, StudyRow, check_two_scales, reducer_rows, run_rows
+from .methods import method_rows
+from .study import FULL, StudyRow, check_two_scales, run_rows
 
-REDUCED = ("dense, trained on", f"{FULL}, gbas", f"{FULL}, l0", "random mask", "dynamicvit", "tome")
-BUDGETS = (0.5, 0.75)
-COMPARED = ("dynamicvit", "token_pooling", "evit", "tome", "gate+dynamicvit", "gate+tome")
-
-
-def rows(base: Recipe, full: bool, lr: float) -> list[StudyRow]:
-    """Return the rows of the full protocol or of the reduced one, with the learning rate of the second stage."""
-    size = smaller(base)
-    found = [
-        StudyRow("dense, trained on", {"gating": "fine"}),
-        StudyRow("dense, all coarse", {"gating": "coarse"}),
-        StudyRow(f"dense at {size} px", {"gating": "fine", "size": size}, dense=False),
-        *(StudyRow(f"{FULL}, {loss}", {"loss": loss}) for loss in ("gbas", "bas", "l0", "ratio")),
-        StudyRow(f"{FULL}, controller only", {"loss": "none", "control": "projection"}),
-        StudyRow(f"{FULL}, gbas, untrimmed", {"trim": "none"}),
-        *(StudyRow(f"{FULL}, gbas at {budget:g}", {"target": budget}) for budget in BUDGETS),
-        *(StudyRow(mask_label(mask), {"gating": mask}) for mask in ("random", "centre", "entropy", "apt")),
-        *reducer_rows(COMPARED, base),
-    ]
-    if not full:
-        found = [row for row in found if row.label in REDUCED]
-    return [row._replace(changes=row.changes | {"lr": lr}) if row.dense else row for row in found]
+TRAINED_ON, COARSE, SMALLER = "dense, trained on", "dense, all coarse", "dense, smaller pictures"
+BASELINES = (SMALLER, "random mask", COARSE)
 
 
-def smaller(base: Recipe) -> int:
-    """Return the side of the pictures on which the dense model's MACs are nearest to the target."""
-    model = build(base, Path())
-    patch, vit = model.coarse_patch, model.vit
-    sides = torch.arange(patch, base.data.size + 1, patch)
-    tokens = vit.num_prefix_tokens + (sides // vit.patch_embed.patch_size[0]) ** 2
-    shares = vit_macs(vit, tokens) / model.dense_macs((base.data.size, base.data.size))
-    return int(sides[(shares - base.gating.target).abs().argmin()])
+class Effort(NamedTuple):
+    """How much of the protocol is carried out.
+
+    Attributes:
+        methods: Of METHODS.
+        budgets: Shares of the dense model's MACs, at each of which every method has a row.
+        sides: Of smaller pictures for the dense model, as shares of the full one's.
+        seeds: Runs per row.
+        epochs_dense, epochs: Of the dense model, and of each row.
+        train_n: Training pictures in an epoch; 0 = all there are.
+    """
+
+    methods: tuple[str, ...]
+    budgets: tuple[float, ...]
+    sides: tuple[float, ...]
+    seeds: int
+    epochs_dense: int
+    epochs: int
+    train_n: int = 0
 
 
-def run_protocol(
-    base: Recipe, full: bool, lr: float, seeds: Iterable[int], folder: Path, jobs: int = 1
-) -> pd.DataFrame:
-    """Train what is not there yet; the MACs of all rows are shares of the dense model's at the full picture size."""
+GATES: dict[str, dict[str, Any]] = {
+    FULL: {},
+    f"{FULL}, l0": {"loss": "l0"},
+    f"{FULL}, controller only": {"loss": "none", "control": "projection"},
+}
+OTHERS = ("random", "centre", "entropy", "apt", "dynamicvit", "evit", "tome", "token_pooling", "pitome", "diffrate")
+METHODS = (*GATES, *OTHERS, "gate+tome")
+SIDES = (0.5, 0.625, 0.75, 0.875)
+EFFORTS = {
+    "smoke": Effort((FULL, f"{FULL}, l0", "random", "dynamicvit", "tome"), (0.6,), (0.75,), 1, 2, 1, 8192),
+    "cores": Effort(METHODS, (0.4, 0.5, 0.6, 0.75), SIDES, 3, 10, 1),
+    "accelerator": Effort(METHODS, (0.4, 0.5, 0.6, 0.75), SIDES, 3, 100, 10),
+}
+
+
+def rows(base: Recipe, effort: Effort, lr: float) -> list[StudyRow]:
+    """Return the rows of the protocol, all with this learning rate; at several budgets a method has several."""
+    found = [StudyRow(TRAINED_ON, {"gating": "fine"}), StudyRow(COARSE, {"gating": "coarse"})]
+    for side in smaller(base, effort.sides):
+        found.append(StudyRow(f"{SMALLER} at {side} px", {"gating": "fine", "size": side}))
+    for budget in effort.budgets:
+        at = base.replace(target=budget)
+        for name in effort.methods:
+            own = [StudyRow(name, GATES[name])] if name in GATES else method_rows([name], at)
+            found += [StudyRow(f"{r.label} at {budget:g}", r.changes | {"target": budget}) for r in own]
+    return [row._replace(changes=row.changes | {"lr": lr}) for row in found]
+
+
+def smaller(base: Recipe, shares: Iterable[float]) -> list[int]:
+    """Return the sides of pictures that are nearest to shares of the full one's, in whole coarse patches."""
+    patch, full = build(base, Path()).coarse_patch, base.data.size
+    sides = [max(round(share * full / patch), 1) * patch for share in shares]
+    return [side for side in dict.fromkeys(sides) if side < full]
+
+
+def run_protocol(base: Recipe, effort: Effort, lr: float, folder: Path, jobs: int = 1) -> pd.DataFrame:
+    """Train what is not there yet; the MACs of all rows are shares of the dense model's at the full picture size.
+
+    The table has a column `series`: what the rows of a method at several budgets, or on pictures of several sizes, are
+    points of. The full size is one of the latter.
+    """
     check_two_scales(base, "the protocol, which compares the gate's decisions with others at its rate,")
-    table = run_rows(base, rows(base, full, lr), seeds, folder, jobs)
+    table = run_rows(base, rows(base, effort, lr), range(effort.seeds), folder, jobs)
     dense = table.loc[table["method"] == "dense", "dense_macs"].iloc[0]
     for column in ("macs", "macs_sd"):
         table[column] *= table["dense_macs"] / dense
-    return table
+    series = table["method"].str.replace(r" at \S+( px)?$", "", regex=True)
+    return table.assign(series=series.replace({TRAINED_ON: SMALLER}))
 
 
-def gated_rows(folder: Path, rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows in which a learned gate decides alone, without a reducer."""
+def gated_rows(folder: Path, rows: pd.DataFrame, budget: float) -> pd.DataFrame:
+    """Return the rows in which a learned gate decides alone, without a reducer, at one of the protocol's budgets."""
+    rows = rows[rows["method"].str.endswith(f" at {budget:g}")]
     recipes = [runs.read(folder / name).recipe for name in rows["run"]]
     return rows[[bool(r.training.epochs and r.gating.learned and not r.reducer.name) for r in recipes]]
 
@@ -105,3 +135,12 @@ def decisions_table(inspections: Mapping[str, Inspection]) -> pd.DataFrame:
     table = table.pivot_table(index="decisions", columns="method", values=["accuracy", "macs"], sort=False) * 100
     table.columns = [f"{name}: {value} (%)" for value, name in table.columns]
     return table.round(1)
+
+
+def by_class(inspections: Mapping[str, Inspection]) -> pd.DataFrame:
+    """Return the share of pictures that each model has right of each class, in per cent, and of all of them."""
+    columns = {}
+    for name, seen in inspections.items():
+        named = pd.Series(seen.correct.double().numpy() * 100, index=[seen.classes[k] for k in seen.targets.tolist()])
+        columns[name] = pd.concat([named.groupby(level=0).mean(), pd.Series({"all": named.mean()})])
+    return pd.DataFrame(columns).rename_axis("class").round(1)

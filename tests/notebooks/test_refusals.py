@@ -28,7 +28,7 @@ from msvit.training.files import RunError
         ("transfer", {"second_task": "detect"}, "There are: classify, segment"),
         ("segmentation", {"decoder": "linaer"}, "the nearest is 'linear'"),
         ("gbas_sweep", {"pruner": "ashe"}, "the nearest is 'asha'"),
-        ("results", {"protocol": "long"}, "There are: reduced, full"),
+        ("results", {"effort": "long"}, "There are: smoke, cores, accelerator"),
         ("report", {}, "there is no folder .*runs"),
         ("tradeoff", {}, "there is no folder .*runs"),
         ("gate_learning", {"more": {"scales": [1, 2, 4]}}, r"what a region is worth is for one .*use scales=\[1, 2\]"),

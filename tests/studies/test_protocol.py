@@ -5,10 +5,11 @@ import json
 import pandas as pd
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 
 from msvit import MSViT, plots
-from msvit.core.macs import vit_macs
 from msvit.gating.rules import make_rule
+from msvit.models.fit_reducer import fit_reducer
 from msvit.studies import protocol
 from msvit.studies.inspect import Inspection
 from msvit.training.build import build
@@ -29,26 +30,81 @@ def inspection(make_vit):
     return Inspection(model, images, *decisions, predicted, targets, (0.5,) * 3, (0.2,) * 3)
 
 
-def test_all_rows_start_alike():
-    full, reduced = protocol.rows(BASE, True, 5e-4), protocol.rows(BASE, False, 5e-4)
-    assert {row.label for row in reduced} == set(protocol.REDUCED)
-    assert len({row.label for row in full}) == len(full)
-    assert all(row.changes["lr"] == 5e-4 for row in full if row.dense)
-    assert [row.label for row in full if not row.dense] == [f"dense at {protocol.smaller(BASE)} px"]
+CORES, SMOKE = protocol.EFFORTS["cores"], protocol.EFFORTS["smoke"]
+
+
+def test_all_rows_start_alike_and_every_method_has_every_budget():
+    found = protocol.rows(BASE, CORES, 5e-4)
+    assert len({row.label for row in found}) == len(found) == 2 + 2 + 14 * 4
+    assert all(row.dense and row.changes["lr"] == 5e-4 for row in found)
+    for row in found[4:]:
+        assert row.label.endswith(f" at {row.changes['target']:g}")
+    assert [row.label for row in found[2:4]] == [f"{protocol.SMALLER} at {side} px" for side in (32, 48)]
+    l0 = next(row.changes for row in found if row.label == "MSViT, l0 at 0.4")
+    assert l0 == {"loss": "l0", "target": 0.4, "lr": 5e-4}
+
+
+def test_a_reducer_is_fitted_to_each_budget():
+    vit, keeps = build(BASE, None).vit, []
+    for row in protocol.rows(BASE, CORES, 1e-3):
+        if row.label.startswith("dynamicvit"):
+            keeps.append(row.changes["reducer_settings"]["keep"])
+            assert row.changes["reducer_settings"] == fit_reducer("dynamicvit", vit, row.changes["target"])
+    assert keeps == sorted(keeps)
+    assert len(set(keeps)) == 4
 
 
 def test_more_than_two_scales_are_refused_before_anything_is_trained(tmp_path):
     with pytest.raises(RecipeError, match=r"scales=\[1, 2, 4\]: the protocol, .* use scales=\[1, 2\]"):
-        protocol.run_protocol(BASE.replace(scales=[1, 2, 4]), False, 1e-3, [0], tmp_path)
+        protocol.run_protocol(BASE.replace(scales=[1, 2, 4]), SMOKE, 1e-3, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_smaller_pictures_cost_about_the_target():
-    """No other size that is a whole number of coarse patches comes nearer."""
-    side, vit = protocol.smaller(BASE), build(BASE, None).vit
-    tokens = {s: torch.tensor([vit.num_prefix_tokens + (s // 8) ** 2]) for s in (16, 32, 48, 64)}
-    shares = {s: (vit_macs(vit, n) / vit_macs(vit, tokens[64])).item() for s, n in tokens.items()}
-    assert side == min(shares, key=lambda s: abs(shares[s] - 0.6))
+def test_smaller_pictures_are_whole_coarse_patches_and_each_of_them_once():
+    assert protocol.smaller(BASE, (0.05, 0.5, 0.625, 0.75, 0.875, 1)) == [16, 32, 48]
+    assert protocol.smaller(BASE.replace(size=128), (0.5, 0.625, 0.75, 0.875)) == [64, 80, 96, 112]
+
+
+def test_points_of_a_method_are_a_series_and_smaller_pictures_cost_what_they_cost(tmp_path, monkeypatch):
+    """The table's MACs are shares of the full size's, whichever size a row has."""
+    full, half = (build(BASE.replace(size=size), None).dense_macs((size, size)) for size in (64, 32))
+    found = [
+        {"method": "dense", "dense_macs": full, "macs": 1.0, "macs_sd": 0.0},
+        {"method": "dense, trained on", "dense_macs": full, "macs": 1.0, "macs_sd": 0.0},
+        {"method": f"{protocol.SMALLER} at 32 px", "dense_macs": half, "macs": 1.0, "macs_sd": 0.0},
+        {"method": "MSViT, l0 at 0.4", "dense_macs": full, "macs": 0.4, "macs_sd": 0.1},
+    ]
+    monkeypatch.setattr(protocol, "run_rows", lambda *_: pd.DataFrame(found))
+    table = protocol.run_protocol(BASE, SMOKE, 1e-3, tmp_path)
+    assert table["series"].tolist() == ["dense", protocol.SMALLER, protocol.SMALLER, "MSViT, l0"]
+    assert table["macs"].tolist() == pytest.approx([1, 1, half / full, 0.4])
+
+
+def test_each_method_has_a_panel_with_the_baselines():
+    rows = []
+    for series, values in {"dense, smaller pictures": (50, 60), "random mask": (52, 58), "tome": (55, 59)}.items():
+        for budget, accuracy in zip((0.4, 0.6), values, strict=True):
+            for seed in (0, 1):
+                row = {"series": series, "method": f"{series} at {budget:g}", "macs": budget, "seed": seed}
+                rows.append(row | {"accuracy": accuracy / 100 + 0.01 * seed})
+    figure = plots.beside_baselines(pd.DataFrame(rows), protocol.BASELINES)
+    (axes,) = figure.axes
+    assert axes.get_title() == "ToMe"
+    drawn = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert drawn["ToMe"] == [pytest.approx([40, 55.5]), pytest.approx([60, 59.5])]
+    assert drawn.keys() == {"ToMe", "random", "dense, smaller pictures"}
+    colour = pytest.approx(to_rgb(axes.lines[-1].get_color()))
+    (band,) = (band for band in axes.collections if band.get_facecolor()[0, :3] == colour)
+    assert band.get_paths()[0].vertices[:, 1].max() == pytest.approx(59.5 + 100 * 0.01 / 2**0.5)
+
+
+def test_accuracy_by_class_is_counted_by_hand(inspection):
+    named = Inspection(**{**vars(inspection), "classes": tuple("abcde")})
+    table = protocol.by_class({"own": named})
+    for k, name in enumerate("abcde"):
+        mine = [p == t for p, t in zip(named.predicted.tolist(), named.targets.tolist(), strict=True) if t == k]
+        assert name not in table.index if not mine else table.loc[name, "own"] == round(100 * sum(mine) / len(mine), 1)
+    assert table.loc["all", "own"] == pytest.approx(100 / 3, abs=0.05)
 
 
 def test_other_decisions_than_its_own(inspection):
@@ -101,8 +157,9 @@ def test_gated_rows_are_those_that_a_learned_gate_decides_alone(tmp_path):
     for name, settings in changes.items():
         (tmp_path / name).mkdir()
         (tmp_path / name / "settings.json").write_text(json.dumps(BASE.replace(**settings).to_dict()))
-    found = protocol.gated_rows(tmp_path, pd.DataFrame({"run": list(changes)}))
-    assert found["run"].tolist() == ["gate", "other"]
+    methods = [f"{name} at 0.6" for name in changes]
+    table = pd.DataFrame({"run": [*changes, "gate"], "method": [*methods, "gate at 0.75"]})
+    assert protocol.gated_rows(tmp_path, table, 0.6)["run"].tolist() == ["gate", "other"]
 
 
 def test_positions_are_means_over_pictures(inspection):

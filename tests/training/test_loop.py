@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 import timm
 import torch
-from timm.optim import muon
 from helpers import write_folder
 from safetensors.torch import save_file
+from timm.optim import muon
 
 import msvit
 from msvit.checks import in_interval
