@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from .. import plots
+from ..training.recipe import Recipe
 from . import study
 from .inspect import inspect_run
 
@@ -16,12 +17,19 @@ SEGMENTATION_COLUMNS = (
 )
 
 
-def rows(budgets: Iterable[float], masks: Iterable[str] = ("random",)) -> list[study.StudyRow]:
-    """Return the rows: all fine and all coarse, and at each budget the gate and masks that are not learned."""
+def rows(base: Recipe, budgets: Iterable[float], others: Iterable[str] = ("random",)) -> list[study.StudyRow]:
+    """Return the rows: all fine and all coarse, and at each budget the gate and what is compared with it.
+
+    Args:
+        others: Masks, "quota", and reducers, which are fitted to the backbone's share of the budget.
+    """
     made = [study.StudyRow("all fine", {"gating": "fine"}), study.StudyRow("all coarse", {"gating": "coarse"})]
     for budget in dict.fromkeys(budgets):
         made.append(study.StudyRow(at_budget("gate", budget), {"target": budget}))
-        made += [study.StudyRow(at_budget(mask, budget), {"target": budget, "gating": mask}) for mask in masks]
+        for name in others:
+            reduced = name in study.REDUCER_METHODS
+            own = study.reducer_rows([name], base.replace(target=budget))[0].changes if reduced else {"gating": name}
+            made.append(study.StudyRow(at_budget(name, budget), {"target": budget} | own))
     return made
 
 

@@ -60,8 +60,17 @@ def test_workers_and_device_tell_nothing_apart(tmp_path):
 
 
 def test_budgets_of_segmentation_have_names_of_their_own():
-    names = [row.label for row in segmentation.rows([0.6, 0.604, 0.596, 0.58, 0.6])]
+    names = [row.label for row in segmentation.rows(Recipe(), [0.6, 0.604, 0.596, 0.58, 0.6])]
     assert names[2::2] == ["gate at 60%", "gate at 60.4%", "gate at 59.6%", "gate at 58%"]
+
+
+def test_segmentation_compares_with_masks_quotas_and_reducers_at_the_budget():
+    found = segmentation.rows(Recipe(task="segment"), [0.5, 0.8], ["entropy", "quota", "algm"])
+    assert [row.label for row in found[3:6]] == ["entropy at 50%", "quota at 50%", "algm at 50%"]
+    assert [row.changes["gating"] for row in found[3:6]] == ["entropy", "quota", "fine"]
+    assert {row.changes["target"] for row in found[2:6]} == {0.5}
+    thresholds = [found[k].changes["reducer_settings"]["threshold"] for k in (5, 9)]
+    assert thresholds[0] < thresholds[1], "more tokens are merged where less may be spent"
 
 
 @pytest.mark.long
