@@ -1,4 +1,4 @@
-"""Pictures for the explorer that need no download: scenes, photographs of other packages, folders and uploads."""
+"""Pictures for the explorer that need no download: scenes, photographs of packages, folders and uploads."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -15,7 +15,11 @@ from ..data.loaders import BUILT_IN, make
 from ..data.segmentation import classes_of, open_folder
 from .uploads import read_picture
 
-PACKAGED = {  # photographs that come with packages which are installed anyway: package, path inside it
+PACKAGED = {  # photographs that come with this package and others which are installed anyway: package, path inside it
+    "a cat": ("msvit", "explorer/photographs/cat.jpg"),
+    "coffee": ("msvit", "explorer/photographs/coffee.jpg"),
+    "an astronaut": ("msvit", "explorer/photographs/astronaut.jpg"),
+    "a rocket": ("msvit", "explorer/photographs/rocket.jpg"),
     "a temple": ("sklearn", "datasets/images/china.jpg"),
     "a flower": ("sklearn", "datasets/images/flower.jpg"),
     "Grace Hopper": ("matplotlib", "mpl-data/sample_data/grace_hopper.jpg"),
@@ -114,7 +118,7 @@ def built_in_sources() -> dict[str, PictureSource]:
         spec = find_spec(package)  # finds the folder without importing the package
         if spec and (path := Path(spec.submodule_search_locations[0]) / inside).is_file():
             photographs[title] = path
-    return found | ({"photographs": PictureSource(photographs)} if photographs else {})
+    return found | {"photographs": PictureSource(photographs)}
 
 
 def folder_source(folder: str | Path, tell: Callable[[int, int], None] = lambda found, seen: None) -> PictureSource:
