@@ -20,15 +20,19 @@ def main():
     parser.add_argument("name", help="what msvit.load calls it")
     parser.add_argument("--title", required=True, help="what it is, in a few words")
     parser.add_argument("--command", required=True, help="the command that trained it, for the card")
+    parser.add_argument("--classes", default="", help="what people call the classes, comma-separated, in their order")
     args = parser.parse_args()
 
     run = read_finished(args.run)
     loaders = load_data(run.recipe.data, run.recipe.training.seed, load_folder(MSViT, str(args.run)))
+    classes = [name.strip() for name in args.classes.split(",")] if args.classes else run.summary["classes"]
+    if len(classes) != len(run.summary["classes"]):
+        parser.error(f"--classes names {len(classes)}, and the run has {len(run.summary['classes'])}")
     found = {name: round(run.summary[name], 4) for name in ("accuracy", "dense_accuracy", "macs")}
     about = Card(
         title=args.title,
         data=run.recipe.data.source,
-        classes=tuple(run.summary["classes"]),
+        classes=tuple(classes),
         mean=tuple(loaders.mean),
         std=tuple(loaders.std),
         command=args.command,

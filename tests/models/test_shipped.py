@@ -1,14 +1,21 @@
 """Models that come with the package."""
 
 import copy
+import tarfile
+from collections import Counter
 
 import pytest
 import torch
 from helpers import mini_model
+from peers import FOLDER
 
 import msvit
 from msvit.data.scenes import DIFFICULTIES, Scenes
 from msvit.models.shipped import SHIPPED, Card, card, load, pack, shipped
+from msvit.training.build import load_data
+from msvit.training.recipe import DataSettings
+
+PHOTOGRAPHS = FOLDER / "imagenette_128.tar"
 
 ABOUT = Card("a test", "scenes:easy", ("a", "b"), (0.5,) * 3, (0.25,) * 3, 0.9, 0.95, 0.6, "msvit train")
 
@@ -63,3 +70,25 @@ def test_the_model_of_the_scenes_does_what_its_card_says():
     found = (result.logits.argmax(1) == labels).double().mean().item()
     assert found == pytest.approx(about.accuracy, abs=0.03)
     assert result.macs.mean().item() / model.dense_macs((64, 64)) == pytest.approx(about.macs, abs=0.03)
+
+
+@pytest.mark.long
+@pytest.mark.skipif("photo" not in shipped() or not PHOTOGRAPHS.is_file(), reason="the photographs are not at hand")
+def test_the_model_of_photographs_does_what_its_card_says(tmp_path):
+    """On 30 validation pictures of each class, whose folders have WordNet's numbers, which sort as the card's names."""
+    with tarfile.open(PHOTOGRAPHS) as file:
+        names, seen = [m for m in file.getmembers() if m.isfile() and m.name.endswith(".jpg")], Counter()
+        chosen = [m for m in names if seen.update([m.name.rsplit("/", 1)[0]]) or seen[m.name.rsplit("/", 1)[0]] <= 30]
+        file.extractall(tmp_path, chosen, filter="data")
+    about, model = card("photo"), msvit.load("photo", fast_cpu=True)
+    assert (SHIPPED / "photo.safetensors").stat().st_size < 12e6
+    loaders = load_data(DataSettings(source=f"folder:{tmp_path / 'imagenette'}", size=128), 0, model)
+    assert (tuple(loaders.mean), tuple(loaders.std)) == (about.mean, about.std)
+    right, macs = [], []
+    with torch.inference_mode():
+        for batch in loaders.val:
+            result = model.run(batch.images)
+            right.append(result.logits.argmax(1) == batch.targets)
+            macs.append(result.macs / model.dense_macs((128, 128)))
+    assert torch.cat(right).double().mean().item() == pytest.approx(about.accuracy, abs=0.06)
+    assert torch.cat(macs).mean().item() == pytest.approx(about.macs, abs=0.03)
