@@ -29,9 +29,10 @@ def main():
     if len(classes) != len(run.summary["classes"]):
         parser.error(f"--classes names {len(classes)}, and the run has {len(run.summary['classes'])}")
     found = {name: round(run.summary[name], 4) for name in ("accuracy", "dense_accuracy", "macs")}
+    source = run.recipe.data.source
     about = Card(
         title=args.title,
-        data=run.recipe.data.source,
+        data=f"folder:{Path(source[7:]).name}" if source.startswith("folder:") else source,
         classes=tuple(classes),
         mean=tuple(loaders.mean),
         std=tuple(loaders.std),

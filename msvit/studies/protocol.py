@@ -28,7 +28,7 @@ class Effort(NamedTuple):
     """How much of the protocol is carried out.
 
     Attributes:
-        methods: Of METHODS.
+        methods: Of COMPARED_METHODS.
         budgets: Shares of the dense model's MACs, at each of which every method has a row.
         sides: Of smaller pictures for the dense model, as shares of the full one's.
         seeds: Runs per row.
@@ -45,18 +45,18 @@ class Effort(NamedTuple):
     train_n: int = 0
 
 
-GATES: dict[str, dict[str, Any]] = {
+OURS: dict[str, dict[str, Any]] = {
     FULL: {},
     f"{FULL}, l0": {"loss": "l0"},
     f"{FULL}, controller only": {"loss": "none", "control": "projection"},
 }
 OTHERS = ("random", "centre", "entropy", "apt", "dynamicvit", "evit", "tome", "token_pooling", "pitome", "diffrate")
-METHODS = (*GATES, *OTHERS, "gate+tome")
+COMPARED_METHODS = (*OURS, *OTHERS, "gate+tome")
 SIDES = (0.5, 0.625, 0.75, 0.875)
 EFFORTS = {
     "smoke": Effort((FULL, f"{FULL}, l0", "random", "dynamicvit", "tome"), (0.6,), (0.75,), 1, 2, 1, 8192),
-    "cores": Effort(METHODS, (0.4, 0.5, 0.6, 0.75), SIDES, 3, 10, 1),
-    "accelerator": Effort(METHODS, (0.4, 0.5, 0.6, 0.75), SIDES, 3, 100, 10),
+    "cores": Effort(COMPARED_METHODS, (0.4, 0.5, 0.6, 0.75), SIDES, 3, 10, 1),
+    "accelerator": Effort(COMPARED_METHODS, (0.4, 0.5, 0.6, 0.75), SIDES, 3, 100, 10),
 }
 
 
@@ -68,7 +68,7 @@ def rows(base: Recipe, effort: Effort, lr: float) -> list[StudyRow]:
     for budget in effort.budgets:
         at = base.replace(target=budget)
         for name in effort.methods:
-            own = [StudyRow(name, GATES[name])] if name in GATES else method_rows([name], at)
+            own = [StudyRow(name, OURS[name])] if name in OURS else method_rows([name], at)
             found += [StudyRow(f"{r.label} at {budget:g}", r.changes | {"target": budget}) for r in own]
     return [row._replace(changes=row.changes | {"lr": lr}) for row in found]
 

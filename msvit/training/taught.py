@@ -16,7 +16,7 @@ from .. import __version__
 from ..models.msvit import MSViT
 from .files import RunBusy, locked, write_whole
 
-POLL = 0.2  # seconds between two tries at the lock
+TRY_AGAIN = 0.2  # seconds between two tries at the lock
 
 
 def teach_once(teach: Callable[[], None], model: MSViT, folder: Path, facts: Any):
@@ -46,7 +46,7 @@ def _waited_for(path: Path) -> io.FileIO:
         try:
             return locked(path)
         except RunBusy:
-            time.sleep(POLL)
+            time.sleep(TRY_AGAIN)
 
 
 def _takes_over(model: MSViT, path: Path) -> bool:

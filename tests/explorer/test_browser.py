@@ -50,7 +50,7 @@ def workspace(tmp_path_factory):
     pixels = segmenting(msvit.MSViT(vit, reducer=make_reducer("tome", vit)), Scenes(1).regions)
     pixels.head.decoder.head.weight.data.normal_()
     pixels.save_pretrained(folder / "runs" / "pixels")
-    settings = {"model": "one", "runs": str(folder / "runs"), "out": str(folder / "out")}
+    settings = {"model": "one", "source": "scenes: middle", "runs": str(folder / "runs"), "out": str(folder / "out")}
     notebook = json.loads((ROOT / "notebooks/gate_explorer.ipynb").read_text())
     at = [cell["metadata"].get("tags") for cell in notebook["cells"]].index(["parameters"])
     source = "\n".join(f"{name} = {value!r}" for name, value in settings.items())
