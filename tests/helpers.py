@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -238,3 +239,8 @@ ROTARY = [
     {"rope_type": "mixed", "rope_temperature": 10.0, "use_abs_pos_emb": False},
     {"rope_type": "mrope", "rope_mrope_section": (2, 3, 3)},
 ]
+
+
+def plotted(page: str) -> list[list[dict]]:
+    """The traces of each of a page's plotly figures."""
+    return [json.loads(data) for data in re.findall(r"Plotly\.newPlot\(\s*\S+\s*(\[.*?\}\]),\s*\{", page)]

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from helpers import mini_model
+from helpers import mini_model, plotted
 from plotly.offline import get_plotlyjs
 
 from msvit.studies import page, report, study
@@ -55,8 +55,7 @@ def test_the_page_holds_all_and_points_nowhere(folder, tmp_path):
     assert text.count(get_plotlyjs()) == 1
     text = text.replace(get_plotlyjs(), "")
     assert not re.findall("http|href|src=.(?!data:)", text)
-    drawn = [json.loads(data) for data in re.findall(r"Plotly\.newPlot\(\s*\S+\s*(\[.*?\}\]),\s*\{", text)]
-    points, curves = drawn
+    points, curves = plotted(text)
     runs = [trace for trace in points if "customdata" in trace]
     assert {trace["legendgroup"] for trace in runs} == {"dense", "MSViT gbas at 0.58", "random mask at 0.58"}
     assert sorted(y for trace in runs for y in values(trace["y"])) == pytest.approx([80, 80, 93, 94, 95, 95])

@@ -179,7 +179,7 @@ def test_the_study_shows_what_its_runs_recorded(finished, tmp_path):
 
     from msvit import plots
 
-    rows = segstudy.rows([0.5, 0.7], ["random"])
+    rows = segstudy.rows(SMALL, [0.5, 0.7], ["random"])
     assert [row.label for row in rows] == [
         "all fine", "all coarse", "gate at 50%", "random at 50%", "gate at 70%", "random at 70%",
     ]  # fmt: skip
