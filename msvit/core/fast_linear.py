@@ -9,12 +9,13 @@ a kernel for every new number of rows, of which training has a new one in each s
 """
 
 import platform
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import register_flop_formula
 
 AVAILABLE = (
@@ -49,11 +50,32 @@ class _Linear(torch.autograd.Function):
         )
 
 
-class _OneDNN(TorchFunctionMode):
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is not F.linear or kwargs or torch.compiler.is_compiling() or not _suits(*args[:2]):
-            return function(*args, **(kwargs or {}))
-        return _Linear.apply(*args) if torch.is_grad_enabled() else _product(*args)
+_usual = F.linear
+_here, _entered, _lock = threading.local(), [0], threading.Lock()
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Stand for `F.linear` while any thread is within `fast_linear`; what other threads get is as usual."""
+    if torch.compiler.is_compiling() or not getattr(_here, "depth", 0) or not _suits(input, weight):
+        return _usual(input, weight, bias)
+    return (_Linear.apply if torch.is_grad_enabled() else _product)(input, weight, bias)
+
+
+@contextmanager
+def _one_dnn() -> Iterator[None]:
+    """Swap one function; a `TorchFunctionMode` would cost each of the 600 calls that a picture makes."""
+    _here.depth = getattr(_here, "depth", 0) + 1
+    with _lock:
+        _entered[0] += 1
+        F.linear = _linear
+    try:
+        yield
+    finally:
+        _here.depth -= 1
+        with _lock:
+            _entered[0] -= 1
+            if not _entered[0]:
+                F.linear = _usual
 
 
 def _suits(x: Tensor, weight: Tensor) -> bool:
@@ -68,7 +90,7 @@ def fast_linear(on: bool = True) -> AbstractContextManager:
     nothing changes. Methods that are compared on the clock are all timed within it, dense ones too.
     """
     off = not on or torch.compiler.is_compiling() or torch.jit.is_tracing() or torch.is_autocast_enabled("cpu")
-    return _OneDNN() if AVAILABLE and FASTER and not off else nullcontext()
+    return _one_dnn() if AVAILABLE and FASTER and not off else nullcontext()
 
 
 if AVAILABLE:

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,43 @@ def test_hooks_still_run_and_macs_are_still_counted(used):
     assert seen == [(5, 3)]
     assert len(used) == 1
     assert macs == 5 * 8 * 3
+
+
+def test_other_calls_and_other_threads_are_left_alone(used):
+    """A mode of PyTorch would see every call, and cost a small model a fifth of its time."""
+    usual, layer, x = F.linear, nn.Linear(8, 3), torch.ones(5, 8)
+    with linear.fast_linear(), torch.no_grad():
+        assert torch._C._len_torch_function_stack() == 0
+        with linear.fast_linear():
+            layer(x)
+        layer(x)
+        assert len(used) == 2, "also after an inner context has ended"
+        with ThreadPoolExecutor(1) as elsewhere:
+            assert torch.equal(elsewhere.submit(layer, x).result(), usual(x, layer.weight, layer.bias))
+            assert len(used) == 2
+
+            def within():
+                with linear.fast_linear(), torch.no_grad():
+                    return layer(x)
+
+            elsewhere.submit(within).result()
+            assert len(used) == 3
+        layer(x)
+        assert len(used) == 4, "also after another thread has left"
+        F.linear(input=x, weight=layer.weight, bias=None)
+        assert len(used) == 5, "by its names, as some of timm's layers call it"
+    with pytest.raises(ZeroDivisionError), linear.fast_linear():
+        _ = 1 / 0
+    assert F.linear is usual
+
+
+def test_compiled_code_keeps_the_usual_layers(used):
+    layer, x = nn.Linear(8, 3), torch.ones(5, 8)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    with torch.no_grad(), linear.fast_linear():
+        compiled(x)
+        compiled(x)
+    assert not used
 
 
 def test_where_it_is_not_faster_nothing_changes(used, monkeypatch):
