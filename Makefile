@@ -61,7 +61,7 @@ define execute
 endef
 
 ablation: .venv/.installed ## train the method with and without its parts, and compare (minutes)
-	@echo "Running the ablation: about four minutes on two cores"
+	@echo "Running the ablation: about three minutes on two cores"
 	$(call execute,ablation)
 
 test: .venv/.installed ## run the tests (minutes)

@@ -141,6 +141,8 @@ def _rehearse(parts: RunParts, recipe: Recipe, batch: int):
         if not epochs:
             continue
         objective = kind(copy.deepcopy(parts.model), recipe, parts.budget, parts.objects).to(device)
+        for gate in getattr(objective.model.gate, "levels", ()):
+            gate.count_as_trained()  # or it would warn that it has learned nothing, before it could
         optimizer, _ = make_descent(objective, epochs, math.ceil(steps / training.accumulate))
         images, indices = torch.randn(count, 3, height, width, device=device), torch.arange(count)
         targets = (indices % len(parts.loaders.classes)).to(device)

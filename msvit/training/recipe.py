@@ -123,7 +123,7 @@ class GatingSettings(Checked):
     )
     calibrate: bool = setting(True, "set the threshold after training so that training pictures meet the budget")
     temperature: float = setting(0.3, "of the Gumbel-sigmoid in the first step", "(0, inf)")
-    temperature_end: float = setting(0.3, "and in the last; between them it moves geometrically", "(0, inf)")
+    temperature_end: float = setting(0.2, "and in the last; between them it moves geometrically", "(0, inf)")
     trim: str = setting(
         "margin",
         "cut training sequences: each to its active tokens and a margin, or all of a batch to the most that one has",

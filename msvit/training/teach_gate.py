@@ -8,12 +8,15 @@ made a decision of: g <- 1.5 (g − g_q) / std g, g_q being the quantile at whic
     entropy:  c = the entropy of the region's grey values
     utility:  what the model itself loses, after a start with detail. With two random masks of a picture, a, a' the
               activities of their coarse tokens i, and the divergences K from the answer with all regions fine,
-              −Σ (a_i − a'_i) g(x_i) follows K(a) − K(a'); no label is needed
+              −w Σ (a_i − a'_i) g(x_i) follows K(a) − K(a'); no label is needed. w is what the scores are
+              worth by the same measure, and mean (g − g_start)² counts too, so that a gate goes as far from its start
+              as the masks bear out: on photographs all regions together explain a few percent of a K
 
 A quadtree has a gate for each size of regions, each with scores of its own, and decides from the largest regions down:
 a share is one of the regions that are asked.
 """
 
+import copy
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +35,7 @@ from ..progress import bar
 SLOPE = 1.5
 RATES = {"pixels": 3e-3, "filters": 1e-2}  # the regression's peak learning rate, by what the gate sees with
 SCORE_STEPS, STEPS = 100, 100  # from scores, which takes seconds, and from what masks cost the model
+PRIOR, LEAST_WORTH = 0.03, 0.01  # of the start in the regression on utility; of a score in mean differences
 REGIONS, ENOUGH = 2048, 32768  # in a step, and to learn from
 
 
@@ -83,6 +87,26 @@ def _score_losses(gate: nn.Module, pictures: Tensor, z: Tensor) -> Iterator[Tens
 
 def _utility_losses(model: MSViT, loaders: Loaders, rates: Sequence[float]) -> Iterator[Tensor]:
     """Yield the loss of the gate against what random masks cost the model, without an end."""
+    start, seen = copy.deepcopy(model.gate), torch.zeros(2)
+    for images, more, gap in _mask_costs(model, loaders, rates):
+        with torch.no_grad():
+            before = [gate(images) for gate in start.levels]
+        scores = [gate(images) for gate in model.gate.levels]
+        guess = _total(more, scores)
+        seen = 0.95 * seen + torch.stack([(guess * gap).sum(), guess.square().sum()]).detach().to(seen)
+        worth = max((seen[0] / seen[1].clamp(min=1e-12)).item(), LEAST_WORTH)
+        apart = sum((g - g0).square().mean() for g, g0 in zip(scores, before, strict=True)) / len(scores)
+        yield F.smooth_l1_loss(worth * guess, gap) + PRIOR * apart
+
+
+@torch.no_grad()
+def _mask_costs(
+    model: MSViT, loaders: Loaders, rates: Sequence[float]
+) -> Iterator[tuple[Tensor, list[Tensor], Tensor]]:
+    """Yield pictures, how much less of each region one random mask has within a token, and what that one costs less.
+
+    Both are differences between two masks; costs are in units of the mean difference so far.
+    """
     device, size = model.cut.device, 0.0
     static = [Static("random", rate).train() for rate in asked_rates(rates)]
     for epoch in itertools.count():
@@ -91,16 +115,18 @@ def _utility_losses(model: MSViT, loaders: Loaders, rates: Sequence[float]) -> I
             images = batch.images.to(device)
             grids = model.grids(images.shape[-2:])
             pair = [[rule.score(images, [grid])[0] for rule, grid in zip(static, grids, strict=True)] for _ in range(2)]
-            with torch.no_grad(), model.evaluating():
+            with model.evaluating():
                 dense = model.run(images, model.all_fine(images.shape[-2:])).logits
                 first, second = (divergence(dense, model.run(images, [m.bool() for m in part]).logits) for part in pair)
             gap = first - second
             size = gap.abs().mean() if not size else 0.95 * size + 0.05 * gap.abs().mean()
             active = [activity_of(undivided(part), model.scale)[-2::-1] for part in pair]
-            found = sum(
-                ((b - a) * gate(images)).sum((1, 2)) for gate, a, b in zip(model.gate.levels, *active, strict=True)
-            )
-            yield F.smooth_l1_loss(found, gap / size.clamp(min=1e-12))
+            yield images, [b - a for a, b in zip(*active, strict=True)], gap / size.clamp(min=1e-12)
+
+
+def _total(more: Sequence[Tensor], scores: Sequence[Tensor]) -> Tensor:
+    """Return what scores say of pictures in which so much more is divided, `[B]`."""
+    return sum((a * g).sum((1, 2)) for a, g in zip(more, scores, strict=True))
 
 
 def divergence(dense: Tensor, other: Tensor) -> Tensor:

@@ -120,6 +120,14 @@ def test_the_rehearsal_changes_nothing(tmp_path):
     assert all(p.requires_grad and p.grad is None for p in again.model.parameters())
 
 
+def test_the_rehearsal_of_a_new_gate_does_not_warn_of_it(tmp_path, recwarn):
+    """It is the training that it is about to get; afterwards an untrained one would still warn."""
+    parts = prepare(SMALL.replace(epochs_dense=0), tmp_path)
+    assert not [w for w in recwarn if "learned nothing" in str(w.message)]
+    with pytest.warns(UserWarning, match="learned nothing"):
+        parts.model.eval()(torch.zeros(1, 3, 64, 64))
+
+
 def test_a_plan_is_looked_at_to_its_end_before_anything_trains(tmp_path):
     dense = SMALL.replace(epochs=0)
     gated = SMALL.replace(epochs_dense=0, model=f"run:{dense.run_name}")

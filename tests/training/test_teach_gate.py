@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from msvit.core.scales import enlarge
+from msvit.core.tokens import patchify
 from msvit.data.loaders import make_loaders
 from msvit.training.build import build, takes_over_gate
 from msvit.training.loop import train
@@ -64,6 +65,35 @@ def test_it_is_the_same_every_time_and_touches_the_gate_alone(loaders, monkeypat
     for name, value in before.items():
         assert torch.equal(states[0][name], states[1][name])
         assert torch.equal(states[0][name], value) != name.startswith(("gate.mlp", "gate.see"))
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_utility_goes_as_far_from_its_start_as_the_masks_bear_out(loaders, monkeypatch, share):
+    """Costs of masks that regions explain wholly teach what a region is worth; those of pure noise teach nothing."""
+
+    def bright(images):
+        return patchify(images, 16).mean(-1).view(-1, 4, 4)
+
+    def costs(model, loaders, rates):
+        while True:
+            for batch in loaders.train:
+                z = bright(batch.images)
+                more = torch.randint(-1, 2, z.shape).float()
+                regions = (more * (z - z.mean()) / z.std()).sum((1, 2)) / z[0].numel() ** 0.5
+                yield batch.images, [more], share * regions + (1 - share) * torch.randn(len(z))
+
+    monkeypatch.setattr("msvit.training.teach_gate._mask_costs", costs)
+    images = next(iter(loaders.val)).images
+    found = {}
+    for by in ("detail", "utility"):
+        model = new_model()
+        teach_gate(model, loaders, [0.5], by, seed=0, steps=300)
+        found[by] = model.gate(images).detach().flatten()
+    likeness = torch.corrcoef(torch.stack([*found.values(), bright(images).flatten()]))[1]
+    if share:
+        assert likeness[2] > 0.8
+    else:
+        assert likeness[0] > 0.9
 
 
 @pytest.mark.long
