@@ -1,7 +1,7 @@
 """Films the explorer in a real Chromium: the threshold moves, then a mask is painted. One command, a minute or two:
 
-python -m benchmarks.film                                    # writes reports/explorer.gif
-python -m benchmarks.film --model photo --source photographs
+python -m benchmarks.film                                           # writes reports/explorer.gif
+python -m benchmarks.film --model scenes --source "scenes: middle"
 """
 
 import argparse
@@ -35,8 +35,8 @@ class Frame(NamedTuple):
 
 def main(words: list[str] | None = None):
     parser = argparse.ArgumentParser(prog="python -m benchmarks.film", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="", help="as in the notebook gate_explorer (default: the shipped one)")
-    parser.add_argument("--source", default="scenes: middle")
+    parser.add_argument("--model", default="photo", help="as in the notebook gate_explorer (default: photo)")
+    parser.add_argument("--source", default="photographs")
     parser.add_argument("--picture", type=int, default=3, help="which of the source's pictures (default: 3)")
     parser.add_argument("--out", type=Path, default=ROOT / "reports/explorer.gif")
     args = parser.parse_args(words)

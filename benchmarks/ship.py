@@ -28,7 +28,9 @@ def main():
     classes = [name.strip() for name in args.classes.split(",")] if args.classes else run.summary["classes"]
     if len(classes) != len(run.summary["classes"]):
         parser.error(f"--classes names {len(classes)}, and the run has {len(run.summary['classes'])}")
-    found = {name: round(run.summary[name], 4) for name in ("accuracy", "dense_accuracy", "macs")}
+    began = run if "dense_accuracy" in run.summary else read_finished(Path(run.recipe.model.name).parent)  # RUN/dense
+    found = {name: round(run.summary[name], 4) for name in ("accuracy", "macs")}
+    found["dense_accuracy"] = round(began.summary["dense_accuracy"], 4)
     source = run.recipe.data.source
     about = Card(
         title=args.title,
