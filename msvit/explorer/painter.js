@@ -66,6 +66,7 @@ function render({ model, el }) {
     canvas.width = WIDTH; canvas.height = picture.naturalWidth ? (WIDTH * picture.naturalHeight) / picture.naturalWidth : WIDTH;
     canvas.setAttribute("aria-label", `The picture's regions, ${h} rows by ${w} columns. Arrow keys move, space paints, ` +
       "Ctrl+Z undoes, Ctrl+Shift+Z redoes.");
+    canvas.dataset.tool = get("tool");
     canvas.style.cursor = get("tool") === "pick" ? "pointer" : "crosshair";
     g.imageSmoothingEnabled = false;
     if (picture.complete && picture.naturalWidth) g.drawImage(picture, 0, 0, canvas.width, canvas.height);

@@ -205,6 +205,7 @@ def edit_painting(page):
     until(page, 65)
 
     page.get_by_role("button", name="rectangles").click()
+    page.wait_for_selector(".msvit-canvas[data-tool=rectangle]")  # it comes from the kernel, which may be timing
     canvas.scroll_into_view_if_needed()
     box, step = canvas.bounding_box(), canvas.bounding_box()["width"] / 4
     page.mouse.move(box["x"] + step / 2, box["y"] + step / 2)
@@ -217,6 +218,7 @@ def edit_painting(page):
     until(page, 65)
 
     page.get_by_role("button", name="strokes").click()
+    page.wait_for_selector(".msvit-canvas[data-tool=stroke]")
     canvas.focus()
     for key in ("ArrowRight", "ArrowDown", "Space"):
         page.keyboard.press(key)
